@@ -1,0 +1,185 @@
+"""What an implementation under test looks like to the suite: a `Target` and its `Capabilities`.
+
+Both are plain Python and import neither torch nor hypothesis, so that the pytest plugin and the
+command line can name them without paying for either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar
+
+OPERATIONS: tuple[str, ...] = (
+    "route",
+    "balance_loss",
+    "z_loss",
+    "update_bias",
+    "align",
+    "align_batched",
+    "dispatch",
+    "combine",
+    "drop_to_capacity",
+    "experts",
+    "experts_batched",
+    "layer",
+    "assign_experts",
+    "slice_experts",
+    "slice_tensor_parallel",
+    "place_experts",
+    "expert_parallel",
+    "dequantize",
+    "experts_quantized",
+)
+"""Every operation of the specification, in reading order."""
+
+DTYPES: tuple[str, ...] = ("float32", "bfloat16", "float16", "float64")
+
+ROUNDING_POINTS: dict[str, str] = {
+    "router_logits": "the router's product is rounded to x's dtype",
+    "router_scores": "the score function is evaluated and rounded in the logits' dtype",
+    "router_weights": "the routing weights are rounded to the logits' dtype",
+    "expert_input": "x times its weight is rounded before the first product (weight_on = input)",
+    "pre_activation": "the first product's result is rounded before the activation",
+    "gate_activation": "activation(gate) is rounded before it is multiplied by up",
+    "activation": "the activation's result is rounded before the second product",
+    "expert_output": "each expert's output is rounded before it is weighted",
+    "weighted_output": "each weighted expert output is rounded before the sum over K",
+    "combine": "the running sum over the K experts is rounded after every addition",
+    "shared_output": "the shared expert's (gated, scaled) output is rounded before it is added",
+}
+"""Where an implementation may round to the input's dtype. What is declared enters the tolerance."""
+
+ACCUMULATORS: tuple[str, ...] = ("float64", "float32", "tf32", "float16", "bfloat16")
+"""In what a matrix product may be accumulated, from the most exact down (tf32: its inputs)."""
+
+Choices = Mapping[str, Sequence[Any]]
+
+
+def _check_known(name: str, values: Sequence[Any], known: Sequence[Any]) -> None:
+    for value in values:
+        if value not in known:
+            raise ValueError(f"{name}: expected any of {', '.join(map(str, known))}, got {value!r}")
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+class Unsupported(Exception):
+    """Raised by a target for a call outside its declared capabilities."""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a target takes. Inputs are drawn inside the declaration and reach its limits.
+
+    Attributes:
+        devices: of "cpu", "cuda", "mps", …
+        dtypes: dtypes of x and of the logits, by their torch names.
+        id_dtypes: of "int32", "int64".
+        operations: the operations that are provided; None takes every method the class defines.
+        routing: allowed values of the fields of `RoutingConfig`, and of `selection_bias`
+            (True, False: with and without) and `hash_table` (likewise). A field that is not named
+            may have any value. A sequence of such mappings is a list of alternatives.
+        experts: the same for `ExpertsConfig`, and for `bias` (with and without),
+            `expert_map` (with and without) and `invalid_ids` (ids that mean *not here*).
+        layer: the same for `LayerConfig`, and for `shared` and `shared_gate` (with and without).
+        align: the same for `drop_invalid`, `expert_map`, `invalid_ids`.
+        router_dtype: what the router computes in.
+        max_experts: largest E; None has no limit.
+        max_top_k: largest K; None has no limit.
+        hidden_multiple: H must be a multiple of this.
+        intermediate_multiple: I must be a multiple of this.
+        block_sizes: allowed block sizes of `align`; None allows any.
+        world_sizes: numbers of ranks that `expert_parallel` runs on.
+        formats: quantised formats.
+        gradients: operations whose outputs carry gradients.
+        ties: "lowest" (the lowest expert id wins) or "free".
+        strides: non-contiguous inputs are taken.
+        finite_only: NaN and infinity are refused.
+        deterministic: the same call gives the same bits.
+        batch_invariant: a token's result does not depend on the other tokens, to the bit.
+        rounding_points: keys of `ROUNDING_POINTS`.
+        accumulator: one of `ACCUMULATORS`, for operations on inputs narrower than it.
+        logits_through: "direct", or "identity": the router takes hidden states, and the adapter
+            hands it logits through an identity weight (finite, exact in `router_dtype`).
+        interpreted: runs in an interpreter; fewer and smaller cases, a budget of its own.
+    """
+
+    devices: tuple[str, ...] = ("cpu",)
+    dtypes: tuple[str, ...] = ("float32",)
+    id_dtypes: tuple[str, ...] = ("int64", "int32")
+    operations: tuple[str, ...] | None = None
+    routing: Choices | Sequence[Choices] = field(default_factory=dict)
+    experts: Choices | Sequence[Choices] = field(default_factory=dict)
+    layer: Choices | Sequence[Choices] = field(default_factory=dict)
+    align: Choices | Sequence[Choices] = field(default_factory=dict)
+    router_dtype: str = "float32"
+    max_experts: int | None = None
+    max_top_k: int | None = None
+    hidden_multiple: int = 1
+    intermediate_multiple: int = 1
+    block_sizes: tuple[int, ...] | None = None
+    world_sizes: tuple[int, ...] = ()
+    formats: tuple[str, ...] = ()
+    gradients: tuple[str, ...] = ()
+    ties: str = "free"
+    strides: bool = True
+    finite_only: bool = False
+    deterministic: bool = True
+    batch_invariant: bool = False
+    rounding_points: tuple[str, ...] = ()
+    accumulator: str = "float32"
+    logits_through: str = "direct"
+    interpreted: bool = False
+
+    def __post_init__(self) -> None:
+        _check_known("operations", self.operations or (), OPERATIONS)
+        _check_known("dtypes", self.dtypes, DTYPES)
+        _check_known("id_dtypes", self.id_dtypes, ("int32", "int64"))
+        _check_known("rounding_points", self.rounding_points, tuple(ROUNDING_POINTS))
+        _check_known("gradients", self.gradients, OPERATIONS)
+        _check_known("accumulator", (self.accumulator,), ACCUMULATORS)
+        _check_known("ties", (self.ties,), ("lowest", "free"))
+        _check_known("logits_through", (self.logits_through,), ("direct", "identity"))
+        _check_known("router_dtype", (self.router_dtype,), DTYPES)
+
+    def alternatives(self, area: str) -> list[dict[str, tuple[Any, ...]]]:
+        """The declared choices of `routing`, `experts`, `layer` or `align` as a list."""
+        declared = getattr(self, area)
+        listed = [declared] if isinstance(declared, Mapping) else list(declared)
+        return [{name: tuple(values) for name, values in choice.items()} for choice in listed]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain lists, numbers and strings."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, declared: Mapping[str, Any]) -> Capabilities:
+        """The inverse of `to_json`."""
+        known = {f.name for f in fields(cls)}
+        _check_known("capabilities", tuple(declared), tuple(sorted(known)))
+        return cls(**{name: _tuples(value) for name, value in declared.items()})
+
+
+class Target:
+    """An implementation under test. A subclass has one method per operation that it provides.
+
+    A method takes and returns plain tensors, with the signature in `docs/spec/operations.md`. One
+    that is missing is *not provided*, which costs breadth and nothing else.
+    """
+
+    name: ClassVar[str] = ""
+    version: ClassVar[str] = ""
+    capabilities: Capabilities = Capabilities()
+
+    @classmethod
+    def operations(cls) -> tuple[str, ...]:
+        """The operations that are provided, in reading order."""
+        declared = cls.capabilities.operations
+        return tuple(
+            name
+            for name in OPERATIONS
+            if callable(getattr(cls, name, None)) and (declared is None or name in declared)
+        )

@@ -1,0 +1,379 @@
+"""What runs in the target's own process: load it, call it, say what came back.
+
+Nothing here judges. The process that judges never imports the target; it sends a session of calls
+as data and gets answers as data: outputs as plain tensors, gradients, whether an input was changed,
+whether an output shares memory with an input, what happened to torch's global state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_conformance.codec import pack, replace_tensors, unpack, walk
+from moe_conformance.target import Target, Unsupported
+
+ENTRY_POINTS = "moespec.targets"
+DETERMINISTIC = "deterministic algorithms"
+
+_loaded: dict[str, Target] = {}
+
+
+class LoadError(Exception):
+    """The target's name leads to nothing that can be tested; the message says why."""
+
+
+def start(log: str) -> None:
+    """Make this process a worker: a group of its own, silent, and gone when its parent is."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
+    os.close(sink)
+    torch.set_num_threads(1)
+
+    import multiprocessing
+
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(0)), daemon=True).start()
+
+
+def find(name: str) -> Callable[[], Target] | Mapping[str, Callable[[], Target]]:
+    """What a target name means: a factory of one target, or of several by variant.
+
+    Raises:
+        LoadError: there is no such target, or it cannot be imported.
+    """
+    try:
+        if ":" in name:
+            where, _, attribute = name.rpartition(":")
+            found = getattr(_import(where), attribute)
+        else:
+            [entry] = [e for e in entry_points(group=ENTRY_POINTS) if e.name == name]
+            found = entry.load()
+    except LoadError:
+        raise
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise LoadError(
+            f"target '{name}' could not be loaded: {type(error).__name__}: {error} "
+            f"({Path(last.filename).name}:{last.lineno})"
+        ) from error
+    if isinstance(found, type) and issubclass(found, Target):
+        return found
+    made = found() if callable(found) else found
+    if isinstance(made, Mapping):
+        return made
+    if isinstance(made, Target):
+        return lambda: made
+    raise LoadError(f"target '{name}': expected a moe_conformance.Target, got {found!r}")
+
+
+def _import(where: str) -> Any:
+    if not where.endswith(".py"):
+        return importlib.import_module(where)
+    path = Path(where).resolve()
+    if not path.is_file():
+        raise LoadError(f"target file '{where}': expected a Python file, found none")
+    module_name = f"moespec_target_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    sys.path.insert(0, str(path.parent))
+    spec.loader.exec_module(module)
+    return module
+
+
+def variants(name: str) -> list[str]:
+    """The names of the targets that `name` stands for: `name/variant` each, or `name` itself.
+
+    Raises:
+        LoadError: see `find`.
+    """
+    base, _, variant = name.partition("/") if ":" not in name else (name, "", "")
+    found = find(base)
+    if not isinstance(found, Mapping):
+        if variant:
+            raise LoadError(f"target '{base}' has no variants, so no '{variant}'")
+        return [base]
+    if not variant:
+        return [f"{base}/{each}" for each in found]
+    if variant not in found:
+        raise LoadError(f"target '{base}' has the variants {', '.join(found)}, not '{variant}'")
+    return [name]
+
+
+def load(name: str) -> dict[str, Any]:
+    """Make the target and describe it.
+
+    Raises:
+        LoadError: see `find`; or its constructor failed.
+    """
+    base, _, variant = name.partition("/") if ":" not in name else (name, "", "")
+    found = find(base)
+    factory = found[variant] if isinstance(found, Mapping) else found
+    try:
+        target = factory()
+    except Exception as error:
+        raise LoadError(f"target '{name}': {type(error).__name__}: {error}") from error
+    _loaded.clear()
+    _loaded[name] = target
+    return {
+        "name": target.name or name,
+        "version": target.version,
+        "capabilities": target.capabilities.to_json(),
+        "operations": list(type(target).operations()),
+        "pid": os.getpid(),
+        "devices": _devices(),
+        "triton": _version("triton"),
+    }
+
+
+def _devices() -> dict[str, str]:
+    found = {"cpu": ""}
+    if torch.cuda.is_available():
+        found["cuda"] = torch.cuda.get_device_name()
+    if torch.backends.mps.is_available():
+        found["mps"] = "Apple"
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def run(name: str, packed: tuple[str, bytes]) -> tuple[str, bytes]:
+    """Run one session of calls on a loaded target and return its answers, packed."""
+    return pack(run_session(_loaded[name], unpack(packed)))
+
+
+def run_session(target: Target, session: dict[str, Any]) -> list[dict[str, Any]]:
+    """Run calls one after the other on the same target.
+
+    Args:
+        target: the implementation.
+        session: `device`, and `calls`: each with `operation`, `arguments`, and optionally
+            `layouts` (argument path to layout name), `wrt` and `cotangents` (which gradients, of
+            what), `reuse` (index of an earlier call whose argument storage is written over).
+
+    Returns:
+        One answer per call; after an exception the calls that follow are not made.
+    """
+    answers: list[dict[str, Any]] = []
+    arguments: list[dict[str, Any]] = []
+    results: list[Any] = []
+    for call in session["calls"]:
+        answer, given, result = _run_call(target, call, session["device"], arguments)
+        answers.append(answer)
+        arguments.append(given)
+        results.append(result)
+        if answer["error"] is not None:
+            break
+    for answer, result in zip(answers, results, strict=True):
+        if result is not None and len(answers) > 1:
+            answer["afterwards"] = _plain(result)
+    return answers
+
+
+def _run_call(
+    target: Target, call: dict[str, Any], device: str, earlier: list[dict[str, Any]]
+) -> tuple[dict[str, Any], dict[str, Any], Any]:
+    wrt = call.get("wrt") or []
+    reuse = call.get("reuse")
+    given = _prepare(call, device, wrt, None if reuse is None else earlier[reuse])
+    before = [(path, tensor.detach().clone()) for path, tensor in walk(given)]
+    poisoned = bool(call.get("poison"))
+    state = _global_state()
+    began = time.perf_counter()
+    answer: dict[str, Any] = {"error": None, "gradients": {}, "changed": [], "shared": []}
+    result = None
+    try:
+        if poisoned:
+            # Fresh memory is filled with NaN: what a target never wrote shows up in what it returns.
+            torch.utils.deterministic.fill_uninitialized_memory = True
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        result = getattr(target, call["operation"])(**given)
+        if wrt:
+            answer["gradients"] = _gradients(result, given, wrt, call["cotangents"])
+        if device == "cuda":
+            torch.cuda.synchronize()
+        answer["outputs"] = _plain(result)
+        answer["kinds"] = [
+            [path, str(t.dtype).removeprefix("torch."), t.device.type, type(t).__name__]
+            for path, t in walk(_tree(result))
+        ]
+        answer["shared"] = _shared(result, given)
+    except BaseException as error:
+        answer["error"] = {
+            "type": type(error).__name__,
+            "message": str(error)[:2000],
+            "unsupported": isinstance(error, Unsupported),
+            "traceback": "".join(traceback.format_exception(error)[-6:])[-4000:],
+        }
+        result = None
+    answer["seconds"] = time.perf_counter() - began
+    changed_state = _restore(state)
+    answer["state"] = [s for s in changed_state if not (poisoned and s == DETERMINISTIC)]
+    answer["changed"] = [
+        path for (path, old), (_, new) in zip(before, walk(given), strict=True) if not _same(old, new)
+    ]
+    return answer, given, result
+
+
+def _prepare(
+    call: dict[str, Any], device: str, wrt: list[str], storage: dict[str, Any] | None
+) -> dict[str, Any]:
+    layouts = call.get("layouts") or {}
+    old = dict(walk(storage)) if storage is not None else {}
+
+    def place(path: str, tensor: torch.Tensor) -> torch.Tensor:
+        if path in old and old[path].shape == tensor.shape and old[path].dtype == tensor.dtype:
+            with torch.no_grad():
+                laid = old[path].detach().copy_(tensor)
+        else:
+            laid = lay_out(tensor.to(device), layouts.get(path, "contiguous"))
+        return laid.requires_grad_(True) if path in wrt else laid
+
+    return replace_tensors(call["arguments"], place)
+
+
+def lay_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same values at other strides; what lies between them is poison.
+
+    Args:
+        tensor: any shape, contiguous.
+        layout: `contiguous`; `transposed` (the last two dimensions swapped in memory); `strided`
+            (every other element of the last dimension of a larger buffer); `offset` (a slice that
+            starts inside a larger buffer).
+    """
+    if tensor.ndim == 0 or layout == "contiguous":
+        return tensor.clone()
+    poison: float = float("nan") if tensor.is_floating_point() else 2**20
+    if tensor.dtype is torch.bool:
+        poison = True
+    if layout == "transposed":
+        if tensor.ndim < 2:
+            return tensor.clone()
+        return tensor.transpose(-1, -2).clone(memory_format=torch.contiguous_format).transpose(-1, -2)
+    *lead, last = tensor.shape
+    if layout == "strided":
+        wide = tensor.new_full((*lead, 2 * last), poison)
+        view = wide[..., ::2]
+    else:
+        wide = tensor.new_full((tensor.shape[0] + 2, *tensor.shape[1:]), poison)
+        view = wide[1:-1]
+    view.copy_(tensor)
+    return view
+
+
+def _gradients(
+    result: Any, given: dict[str, Any], wrt: list[str], cotangents: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor | None]:
+    outputs = dict(walk(_tree(result)))
+    inputs = dict(walk(given))
+    pairs = [
+        (outputs[path], cotangent.to(outputs[path].device, outputs[path].dtype))
+        for path, cotangent in cotangents.items()
+        if path in outputs and outputs[path].requires_grad
+    ]
+    if not pairs:
+        return dict.fromkeys(wrt)
+    found = torch.autograd.grad(
+        [output for output, _ in pairs],
+        [inputs[path] for path in wrt],
+        [cotangent for _, cotangent in pairs],
+        allow_unused=True,
+        retain_graph=False,
+    )
+    return {
+        path: None if g is None else g.detach().to("cpu", copy=True)
+        for path, g in zip(wrt, found, strict=True)
+    }
+
+
+def _tree(result: Any) -> Any:
+    """A result as a dictionary by field, or a list by position."""
+    if dataclasses.is_dataclass(result) and not isinstance(result, type):
+        return {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}
+    if isinstance(result, tuple | list):
+        return [_tree(item) for item in result]
+    if isinstance(result, Mapping):
+        return {str(name): _tree(item) for name, item in result.items()}
+    if result is None or isinstance(result, torch.Tensor | bool | int | float | str):
+        return result
+    raise TypeError(
+        f"result: expected tensors, numbers or a dataclass of them, got {type(result).__name__}"
+    )
+
+
+def _plain(result: Any) -> Any:
+    return replace_tensors(
+        _tree(result), lambda _, tensor: tensor.detach().to("cpu", copy=True).contiguous()
+    )
+
+
+def _shared(result: Any, given: dict[str, Any]) -> list[str]:
+    spans = [(path, _span(tensor)) for path, tensor in walk(given)]
+    shared = []
+    for out_path, output in walk(_tree(result)):
+        low, high = _span(output)
+        for path, (start_, stop) in spans:
+            if low < stop and start_ < high:
+                shared.append(f"{out_path or 'result'} and {path}")
+    return shared
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+
+
+def _same(old: torch.Tensor, new: torch.Tensor) -> bool:
+    if old.shape != new.shape:
+        return False
+    return torch.equal(old, new) or bool(((old == new) | ((old != old) & (new != new))).all())
+
+
+def _global_state() -> dict[str, Any]:
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "grad mode": torch.is_grad_enabled(),
+        "threads": torch.get_num_threads(),
+        DETERMINISTIC: torch.are_deterministic_algorithms_enabled(),
+        "random state": torch.random.get_rng_state(),
+    }
+
+
+def _restore(state: dict[str, Any]) -> list[str]:
+    now = _global_state()
+    changed = [
+        name
+        for name, value in state.items()
+        if not (torch.equal(value, now[name]) if name == "random state" else value == now[name])
+    ]
+    torch.set_default_dtype(state["default dtype"])
+    torch.set_grad_enabled(state["grad mode"])
+    torch.set_num_threads(state["threads"])
+    torch.use_deterministic_algorithms(state[DETERMINISTIC])
+    torch.random.set_rng_state(state["random state"])
+    return changed
