@@ -95,7 +95,7 @@ class WorkerExecutor:
         self.timeout = timeout
         self.restarts = 0
         self._pool: ProcessPoolExecutor | None = None
-        self._pid: int | None = None
+        self._process: Any = None
         handle, self._log = tempfile.mkstemp(prefix="moespec-", suffix=".log")
         os.close(handle)
         self.description = self._start()
@@ -121,15 +121,13 @@ class WorkerExecutor:
         self._pool = ProcessPoolExecutor(
             1, mp_context=_context(), initializer=worker.start, initargs=(self._log,)
         )
-        description = self._submit(LOAD_SECONDS, worker.load, self.name)
-        self._pid = description["pid"]
-        return description
+        return self._submit(LOAD_SECONDS, worker.load, self.name)
 
     def _submit(self, seconds: float, function: Any, *arguments: Any) -> Any:
         assert self._pool is not None
-        if function is worker.load:
-            self._pid = self._pool.submit(os.getpid).result()
         future = self._pool.submit(function, *arguments)
+        # The pool never says how its process ended, or which it is; the process object does.
+        self._process = next(iter(self._pool._processes.values()), self._process)
         try:
             return future.result(seconds)
         except worker.LoadError:
@@ -139,29 +137,24 @@ class WorkerExecutor:
             self._kill()
             raise TargetLost("timeout", f"no answer within {seconds:g} s") from None
         except BrokenProcessPool:
-            code = self._exit_code()
+            ended = self._how_it_ended()
             self._kill()
-            raise TargetLost("crash", f"the target's process ended: {code}") from None
+            raise TargetLost("crash", f"the target's process ended with {ended}") from None
 
-    def _exit_code(self) -> str:
-        # ProcessPoolExecutor does not say how its process ended; the process object does.
-        processes = list((getattr(self._pool, "_processes", None) or {}).values())
-        for process in processes:
-            process.join(1.0)
-            code = process.exitcode
-            if code is not None and code < 0:
-                return f"signal {signal.Signals(-code).name}"
-            if code is not None:
-                return f"exit code {code}"
-        return "no exit code"
+    def _how_it_ended(self) -> str:
+        self._process.join(5.0)
+        code = self._process.exitcode
+        if code is None:
+            return "no exit code"
+        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
     def _kill(self) -> None:
         pool, self._pool = self._pool, None
-        if self._pid is not None:
+        if self._process is not None:
             # The worker leads a group of its own, so this takes whatever it has started as well.
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._pid, signal.SIGKILL)
-            self._pid = None
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process = None
         if pool is not None:
             pool.shutdown(wait=False, cancel_futures=True)
 

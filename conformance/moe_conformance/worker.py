@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import signal
@@ -17,7 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,7 @@ def find(name: str) -> Callable[[], Target] | Mapping[str, Callable[[], Target]]
             where, _, attribute = name.rpartition(":")
             found = getattr(_import(where), attribute)
         else:
-            [entry] = [e for e in entry_points(group=ENTRY_POINTS) if e.name == name]
-            found = entry.load()
+            found = _entry(name).load()
     except LoadError:
         raise
     except Exception as error:
@@ -82,6 +82,16 @@ def find(name: str) -> Callable[[], Target] | Mapping[str, Callable[[], Target]]
     if isinstance(made, Target):
         return lambda: made
     raise LoadError(f"target '{name}': expected a moe_conformance.Target, got {found!r}")
+
+
+def _entry(name: str) -> EntryPoint:
+    known = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
+    if name not in known:
+        raise LoadError(
+            f"target: expected path/to/file.py:Class, package.module:Class or one of "
+            f"{', '.join(sorted(known))}, got '{name}'"
+        )
+    return known[name]
 
 
 def _import(where: str) -> Any:
@@ -140,7 +150,6 @@ def load(name: str) -> dict[str, Any]:
         "version": target.version,
         "capabilities": target.capabilities.to_json(),
         "operations": list(type(target).operations()),
-        "pid": os.getpid(),
         "devices": _devices(),
         "triton": _version("triton"),
     }

@@ -1,0 +1,40 @@
+# Python 3.11 or newer and make are all that has to be there. `make help` lists the targets.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.moespec-setup
+
+.DEFAULT_GOAL := help
+.PHONY: help setup conformance test check docs notebooks clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | \
+		while IFS='|' read -r name what; do printf 'make %-13s %s\n' "$$name" "$$what"; done
+
+setup: $(STAMP) ## make .venv with everything the other targets need (nothing to do if unchanged)
+
+$(STAMP): pyproject.toml constraints.txt .ci/setup_venv.py
+	@command -v $(PYTHON) >/dev/null || { echo "'$(PYTHON)' is not a command here;" \
+		"moespec needs Python 3.11 or newer: make setup PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) .ci/setup_venv.py
+	@touch $(STAMP)
+
+conformance: setup ## check this project's kernels and the layers of Hugging Face transformers
+	@$(BIN)/moespec check optimized transformers
+
+test: setup ## run the test suite
+	@$(BIN)/python -m pytest
+
+check: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: setup ## build the documentation into site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+notebooks: setup ## run every notebook from the first cell to the last
+	$(BIN)/python -m pytest --nbmake notebooks
+
+clean: ## remove what was built; .venv stays
+	rm -rf build dist site moespec-report .pytest_cache .mypy_cache .ruff_cache .hypothesis

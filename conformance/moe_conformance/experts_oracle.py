@@ -1,0 +1,238 @@
+"""How far the experts' output may be from the float64 one: first-order propagation of variance.
+
+Dimension key: T tokens, H hidden size, I intermediate size, K experts per token, S rows of one
+expert.
+
+Every rounding that the target declares is an independent error, uniform on ±unit · |value|. Its
+variance is carried through the rest of the computation by the squares of the derivatives, which is
+exact to first order. What is left is one standard deviation per output element, and one number per
+token that says how many independent errors there effectively are in its row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from moe_reference.config import ExpertsConfig, ExpertWeights
+from moe_reference.experts import experts as reference_experts
+
+from moe_conformance.precision import TINY, UNIT, Arithmetic
+
+FUNCTION_ULPS = 4.0
+"""Errors of exp, tanh or erf in units of the accumulator: what fast hardware versions document."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """An expected value with the standard deviation of a legal answer around it.
+
+    Attributes:
+        value: float64.
+        sigma: float64, same shape, never 0.
+        freedom: effective number of independent errors per row (all dimensions but the last).
+    """
+
+    value: torch.Tensor
+    sigma: torch.Tensor
+    freedom: torch.Tensor
+
+
+def experts_oracle(
+    x: torch.Tensor,
+    experts: ExpertWeights,
+    weights: torch.Tensor,
+    expert_ids: torch.Tensor,
+    config: ExpertsConfig,
+    expert_map: torch.Tensor | None,
+    arithmetic: Arithmetic,
+) -> Spread:
+    """The output of `experts` in float64, and how it spreads under the declared arithmetic.
+
+    Args:
+        x: [T, H].
+        experts: of any float dtype.
+        weights: [T, K].
+        expert_ids: [T, K].
+        config: how an expert computes.
+        expert_map: [E] or None.
+        arithmetic: what is rounded, and where.
+    """
+    wide = ExpertWeights(*(None if t is None else t.double() for t in _tensors(experts)))  # type: ignore[arg-type]
+    value = reference_experts(
+        x.double(), wide, weights.double(), expert_ids, config, expert_map
+    )
+    local = local_ids(expert_ids, len(experts.gate_up), expert_map)
+    tokens, hidden = value.shape
+    variance = torch.zeros_like(value)
+    terms = torch.zeros_like(value)
+    squares = torch.zeros_like(value)
+    trace, trace_squared = torch.zeros(tokens).double(), torch.zeros(tokens).double()
+    for expert in range(len(experts.gate_up)):
+        token, k = (local == expert).nonzero(as_tuple=True)
+        if len(token) == 0:
+            continue
+        weight = weights[token, k].double()
+        row = expert_spread(x[token].double(), wide, expert, weight, config, arithmetic)
+        factor = weight if config.weight_on == "output" else torch.ones_like(weight)
+        weighted = factor[:, None] * row.value
+        own = factor.square()[:, None] * row.variance
+        own = own + arithmetic.variance(weighted, "weighted_output")
+        own = own + (arithmetic.accumulator_unit * weighted).square() / 3
+        variance.index_add_(0, token, own)
+        terms.index_add_(0, token, weighted)
+        squares.index_add_(0, token, weighted.square())
+        trace.index_add_(0, token, factor.square() * row.trace)
+        trace_squared.index_add_(0, token, factor.pow(4) * row.trace_squared)
+    sum_unit = arithmetic.accumulator_unit
+    if "combine" in arithmetic.points:
+        sum_unit = max(sum_unit, arithmetic.unit)
+    # K - 1 additions, each of a partial sum whose square is at most K times the sum of squares.
+    top_k = weights.shape[1]
+    summed = (sum_unit**2 / 3) * (max(top_k - 1, 0) * squares + terms.square())
+    out = summed + arithmetic.variance(value)
+    variance = variance + out
+    trace = trace + out.sum(-1)
+    trace_squared = trace_squared + out.square().sum(-1)
+    if arithmetic.dtype == "float64":
+        variance = 2 * variance  # the oracle's own errors are as large
+    freedom = 1 / (1 / hidden + trace_squared / trace.square().clamp_min(1e-300))
+    floor = TINY[arithmetic.dtype] / 2
+    return Spread(value, variance.sqrt().clamp_min(floor), freedom.clamp_min(1.0))
+
+
+@dataclass(frozen=True)
+class RowSpread:
+    """One expert's output rows, before the routing weight.
+
+    Attributes:
+        value: [S, H], float64.
+        variance: [S, H].
+        trace: [S], the variance summed over independent errors.
+        trace_squared: [S], the sum of its squares.
+    """
+
+    value: torch.Tensor
+    variance: torch.Tensor
+    trace: torch.Tensor
+    trace_squared: torch.Tensor
+
+
+def expert_spread(
+    x_SH: torch.Tensor,
+    experts: ExpertWeights,
+    expert: int,
+    weight_S: torch.Tensor,
+    config: ExpertsConfig,
+    arithmetic: Arithmetic,
+) -> RowSpread:
+    """One expert on its rows: value and variance, stage by stage."""
+    unit = arithmetic.accumulator_unit
+    variance_x = torch.zeros_like(x_SH)
+    if config.weight_on == "input":
+        x_SH = x_SH * weight_S[:, None]
+        variance_x = (unit * x_SH).square() / 3 + arithmetic.variance(x_SH, "expert_input")
+    gate_up = experts.gate_up[expert]
+    pre, variance_pre = _product(x_SH, variance_x, gate_up, arithmetic)
+    if experts.gate_up_bias is not None:
+        pre = pre + experts.gate_up_bias[expert]
+        variance_pre = variance_pre + (unit * pre).square() / 3
+    variance_pre = variance_pre + arithmetic.variance(pre, "pre_activation")
+
+    activated, variance_a = _activation_spread(pre, variance_pre, config, arithmetic)
+    down = experts.down[expert]
+    out, variance_out = _product(activated, variance_a, down, arithmetic)
+    if experts.down_bias is not None:
+        out = out + experts.down_bias[expert]
+        variance_out = variance_out + (unit * out).square() / 3
+    rounded = arithmetic.variance(out, "expert_output")
+    sources = variance_a * down.square().sum(0)
+    return RowSpread(
+        out,
+        variance_out + rounded,
+        sources.sum(-1) + rounded.sum(-1),
+        sources.square().sum(-1) + rounded.square().sum(-1),
+    )
+
+
+def _product(
+    a_SN: torch.Tensor, variance_SN: torch.Tensor, b_MN: torch.Tensor, arithmetic: Arithmetic
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """a b^T and its variance: what came in, and what accumulating N terms adds.
+
+    After i of N terms in a random order the partial sum's square is about i Q / N (1 - i / N)
+    + (i / N)^2 S^2, with Q the sum of squared terms times N / N and S the total. Added up over i
+    and taken twice, for orders that are not random: N (Q / 3 + 2 S^2 / 3).
+    """
+    total = a_SN @ b_MN.T
+    squares = a_SN.square() @ b_MN.square().T
+    carried = variance_SN @ b_MN.square().T
+    count = a_SN.shape[1]
+    unit = arithmetic.accumulator_unit
+    added = unit**2 / 3 * (count * (squares / 3 + 2 * total.square() / 3) + squares)
+    if arithmetic.accumulator == "tf32":
+        added = added + 2 * UNIT["tf32"] ** 2 / 3 * squares
+    return total, carried + added
+
+
+def _activation_spread(
+    pre: torch.Tensor, variance: torch.Tensor, config: ExpertsConfig, arithmetic: Arithmetic
+) -> tuple[torch.Tensor, torch.Tensor]:
+    leaf = pre.detach().requires_grad_(True)
+    with torch.enable_grad():
+        branches = leaf.chunk(2, -1) if config.gated else (leaf, torch.ones_like(leaf))
+        gate, up = branches
+        inner, factor = activation_parts(gate, up, config)
+        result = inner * factor
+        [slope] = torch.autograd.grad(result.sum(), leaf)
+    result, inner, factor = result.detach(), inner.detach(), factor.detach()
+    carried = slope.square() * variance
+    if config.gated:
+        gate_part, up_part = carried.chunk(2, -1)
+        carried = gate_part + up_part
+    unit = arithmetic.accumulator_unit
+    # The function itself: its argument's size is lost in exp, as in any softmax.
+    size = FUNCTION_ULPS * (1 + gate.detach().abs())
+    carried = carried + (unit * size * result).square() / 3
+    if "gate_activation" in arithmetic.points:
+        carried = carried + arithmetic.variance(inner) * factor.square()
+    return result, carried + arithmetic.variance(result, "activation")
+
+
+def activation_parts(
+    gate: torch.Tensor, up: torch.Tensor, config: ExpertsConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The activated gate and what it is multiplied by; up is 1 where there is no gate."""
+    name, limit = config.activation, config.limit
+    if name == "swigluoai":
+        gate = gate.clamp(max=limit)
+        return gate * torch.sigmoid(config.alpha * gate), up.clamp(-limit, limit) + 1
+    if name == "swiglu_limit":
+        return F.silu(gate.clamp(max=limit)), up.clamp(-limit, limit)
+    functions = {
+        "silu": F.silu,
+        "gelu": F.gelu,
+        "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+        "relu": F.relu,
+        "relu2": lambda z: F.relu(z).square(),
+    }
+    return functions[name](gate), up
+
+
+def local_ids(
+    expert_ids: torch.Tensor, num_local: int, expert_map: torch.Tensor | None
+) -> torch.Tensor:
+    """Rows of the weights, -1 where an id means *not here*."""
+    ids = expert_ids.long()
+    here = len(expert_map) if expert_map is not None else num_local
+    known = (ids >= 0) & (ids < here)
+    if expert_map is not None:
+        mapped = expert_map.long()[ids.clamp(0, here - 1)]
+        known = known & (mapped >= 0) & (mapped < num_local)
+        ids = mapped
+    return ids.where(known, -1)
+
+
+def _tensors(experts: ExpertWeights) -> tuple[torch.Tensor | None, ...]:
+    return experts.gate_up, experts.down, experts.gate_up_bias, experts.down_bias

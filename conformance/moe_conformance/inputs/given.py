@@ -1,0 +1,121 @@
+"""What a property is tried on: a strategy that draws a plan, and a function that builds the inputs.
+
+A plan is a small dictionary of integers, names and one seed: what Hypothesis draws, shrinks and
+prints. Tensor contents follow from the seed through NumPy's Philox, a counter-based generator whose
+stream is the same on every machine, so that a plan gives the same bytes everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+
+from moe_conformance.target import Capabilities
+
+Plan = dict[str, Any]
+Inputs = dict[str, Any]
+Plans = st.SearchStrategy[Plan]
+
+ID_DTYPES = {"int64": torch.int64, "int32": torch.int32}
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What may be drawn: the target's declaration, narrowed by the command line.
+
+    Attributes:
+        capabilities: the declaration.
+        operations: what the target provides.
+        device: where the target runs.
+        dtypes: the dtypes to draw from.
+        largest: 1 for ordinary sizes; an interpreted target gets smaller ones.
+    """
+
+    capabilities: Capabilities
+    operations: tuple[str, ...]
+    device: str = "cpu"
+    dtypes: tuple[str, ...] = ("float32",)
+    interpreted: bool = False
+
+
+@dataclass(frozen=True)
+class Given:
+    """A way to draw plans inside a scope, and to build inputs from a plan.
+
+    Attributes:
+        plans: the strategy, or None where nothing of the kind lies inside the declaration.
+        build: from a plan to named arguments; the same plan gives the same bytes.
+    """
+
+    plans: Callable[[Scope], Plans | None]
+    build: Callable[[Plan], Inputs]
+
+
+class Content:
+    """Tensor contents from one seed.
+
+    Args:
+        seed: any integer from 0 to 2**32 - 1.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._random = np.random.Generator(np.random.Philox(key=seed))
+
+    def normal(self, *shape: int, std: float = 1.0) -> torch.Tensor:
+        """Normal values, float64."""
+        return torch.from_numpy(self._random.standard_normal(shape) * std)
+
+    def uniform(self, low: float, high: float, *shape: int) -> torch.Tensor:
+        """Uniform values, float64."""
+        return torch.from_numpy(self._random.uniform(low, high, shape))
+
+    def integers(self, low: int, high: int, *shape: int) -> torch.Tensor:
+        """Integers from `low` to `high`, both included, int64."""
+        return torch.from_numpy(self._random.integers(low, high, shape, endpoint=True))
+
+    def permutation(self, size: int) -> torch.Tensor:
+        """A random order of 0 … size - 1, int64."""
+        return torch.from_numpy(self._random.permutation(size))
+
+    def distinct(self, rows: int, size: int, count: int) -> torch.Tensor:
+        """`count` distinct integers below `size` in each of `rows` rows, int64."""
+        return torch.from_numpy(np.argsort(self._random.random((rows, size)), axis=1)[:, :count].copy())
+
+
+def seeds() -> st.SearchStrategy[int]:
+    """One seed for all of a case's contents."""
+    return st.integers(0, 2**32 - 1)
+
+
+def sizes(largest: int, *blocks: int, least: int = 1) -> st.SearchStrategy[int]:
+    """A size from `least` to `largest`, often on a multiple of a block or one off it.
+
+    Args:
+        largest: the largest size.
+        blocks: tile sizes that kernels use, such as 16 or 64.
+        least: the smallest size.
+    """
+    edges = sorted(
+        {
+            size
+            for block in blocks
+            for multiple in (1, 2, 3)
+            for size in (block * multiple - 1, block * multiple, block * multiple + 1)
+            if least <= size <= largest
+        }
+    )
+    small = st.integers(least, min(largest, least + 5))
+    anywhere = st.integers(least, largest)
+    return st.one_of(small, anywhere, st.sampled_from(edges)) if edges else st.one_of(small, anywhere)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of that name."""
+    found = getattr(torch, name)
+    assert isinstance(found, torch.dtype)
+    return found

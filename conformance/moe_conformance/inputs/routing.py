@@ -1,0 +1,213 @@
+"""Inputs of `route`: a configuration inside the declaration, logits, bias, token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from moe_reference.config import RoutingConfig
+
+from moe_conformance.inputs.given import (
+    ID_DTYPES,
+    Content,
+    Given,
+    Inputs,
+    Plan,
+    Plans,
+    Scope,
+    seeds,
+    sizes,
+    torch_dtype,
+)
+
+UNIVERSE: dict[str, tuple[Any, ...]] = {
+    "score": ("softmax", "sigmoid", "sqrtsoftplus"),
+    "order": ("score_then_topk", "topk_then_score"),
+    "renormalize": (True, False),
+    "norm": ("sum", "l2"),
+    "epsilon": (0.0, 1e-20, 1e-9),
+    "epsilon_mode": ("add", "clamp"),
+    "renormalize_single": (True, False),
+    "scale": (1.0, 2.5, 0.375),
+    "scale_when": ("always", "not_renormalized"),
+    "group_score": ("max", "top2_sum", "topk_share_sum"),
+    "mask_fill": ("-inf", "zero"),
+    "num_groups": (1, 2, 4, 8),
+    "selection_bias": (False, True),
+    "hash_table": (False, True),
+}
+"""Every value that the suite draws for the fields of `RoutingConfig`, simplest first."""
+
+EXPERTS = (1, 2, 3, 4, 7, 8, 16, 60, 64, 72, 128, 160, 255, 256, 257, 384, 512)
+"""Numbers of experts: those of published models, one off powers of two, and beyond one byte."""
+
+CONTENTS = ("normal", "coarse", "wide", "shifted", "close", "negative")
+"""Shapes of logits: normal; on a grid of 1/4, so that many tie; ten times as wide; with a large
+common offset per token; within a thousandth of each other; all far below zero."""
+
+
+def routing(
+    *,
+    bias: bool | None = None,
+    groups: bool | None = None,
+    hashed: bool = False,
+    contents: tuple[str, ...] = CONTENTS,
+    largest: int = 512,
+    least_tokens: int = 1,
+    **fixed: tuple[Any, ...],
+) -> Given:
+    """Routing inputs inside the declaration.
+
+    Args:
+        bias: with a selection bias, without, or (None) either.
+        groups: with more than one group, without, or either.
+        hashed: experts come from a table.
+        contents: shapes of logits to draw from.
+        largest: largest number of experts.
+        least_tokens: smallest number of tokens; 2 where tokens are compared with each other.
+        **fixed: the values that a field may take here, inside the declared ones.
+    """
+
+    def plans(scope: Scope) -> Plans | None:
+        made = [
+            _plans(scope, choice, bias, groups, hashed, contents, largest, least_tokens, fixed)
+            for choice in scope.capabilities.alternatives("routing")
+        ]
+        possible = [each for each in made if each is not None]
+        return st.one_of(possible) if possible else None
+
+    return Given(plans, build_routing)
+
+
+def _plans(
+    scope: Scope,
+    declared: Mapping[str, tuple[Any, ...]],
+    bias: bool | None,
+    groups: bool | None,
+    hashed: bool,
+    contents: tuple[str, ...],
+    largest: int,
+    least_tokens: int,
+    fixed: Mapping[str, tuple[Any, ...]],
+) -> Plans | None:
+    wanted = dict(fixed)
+    wanted["selection_bias"] = (False, True) if bias is None else (bias,)
+    wanted["hash_table"] = (hashed,)
+    wanted.setdefault("num_groups", UNIVERSE["num_groups"])
+    if hashed:
+        wanted |= {"num_groups": (1,), "order": ("score_then_topk",), "selection_bias": (False,)}
+    elif groups is not None:
+        wanted["num_groups"] = tuple(n for n in wanted["num_groups"] if (n > 1) == groups)
+    choices = {}
+    for name, universe in UNIVERSE.items():
+        allowed = declared.get(name, universe)
+        values = tuple(value for value in wanted.get(name, universe) if value in allowed)
+        # A value that only this target declares is as good as one of ours, but for its kind.
+        values += tuple(v for v in allowed if v not in values and name not in wanted)
+        if not values:
+            return None
+        choices[name] = values
+    capabilities = scope.capabilities
+    most = min(largest, capabilities.max_experts or largest, 64 if scope.interpreted else largest)
+    tokens = 12 if scope.interpreted else 40
+    if not scope.dtypes or most < 1:
+        return None
+
+    @st.composite
+    def plan(draw: st.DrawFn) -> Plan:
+        config = {name: draw(st.sampled_from(values)) for name, values in choices.items()}
+        has_bias, has_table = config.pop("selection_bias"), config.pop("hash_table")
+        grouped = config["num_groups"] > 1
+        if grouped:
+            per_group = draw(st.integers(2, max(2, min(32, most // config["num_groups"]))))
+            experts = per_group * config["num_groups"]
+            config["topk_groups"] = draw(st.integers(1, config["num_groups"]))
+            reachable = per_group * config["topk_groups"]
+        else:
+            edges = [size for size in (*EXPERTS, capabilities.max_experts or 1) if size <= most]
+            experts = draw(st.one_of(st.integers(1, min(most, 9)), st.sampled_from(edges)))
+            reachable = experts
+            config["topk_groups"] = 1
+            config["group_score"], config["mask_fill"] = choices["group_score"][0], "-inf"
+        top = min(reachable, capabilities.max_top_k or 16, 16)
+        allowed_k = declared.get("top_k")
+        if allowed_k is not None:
+            config["top_k"] = draw(st.sampled_from([k for k in allowed_k if k <= top] or [1]))
+        else:
+            config["top_k"] = draw(st.integers(1, top))
+        if grouped and config["group_score"] == "topk_share_sum":
+            config["topk_groups"] = min(config["topk_groups"], config["top_k"])
+            if config["top_k"] // config["topk_groups"] > per_group:
+                config["topk_groups"] = config["num_groups"]
+            config["top_k"] = min(config["top_k"], per_group * config["topk_groups"])
+            config["topk_groups"] = min(config["topk_groups"], config["top_k"])
+        if not config["renormalize"]:
+            config["epsilon"], config["norm"] = choices["epsilon"][0], choices["norm"][0]
+        return {
+            "tokens": draw(sizes(tokens, 16, least=least_tokens)),
+            "experts": experts,
+            "config": config,
+            "dtype": draw(st.sampled_from(scope.dtypes)),
+            "logits": draw(st.sampled_from(contents)),
+            "bias": draw(st.sampled_from(("normal", "large"))) if has_bias else None,
+            "vocabulary": draw(st.integers(1, 50)) if has_table else None,
+            "ids": draw(st.sampled_from(capabilities.id_dtypes)) if has_table else None,
+            "layout": draw(st.sampled_from(_layouts(scope))),
+            "seed": draw(seeds()),
+        }
+
+    return plan()
+
+
+def _identity(scope: Scope) -> bool:
+    return scope.capabilities.logits_through == "identity"
+
+
+def _layouts(scope: Scope) -> tuple[str, ...]:
+    if not scope.capabilities.strides or _identity(scope):
+        return ("contiguous",)
+    return ("contiguous", "transposed", "strided", "offset")
+
+
+def build_routing(plan: Plan) -> Inputs:
+    """The tensors of a routing plan."""
+    content = Content(plan["seed"])
+    tokens, experts = plan["tokens"], plan["experts"]
+    config = RoutingConfig(**plan["config"])
+    token_ids = None
+    if plan["vocabulary"] is not None:
+        ids = ID_DTYPES[plan["ids"]]
+        table = content.distinct(plan["vocabulary"], experts, config.top_k).to(ids)
+        config = RoutingConfig(**plan["config"], hash_table=table)
+        token_ids = content.integers(0, plan["vocabulary"] - 1, tokens).to(ids)
+    bias = None
+    if plan["bias"] is not None:
+        bias = content.normal(experts, std=1.0 if plan["bias"] == "normal" else 4.0).float()
+        if plan["dtype"] == "float64":
+            bias = bias.double()
+    logits = fill_logits(content, plan["logits"], tokens, experts).to(torch_dtype(plan["dtype"]))
+    return {
+        "logits": logits,
+        "config": config,
+        "bias": bias,
+        "token_ids": token_ids,
+        "layouts": {"logits": plan["layout"]},
+    }
+
+
+def fill_logits(content: Content, kind: str, tokens: int, experts: int) -> torch.Tensor:
+    """Logits of one of the kinds in `CONTENTS`, float64."""
+    logits = content.normal(tokens, experts)
+    if kind == "coarse":
+        return (logits * 4).round() / 4
+    if kind == "wide":
+        return logits * 10
+    if kind == "shifted":
+        return logits + content.uniform(-30, 30, tokens, 1)
+    if kind == "close":
+        return 1 + logits * 1e-3
+    if kind == "negative":
+        return logits - 12
+    return logits

@@ -1,0 +1,142 @@
+"""The requirements: what each says, why, where it comes from, and the property that checks it."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe_conformance.case import Case
+    from moe_conformance.inputs.given import Given
+
+MUST, SHOULD, MAY = "MUST", "SHOULD", "MAY"
+
+AREAS: dict[str, str] = {
+    "GATE": "gating",
+    "BALANCE": "load_balancing",
+    "ALIGN": "alignment",
+    "DISPATCH": "dispatch",
+    "EXPERT": "experts",
+    "LAYER": "layer",
+    "SLICE": "expert_slicing",
+    "EP": "expert_parallel",
+    "QUANT": "quantization",
+    "BACKEND": "backends",
+    "NUM": "numerics",
+}
+"""The first part of an id, and the concept that it belongs to."""
+
+RETIRED: frozenset[str] = frozenset()
+"""Ids of requirements that are gone. None of them is ever given out again."""
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """One numbered sentence of the specification.
+
+    Attributes:
+        id: never used twice, never renumbered.
+        level: MUST, SHOULD or MAY.
+        operation: the operation that it speaks about.
+        sentence: what an implementation must do.
+        reason: why.
+        sources: papers, projects' code, threads of real bugs.
+        given: the inputs that the property is tried on.
+        check: the property; raises `Violation`.
+        also: further operations that the property calls.
+        references: dotted names in moe_reference that show how it is done right.
+    """
+
+    id: str
+    level: str
+    operation: str
+    sentence: str
+    reason: str
+    sources: tuple[str, ...]
+    given: Given
+    check: Callable[[Case], None]
+    also: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
+
+    @property
+    def area(self) -> str:
+        """The concept: `gating`, `alignment`, …"""
+        return AREAS[self.id.split("-")[0]]
+
+    @property
+    def title(self) -> str:
+        """The property's name as a sentence."""
+        return self.check.__name__.replace("_", " ")
+
+    @property
+    def property_source(self) -> str:
+        """The property's source code, without its decorator."""
+        source = inspect.getsource(self.check)
+        return source[source.index("def ") :]
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """The names of the seeded faults that it has to catch."""
+        from moe_conformance.faults import faults
+
+        return tuple(fault.name for fault in faults() if self.id in fault.catches)
+
+
+_registered: dict[str, Requirement] = {}
+
+
+def requirement(
+    id: str,
+    level: str,
+    operation: str,
+    sentence: str,
+    *,
+    reason: str,
+    sources: tuple[str, ...],
+    given: Given,
+    also: tuple[str, ...] = (),
+    references: tuple[str, ...] = (),
+) -> Callable[[Callable[[Case], None]], Callable[[Case], None]]:
+    """Register the decorated property as the check of a requirement."""
+
+    def register(check: Callable[[Case], None]) -> Callable[[Case], None]:
+        if id in _registered or id in RETIRED:
+            raise ValueError(f"requirement id {id} was used before")
+        _registered[id] = Requirement(
+            id, level, operation, sentence, reason, sources, given, check, also, references
+        )
+        return check
+
+    return register
+
+
+def requirements(area: str | None = None) -> list[Requirement]:
+    """All requirements, or those of one concept, in reading order."""
+    from moe_conformance import requirements as package
+
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+    order = list(AREAS)
+
+    def place(each: Requirement) -> tuple[int, int]:
+        prefix, number = each.id.split("-")
+        return order.index(prefix), int(number)
+
+    listed = sorted(_registered.values(), key=place)
+    return [each for each in listed if area is None or each.area == area]
+
+
+def requirement_named(id: str) -> Requirement:
+    """The requirement with that id.
+
+    Raises:
+        ValueError: there is none.
+    """
+    known: dict[str, Any] = {each.id: each for each in requirements()}
+    if id not in known:
+        raise ValueError(f"requirement: expected one of {', '.join(known)}, got '{id}'")
+    return known[id]

@@ -1,0 +1,739 @@
+"""Requirements on `experts` and `experts_batched`: what the chosen experts compute."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from moe_reference.config import ExpertsConfig, ExpertWeights
+
+from moe_conformance.case import Answer, Case
+from moe_conformance.codec import walk
+from moe_conformance.experts_oracle import Spread, experts_oracle, local_ids
+from moe_conformance.inputs.experts import expert_inputs
+from moe_conformance.inputs.given import Content, Given, Scope
+from moe_conformance.judge import Violation, close, equal, has_form, impostors, within
+from moe_conformance.precision import UNIT, Arithmetic
+from moe_conformance.registry import MUST, requirement
+
+NAMES = ("x", "experts", "weights", "expert_ids", "config", "expert_map")
+
+
+def arguments(case: Case, **changed: Any) -> dict[str, Any]:
+    """The arguments of `experts`, with some of them replaced."""
+    return {name: case[name] for name in NAMES} | changed
+
+
+def output_of(answer: Answer, x: torch.Tensor) -> torch.Tensor:
+    """The output, in the form that the contract gives it."""
+    has_form("output", answer.outputs, tuple(x.shape), (x.dtype,))
+    return answer.outputs
+
+
+def oracle_of(case: Case, **changed: Any) -> Spread:
+    """The expected output, spread as the target declares."""
+    given = arguments(case, **changed)
+    return experts_oracle(**given, arithmetic=arithmetic_of(case, given["x"]))
+
+
+def arithmetic_of(case: Case, x: torch.Tensor) -> Arithmetic:
+    """What the target declares to round on inputs like x."""
+    return Arithmetic.of(case.scope.capabilities, str(x.dtype).removeprefix("torch."))
+
+
+def rule_of(spread: Spread, what: str = "output") -> Callable[[torch.Tensor], tuple[bool, float]]:
+    """Hold an output against an expected spread."""
+    return lambda answer: close(what, answer, spread.value, spread.sigma, spread.freedom)
+
+
+def judge_output(
+    case: Case, output: torch.Tensor, spread: Spread, others: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Judge an output, with the usual impostors and some of the property's own."""
+
+    def wrong() -> Iterator[tuple[str, torch.Tensor]]:
+        yield from impostors(spread.value)
+        for name, value in (others or {}).items():
+            if not torch.equal(value, spread.value):
+                yield name, value
+
+    _note(case)
+    case.judge(rule_of(spread), output, wrong())
+
+
+def _note(case: Case) -> None:
+    local = local_ids(case["expert_ids"], len(case["experts"].gate_up), case["expert_map"])
+    counts = torch.bincount(local[local >= 0], minlength=len(case["experts"].gate_up))
+    case.note("an expert without tokens", bool((counts == 0).any()))
+    case.note("one expert takes everything", int(counts.max()) == int(counts.sum()))
+    case.note("an id that is not here", bool((local < 0).any()))
+    case.note(f"dtype {str(case['x'].dtype).removeprefix('torch.')}")
+
+
+def _lowest_dropped(case: Case) -> dict[str, torch.Tensor]:
+    """The output without one token's lightest pair."""
+    weights = case["weights"].clone()
+    token = int(weights.abs().amin(-1).argmax())
+    weights[token, int(weights[token].abs().argmin())] = 0
+    return {"one token's lightest pair dropped": oracle_of(case, weights=weights).value}
+
+
+@requirement(
+    "EXPERT-01",
+    MUST,
+    "experts",
+    "The output MUST be the sum over a token's experts of weight times the expert's output, within "
+    "the rounding that is declared.",
+    reason="This is the layer. A fixed tolerance either misses a dropped token or accuses a legal "
+    "order of summation, so the tolerance follows from the numbers of the case.",
+    sources=("Shazeer et al. (arXiv 1701.06538)", "aiter #4451", "aiter #4041", "vLLM #45332"),
+    given=expert_inputs(
+        activation=("silu",), gated=(True,), bias=(False,), expert_map=(False,),
+        invalid_ids=(False,), weight_on=("output",),
+    ),
+    references=("experts.experts",),
+)  # fmt: skip
+def the_output_is_the_weighted_sum_of_its_experts(case: Case) -> None:
+    """Statistical comparison with float64; a dropped pair has to be noticed."""
+    output = output_of(case.call("experts", **arguments(case)), case["x"])
+    judge_output(case, output, oracle_of(case), _lowest_dropped(case))
+
+
+def _narrow(given: Given) -> Given:
+    """Without float64, where silu(32) is not yet 32."""
+
+    def plans(scope: Scope) -> Any:
+        dtypes = tuple(dtype for dtype in scope.dtypes if dtype != "float64")
+        return given.plans(dataclasses.replace(scope, dtypes=dtypes))
+
+    return Given(plans, given.build)
+
+
+@requirement(
+    "EXPERT-02",
+    MUST,
+    "experts",
+    "Where no operation rounds, the output MUST be exact.",
+    reason="Inputs are chosen so that every order of summation gives the same bits: what differs is "
+    "an index, a row, a weight or stale memory, and never rounding.",
+    sources=("BLIS testsuite", "aiter #4451"),
+    given=_narrow(
+        expert_inputs(
+            content="exact", activation=("silu", "gelu", "gelu_tanh", "relu"), bias=(False,),
+            expert_map=(False,), invalid_ids=(False,), weight_on=("output",),
+        )
+    ),
+    references=("experts.experts",),
+)  # fmt: skip
+def exact_inputs_give_exact_outputs(case: Case) -> None:
+    """Equality to the last bit on small integers."""
+    output = output_of(case.call("experts", **arguments(case)), case["x"])
+    value = oracle_of(case).value
+    expected = ((value * 8).round() / 8).to(case["x"].dtype)
+    _note(case)
+    case.judge(lambda answer: equal("output", answer, expected), output, impostors(expected, 1.25))
+
+
+def _only(dtypes: tuple[str, ...], given: Given) -> Given:
+    """The same inputs in some dtypes, or in whatever there is where none of them is declared."""
+
+    def plans(scope: Scope) -> Any:
+        kept = tuple(dtype for dtype in scope.dtypes if dtype in dtypes) or scope.dtypes
+        return given.plans(dataclasses.replace(scope, dtypes=kept))
+
+    return Given(plans, given.build)
+
+
+WIDE = ("float32", "float64")
+
+_OTHER = {
+    "silu": "gelu",
+    "gelu": "gelu_tanh",
+    "gelu_tanh": "gelu",
+    "relu": "relu2",
+    "relu2": "relu",
+    "swigluoai": "silu",
+    "swiglu_limit": "silu",
+}
+
+
+@requirement(
+    "EXPERT-03",
+    MUST,
+    "experts",
+    "The activation MUST be the one named: `gelu` is the erf form, `gelu_tanh` its approximation, "
+    "`relu2` the square of relu.",
+    reason="The two gelu differ by 4.7e-4 at most, enough to change a model's top tokens and small "
+    "enough for any fixed tolerance.",
+    sources=("vLLM #41574", "vLLM #56839"),
+    given=_only(
+        WIDE,
+        expert_inputs(
+            activation=("gelu", "gelu_tanh", "relu", "relu2"), bias=(False,), expert_map=(False,),
+            invalid_ids=(False,), weight_on=("output",),
+        ),
+    ),
+    references=("experts.experts",),
+)  # fmt: skip
+def the_activation_is_the_one_named(case: Case) -> None:
+    """The impostor is the activation that it is most easily taken for."""
+    config = case["config"]
+    other = dataclasses.replace(config, activation=_OTHER[config.activation])
+    output = output_of(case.call("experts", **arguments(case)), case["x"])
+    wrong = oracle_of(case, config=other).value
+    case.note(f"activation {config.activation}")
+    judge_output(case, output, oracle_of(case), {other.activation: wrong})
+
+
+@requirement(
+    "EXPERT-04",
+    MUST,
+    "experts",
+    "The first I rows of `gate_up` MUST be the gate, which is activated, and the last I rows up.",
+    reason="Checkpoints and kernels disagree on the order; swapped halves load and run and answer "
+    "nonsense.",
+    sources=("SGLang #32430", "vLLM #42821", "nntrainer #4194"),
+    given=expert_inputs(
+        gated=(True,), activation=("silu",), bias=(False,), expert_map=(False,),
+        invalid_ids=(False,), weight_on=("output",), loads=("uniform", "one expert"),
+    ),
+    references=("experts.experts",),
+)  # fmt: skip
+def the_gate_rows_come_first(case: Case) -> None:
+    """The impostors are the halves exchanged, and the rows interleaved."""
+    experts = case["experts"]
+    gate, up = experts.gate_up.chunk(2, 1)
+    swapped = dataclasses.replace(experts, gate_up=torch.cat([up, gate], 1))
+    mixed = dataclasses.replace(experts, gate_up=torch.stack([gate, up], 2).flatten(1, 2))
+    output = output_of(case.call("experts", **arguments(case)), case["x"])
+    others = {
+        "gate and up exchanged": oracle_of(case, experts=swapped).value,
+        "gate and up interleaved": oracle_of(case, experts=mixed).value,
+    }
+    judge_output(case, output, oracle_of(case), others)
+
+
+@requirement(
+    "EXPERT-05",
+    MUST,
+    "experts",
+    "With `weight_on` = input x MUST be multiplied by the weight before the first product, and the "
+    "output MUST NOT be weighted again.",
+    reason="For a non-linear expert the two are different functions.",
+    sources=("SGLang #7889", "vLLM #43694", "llm-compressor #1907", "Llama 4 model code"),
+    given=expert_inputs(
+        weight_on=("input",), bias=(False,), expert_map=(False,), invalid_ids=(False,)
+    ),
+    references=("experts.experts",),
+)
+def a_weight_on_the_input_is_applied_once(case: Case) -> None:
+    """The impostor is the weight on the output."""
+    on_output = dataclasses.replace(case["config"], weight_on="output")
+    output = output_of(case.call("experts", **arguments(case)), case["x"])
+    others = {"weight on the output": oracle_of(case, config=on_output).value}
+    judge_output(case, output, oracle_of(case), others)
+
+
+@requirement(
+    "EXPERT-06",
+    MUST,
+    "experts",
+    "Biases MUST be added to each product, and the output bias MUST be multiplied by the routing "
+    "weight with the output.",
+    reason="An output bias added once per token, or unweighted, is right only where the weights add "
+    "up to 1.",
+    sources=("gpt-oss model code", "torchtitan #2258"),
+    given=expert_inputs(bias=(True,), expert_map=(False,), invalid_ids=(False,)),
+    references=("experts.experts",),
+)
+def biases_are_part_of_the_expert(case: Case) -> None:
+    """The impostors leave one of the biases out."""
+    experts = case["experts"]
+    none = {"gate_up_bias": None, "down_bias": None}
+    others = {
+        f"without {name}": oracle_of(case, experts=dataclasses.replace(experts, **{name: None})).value
+        for name in none
+        if bool(getattr(experts, name).any())
+    }
+    output = output_of(case.call("experts", **arguments(case)), case["x"])
+    judge_output(case, output, oracle_of(case), others)
+
+
+@requirement(
+    "EXPERT-07",
+    MUST,
+    "experts",
+    "A pair whose id is below 0, at or above the number of experts, or mapped to -1 MUST contribute "
+    "nothing, whatever its weight.",
+    reason="Such ids mark padding and experts of other ranks; as an index -1 is the last expert, "
+    "and NaN times 0 is NaN.",
+    sources=("vLLM #42034", "aiter #4636", "SGLang #12701", "transformers #40545"),
+    given=expert_inputs(invalid_ids=(True,), bias=(False,), loads=("uniform", "skewed")),
+    references=("experts.experts",),
+)
+def ids_that_are_not_here_contribute_nothing(case: Case) -> None:
+    """Weights of such pairs are NaN."""
+    local = local_ids(case["expert_ids"], len(case["experts"].gate_up), case["expert_map"])
+    gone = local < 0
+    output = output_of(
+        case.call("experts", **arguments(case, weights=case["weights"].masked_fill(gone, torch.nan))),
+        case["x"],
+    )
+    spread = oracle_of(case)
+    ids = case["expert_ids"].long().where(~gone, local_last(case))
+    others = {}
+    if bool(gone.any()):
+        others["counted as the last expert"] = oracle_of(case, expert_ids=ids).value
+    judge_output(case, output, spread, others)
+
+
+def local_last(case: Case) -> torch.Tensor:
+    """An id that is here: what -1 means to an index."""
+    experts = len(case["experts"].gate_up)
+    if case["expert_map"] is None:
+        return torch.tensor(experts - 1)
+    return (case["expert_map"].long() == experts - 1).nonzero()[0, 0]
+
+
+@requirement(
+    "EXPERT-08",
+    MUST,
+    "experts",
+    "With `expert_map` ids MUST be taken as global and looked up in the map.",
+    reason="Under expert parallelism the local row of an expert is not its global id.",
+    sources=("SGLang #28170", "vLLM #19590", "vLLM #29642", "flashinfer #1469"),
+    given=expert_inputs(expert_map=(True,), invalid_ids=(False,), bias=(False,)),
+    references=("experts.experts",),
+)
+def the_expert_map_leads_to_local_rows(case: Case) -> None:
+    """The impostor takes global ids as local rows."""
+    output = output_of(case.call("experts", **arguments(case)), case["x"])
+    others = {"the map ignored": oracle_of(case, expert_map=None).value}
+    case.note("the map drops an expert", bool((case["expert_map"] < 0).any()))
+    judge_output(case, output, oracle_of(case), others)
+
+
+@requirement(
+    "EXPERT-09",
+    MUST,
+    "experts",
+    "Two equal ids in a row MUST both be counted.",
+    reason="A mask over experts instead of a list of pairs counts the expert once.",
+    sources=("DeepSeek-V2 moe_infer: cnts.scatter_",),
+    given=expert_inputs(
+        loads=("duplicates",), bias=(False,), expert_map=(False,), invalid_ids=(False,)
+    ),
+    references=("experts.experts",),
+)
+def equal_ids_in_a_row_are_both_counted(case: Case) -> None:
+    """The first two ids of every token are made equal."""
+    ids = case["expert_ids"].clone()
+    top_k = ids.shape[1]
+    ids[:, -1] = ids[:, 0]
+    output = output_of(case.call("experts", **arguments(case, expert_ids=ids)), case["x"])
+    case.inputs["expert_ids"] = ids
+    once = case["weights"].clone()
+    once[:, -1] = 0
+    others = {"counted once": oracle_of(case, weights=once).value} if top_k > 1 else {}
+    spread = oracle_of(case)
+    if not others:
+        case.vacuous.append("K = 1 has no second id")
+    judge_output(case, output, spread, others)
+
+
+@requirement(
+    "EXPERT-10",
+    MUST,
+    "experts",
+    "Zero tokens MUST give an output of shape [0, H].",
+    reason="A rank that got no tokens takes part in the step like any other.",
+    sources=("DeepSeek-V2 moe_infer: new_empty(0)", "torchtitan #1166", "Megatron #4851"),
+    given=expert_inputs(loads=("uniform",)),
+    references=("experts.experts",),
+)
+def zero_tokens_give_zero_rows(case: Case) -> None:
+    """The same call with the tokens cut away."""
+    x = case["x"][:0]
+    cut = {name: case[name][:0] for name in ("x", "weights", "expert_ids")}
+    answer = case.call("experts", **arguments(case, **cut), layouts={})
+
+    def rule(output: Any) -> None:
+        has_form("output", output, tuple(x.shape), (x.dtype,))
+
+    case.judge(rule, answer.outputs, [("a row", case["x"][:1])])
+
+
+WRT = ("x", "weights", "experts.gate_up", "experts.down")
+
+
+@requirement(
+    "EXPERT-11",
+    MUST,
+    "experts",
+    "Gradients of x, of the weights and of the experts' parameters MUST be those of the weighted "
+    "sum.",
+    reason="The forward pass can be right and the backward pass wrong: a weight applied twice, a "
+    "bias left out, rows of an empty expert left as they were.",
+    sources=("pytorch #154557", "pytorch #193633", "torchtitan #1237", "DeepSpeed #5259"),
+    given=Given(
+        lambda scope: (
+            expert_inputs(bias=(False, True)).plans(scope)
+            if "experts" in scope.capabilities.gradients
+            else None
+        ),
+        expert_inputs().build,
+    ),
+    references=("experts.experts",),
+)
+def gradients_are_those_of_the_weighted_sum(case: Case) -> None:
+    """Autograd on the target against autograd on the reference in float64."""
+    given = arguments(case)
+    found = _gradients(case, given)
+    expected, bound = _expected_gradients(case, given)
+    for path, gradient in found.items():
+        if gradient is None:
+            raise Violation(f"gradient of {path}: expected a tensor, got None")
+        has_form(f"gradient of {path}", gradient, tuple(expected[path].shape), (_dtype(given, path),))
+
+        def rule(answer: torch.Tensor, path: str = path) -> None:
+            within(f"gradient of {path}", answer, expected[path], bound[path])
+
+        case.judge(rule, gradient, _wrong_gradients(expected[path], bound[path]))
+
+
+def _wrong_gradients(
+    expected: torch.Tensor, bound: torch.Tensor
+) -> Iterator[tuple[str, torch.Tensor]]:
+    noise = torch.full_like(expected, 1.0)
+    yield "ones added", expected + noise * (2 * bound.max() + 1)
+    if bool((expected.abs() > 2 * bound).any()):
+        yield "all zeros", torch.zeros_like(expected)
+        yield "twice as much", 2 * expected
+
+
+def _gradients(case: Case, given: dict[str, Any]) -> dict[str, torch.Tensor | None]:
+    paths = list(WRT) + [
+        f"experts.{name}" for name in ("gate_up_bias", "down_bias")
+        if getattr(given["experts"], name) is not None
+    ]  # fmt: skip
+    call = case.planned("experts", wrt=paths, cotangents={"": _cotangent(given["x"])}, **given)
+    answer = case.session([call])[0]
+    output_of(answer, given["x"])
+    return answer.gradients
+
+
+def _cotangent(x: torch.Tensor) -> torch.Tensor:
+    return Content(x.numel()).normal(*x.shape).to(x.dtype)
+
+
+def _dtype(given: dict[str, Any], path: str) -> torch.dtype:
+    return dict(walk(given))[path].dtype
+
+
+def _expected_gradients(
+    case: Case, given: dict[str, Any]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Float64 gradients, and how far a legal answer may be from them.
+
+    Every gradient is a sum of products. With all factors replaced by their absolute values the same
+    sums give its size, and each of the at most `depth` roundings on the way costs one unit of it:
+    a worst case bound that holds for every order and every declared rounding point.
+    """
+    from moe_reference.experts import experts as reference_experts
+
+    arithmetic = arithmetic_of(case, given["x"])
+    wide = _wide(given)
+    value = reference_experts(**wide)
+    paths = [path for path, t in walk(wide) if t.requires_grad]
+    leaves = dict(walk(wide))
+    found = torch.autograd.grad(
+        value, [leaves[path] for path in paths], _cotangent(given["x"]).double(), allow_unused=True
+    )
+    expected = {
+        path: torch.zeros_like(leaves[path]) if g is None else g
+        for path, g in zip(paths, found, strict=True)
+    }
+    tokens, hidden = given["x"].shape
+    inner, top_k = given["experts"].down.shape[-1], given["weights"].shape[1]
+    terms = 4 * (hidden + inner + tokens * top_k)
+    u = max(arithmetic.accumulator_unit, UNIT["tf32"] if arithmetic.accumulator == "tf32" else 0.0)
+    stages = 8  # rounded results between an input and its gradient, forward and back
+    relative = terms * u + stages * max(u, arithmetic.unit) + arithmetic.unit
+    sizes = _gradient_sizes(given, relative)
+    bound = {}
+    for path in paths:
+        bound[path] = relative * sizes[path] + 2 * relative * expected[path].abs() + 1e-30
+        if arithmetic.dtype in ("float16", "bfloat16"):
+            bound[path] = bound[path] + 2.0**-24 * stages
+    return expected, bound
+
+
+def _wide(given: dict[str, Any]) -> dict[str, Any]:
+    def leaf(t: torch.Tensor | None) -> torch.Tensor | None:
+        return None if t is None else t.detach().double().requires_grad_(True)
+
+    experts = given["experts"]
+    return given | {
+        "x": leaf(given["x"]),
+        "weights": leaf(given["weights"]),
+        "experts": ExpertWeights(
+            leaf(experts.gate_up), leaf(experts.down), leaf(experts.gate_up_bias), leaf(experts.down_bias)  # type: ignore[arg-type]
+        ),
+    }  # fmt: skip
+
+
+def _gradient_sizes(given: dict[str, Any], relative: float) -> dict[str, torch.Tensor]:
+    """Each gradient with every factor and every term replaced by its absolute value.
+
+    Where a pre-activation is as close to a kink or a clamp as its rounding reaches, the slope may
+    be the one on the other side: such elements count with all of their slope.
+    """
+    from moe_conformance.experts_oracle import activation_parts
+
+    config: ExpertsConfig = given["config"]
+    experts = given["experts"]
+    x, weights = given["x"].double(), given["weights"].double()
+    gate_up, down = experts.gate_up.double(), experts.down.double()
+    cotangent = _cotangent(given["x"]).double().abs()
+    local = local_ids(given["expert_ids"], len(gate_up), given["expert_map"])
+    size = {
+        "x": torch.zeros_like(x),
+        "weights": torch.zeros_like(weights),
+        "experts.gate_up": torch.zeros_like(gate_up),
+        "experts.down": torch.zeros_like(down),
+        "experts.gate_up_bias": torch.zeros(gate_up.shape[:2]).double(),
+        "experts.down_bias": torch.zeros(down.shape[:2]).double(),
+    }
+    for expert in range(len(gate_up)):
+        token, k = (local == expert).nonzero(as_tuple=True)
+        w = weights[token, k].abs()[:, None]
+        rows = x[token].abs()
+        on_input = config.weight_on == "input"
+        seen = rows * w if on_input else rows
+        pre = seen @ gate_up[expert].abs().T
+        signed = (x[token] * (weights[token, k][:, None] if on_input else 1)) @ gate_up[expert].T
+        bias = torch.zeros(gate_up.shape[1]).double()
+        out_bias = torch.zeros(down.shape[1]).double()
+        if experts.gate_up_bias is not None:
+            bias, out_bias = experts.gate_up_bias[expert].double(), experts.down_bias[expert].double()
+        pre, signed = pre + bias.abs(), signed + bias
+        leaf = signed.requires_grad_(True)
+        gate, up = leaf.chunk(2, -1) if config.gated else (leaf, torch.ones_like(leaf))
+        inner, factor = activation_parts(gate, up, config)
+        [slope] = torch.autograd.grad((inner * factor).sum(), leaf)
+        # A slope is off by the curvature times the error of the pre-activation. The activations'
+        # second derivatives are at most 2 (relu2) on branches of at most `pre`.
+        big = pre.chunk(2, -1) if config.gated else (pre, torch.ones_like(pre))
+        steep = (1 + big[1]) * (1 + big[0]) if config.gated else 1 + 2 * big[0]
+        steep = torch.cat([steep, 1 + big[0]], -1) if config.gated else steep
+        slope = slope.abs() + steep + steep * _near_kink(signed, pre, config, relative) / relative
+        result = (inner * factor).detach().abs() + (1 + big[0]) * (1 + big[1])
+        g = cotangent[token] * (1 if on_input else w)
+        back = g @ down[expert].abs()
+        back = torch.cat([back, back], -1) if config.gated else back
+        back = back * slope
+        to_rows = back @ gate_up[expert].abs()
+        size["experts.down"][expert] = g.T @ result
+        size["experts.down_bias"][expert] = g.sum(0)
+        size["experts.gate_up"][expert] = back.T @ seen
+        size["experts.gate_up_bias"][expert] = back.sum(0)
+        size["x"].index_add_(0, token, to_rows * (w if on_input else 1))
+        if on_input:
+            own = (to_rows * rows).sum(-1)
+        else:
+            own = (cotangent[token] * (result @ down[expert].abs().T + out_bias.abs())).sum(-1)
+        size["weights"].index_put_((token, k), own, accumulate=True)
+    return {path: t.detach() for path, t in size.items()}
+
+
+def _near_kink(
+    pre: torch.Tensor, size: torch.Tensor, config: ExpertsConfig, relative: float
+) -> torch.Tensor:
+    kinks = {"relu": (0.0,), "swigluoai": (-1.0, 1.0), "swiglu_limit": (-1.0, 1.0)}
+    near = torch.zeros_like(pre)
+    for kink in kinks.get(config.activation, ()):
+        near += (pre.detach() - kink * config.limit).abs() <= relative * size
+    return near
+
+
+@requirement(
+    "EXPERT-12",
+    MUST,
+    "experts",
+    "Where nothing was routed gradients MUST be zero, not None and not what was in memory.",
+    reason="None desynchronises the ranks of a sharded optimiser; uninitialised gradients of an "
+    "empty expert destroy it in one step.",
+    sources=("Megatron #1877", "pytorch #154557", "TE #3484", "PaddleFormers #3010"),
+    given=Given(
+        lambda scope: (
+            expert_inputs(loads=("half empty",), bias=(False,), expert_map=(False,),
+                          invalid_ids=(False,)).plans(scope)
+            if "experts" in scope.capabilities.gradients
+            else None
+        ),
+        expert_inputs().build,
+    ),
+    references=("experts.experts",),
+)  # fmt: skip
+def nothing_routed_gives_zero_gradients(case: Case) -> None:
+    """Every pair goes to expert 0, so all others must have gradients of exactly zero."""
+    ids = torch.zeros_like(case["expert_ids"])
+    found = _gradients(case, arguments(case, expert_ids=ids))
+    if len(case["experts"].gate_up) == 1:
+        case.vacuous.append("one expert cannot be empty")
+    for path in ("experts.gate_up", "experts.down"):
+        gradient = found[path]
+        if gradient is None:
+            raise Violation(f"gradient of {path}: expected a tensor, got None")
+        idle = gradient[1:]
+        zero = torch.zeros_like(idle)
+        case.judge(
+            lambda answer, path=path, zero=zero: equal(f"gradient of {path}, experts 1 …", answer, zero),
+            idle,
+            [("ones", torch.ones_like(idle))] if idle.numel() else [("ones", torch.ones(1, *idle.shape[1:]))],
+        )
+
+
+@requirement(
+    "EXPERT-13",
+    MUST,
+    "experts",
+    "`swigluoai` MUST clamp the gate above only and up on both sides, add 1 to up, and use alpha; "
+    "`swiglu_limit` MUST clamp before silu, without either.",
+    reason="The published clamps are not symmetric, and inputs within the limit cannot tell.",
+    sources=("onnxruntime #28738", "SGLang #23776", "vLLM #26347", "prime-rl #2365"),
+    given=_only(
+        WIDE,
+        expert_inputs(
+            activation=("swigluoai", "swiglu_limit"), expert_map=(False,), invalid_ids=(False,),
+            weight_on=("output",),
+        ),
+    ),
+    references=("experts.experts",),
+)  # fmt: skip
+def clamped_activations_clamp_as_published(case: Case) -> None:
+    """Pre-activations reach well beyond the limit on both sides."""
+    experts = dataclasses.replace(case["experts"], gate_up=case["experts"].gate_up * 6)
+    case.inputs["experts"] = experts
+    output = output_of(case.call("experts", **arguments(case)), case["x"])
+    plain = dataclasses.replace(case["config"], activation="silu")
+    others = {"silu": oracle_of(case, config=plain).value}
+    judge_output(case, output, oracle_of(case), others)
+
+
+@requirement(
+    "EXPERT-14",
+    MUST,
+    "experts",
+    "Multiplying all weights by 2 MUST double the output, to the last bit, where weights go on the "
+    "output.",
+    reason="A power of two passes through every rounding: what is not doubled was not weighted.",
+    sources=("Megatron #1421",),
+    given=expert_inputs(weight_on=("output",), invalid_ids=(False,)),
+    references=("experts.experts",),
+)
+def the_output_is_linear_in_the_weights(case: Case) -> None:
+    """Needs no oracle: two answers of the target are compared with each other."""
+    if case["x"].dtype is torch.float16:
+        case.inputs["weights"] = case["weights"] / 4  # stay clear of the largest float16
+    once = case.planned("experts", **arguments(case))
+    twice = case.planned("experts", **arguments(case, weights=2 * case["weights"]))
+    first, second = case.session([once, twice])
+    output = output_of(first, case["x"])
+    doubled = output_of(second, case["x"])
+    normal = output.abs() >= 2.0**-100 if output.dtype is not torch.float16 else output.abs() >= 2**-12
+    expected = (2 * output).where(normal, doubled)
+    case.judge(lambda answer: equal("output for 2 × weights", answer, expected), doubled,
+               [("not doubled", output.where(normal, doubled))] if bool(normal.any()) else [])  # fmt: skip
+
+
+def _batched(given: Given) -> Given:
+    """[E, C, H] rows and counts in the place of ids."""
+
+    def build(plan: dict[str, Any]) -> dict[str, Any]:
+        inputs = given.build(plan)
+        content = Content(plan["seed"])
+        capacity, local = plan["tokens"], len(inputs["experts"].gate_up)
+        rows = content.normal(local, capacity, plan["hidden"]).to(inputs["x"].dtype)
+        counts = content.integers(0, capacity, local)
+        counts[: local // 2] = capacity if plan["load"] == "skewed" else counts[: local // 2]
+        return {
+            "x": rows,
+            "tokens_per_expert": counts.to(torch.int32),
+            "experts": inputs["experts"],
+            "config": inputs["config"],
+            "layouts": {"x": plan["layout"]},
+        }
+
+    return Given(given.plans, build)
+
+
+@requirement(
+    "EXPERT-15",
+    MUST,
+    "experts_batched",
+    "Row i of expert e MUST be that expert's output for its input row, unweighted, for i below the "
+    "expert's count; rows past the count MUST be zero.",
+    reason="The batched format pads every expert to the same number of rows; what lies in the "
+    "padding must neither be used nor come out.",
+    sources=("vllm-ascend #9992", "SGLang #30895", "vLLM #43547"),
+    given=_batched(
+        expert_inputs(expert_map=(False,), invalid_ids=(False,), weight_on=("output",),
+                      loads=("uniform", "skewed"))
+    ),
+    references=("experts.experts_batched",),
+)  # fmt: skip
+def batched_rows_are_each_experts_own(case: Case) -> None:
+    """The padding rows of the input hold NaN."""
+    x, counts, experts = case["x"], case["tokens_per_expert"], case["experts"]
+    local, capacity, hidden = x.shape
+    real = torch.arange(capacity) < counts[:, None]
+    poisoned = x.masked_fill(~real[..., None], torch.nan)
+    answer = case.call(
+        "experts_batched", x=poisoned, tokens_per_expert=counts, experts=experts, config=case["config"]
+    )
+    output = output_of(answer, x)
+    ids = torch.arange(local).repeat_interleave(capacity)[:, None].masked_fill(~real.view(-1, 1), -1)
+    weights = torch.ones(local * capacity, 1)
+    spread = experts_oracle(
+        x.reshape(-1, hidden), experts, weights, ids, case["config"], None, arithmetic_of(case, x)
+    )
+    flat = output.reshape(-1, hidden)
+
+    def rule(rows: torch.Tensor) -> tuple[bool, float]:
+        gone = ~real.view(-1)
+        equal("rows past the count", rows[gone].double(), torch.zeros(int(gone.sum()), hidden).double())
+        return close("output", rows, spread.value, spread.sigma, spread.freedom)
+
+    case.note("an expert without rows", bool((counts == 0).any()))
+    case.judge(rule, flat, impostors(spread.value))
+
+
+@requirement(
+    "EXPERT-16",
+    MUST,
+    "experts",
+    "Renaming the experts MUST NOT change the output.",
+    reason="Which row an expert's weights stand in is a matter of storage; an implementation that "
+    "mixes up a row and an id notices here.",
+    sources=("SGLang #18213", "vllm-ascend #4793"),
+    given=expert_inputs(
+        bias=(False,), expert_map=(False,), invalid_ids=(False,), loads=("uniform", "skewed")
+    ),
+    references=("experts.experts",),
+)
+def renaming_the_experts_changes_nothing(case: Case) -> None:
+    """Weights moved one row on, ids with them."""
+    experts, ids = case["experts"], case["expert_ids"]
+    count = len(experts.gate_up)
+    moved = dataclasses.replace(experts, gate_up=experts.gate_up.roll(1, 0), down=experts.down.roll(1, 0))
+    renamed = ((ids + 1) % count).to(ids.dtype)
+    output = output_of(
+        case.call("experts", **arguments(case, experts=moved, expert_ids=renamed)), case["x"]
+    )
+    others = {}
+    if count > 1:
+        others["ids not renamed"] = oracle_of(case, expert_ids=(ids - 1) % count).value
+    judge_output(case, output, oracle_of(case), others)

@@ -1,0 +1,284 @@
+"""Tries requirements on a target: draws cases, counts them, shrinks what fails, gives a status."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import hypothesis
+from hypothesis import HealthCheck, Phase
+from hypothesis.errors import FlakyFailure, Unsatisfiable
+
+from moe_conformance.case import Case
+from moe_conformance.codec import walk
+from moe_conformance.executor import Executor
+from moe_conformance.inputs.given import Inputs, Plan, Scope
+from moe_conformance.judge import Violation
+from moe_conformance.registry import MAY, SHOULD, Requirement
+
+STATUSES = (
+    "pass",
+    "fail",
+    "crash",
+    "timeout",
+    "marginal",
+    "inconclusive",
+    "warn",
+    "observed",
+    "unsupported",
+    "not_provided",
+    "waived",
+)
+"""Every status that a requirement can have in a report."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How hard to try.
+
+    Attributes:
+        examples: cases drawn per requirement.
+        minimum: cases that could have failed, below which nothing is concluded.
+        shrink_seconds: time for making a failing case smaller.
+    """
+
+    examples: int
+    minimum: int
+    shrink_seconds: float = 5.0
+
+
+PROFILES: dict[str, Effort] = {
+    "smoke": Effort(12, 3, 2.0),
+    "cpu": Effort(60, 10, 5.0),
+    "full": Effort(400, 40, 20.0),
+}
+"""Named efforts. An interpreted target gets a quarter of the examples; see `effort_for`."""
+
+RESEEDS = 2
+"""A marginal case is drawn again with this many other seeds; marginal every time is a failure."""
+
+
+def effort_for(profile: str, examples: int | None, interpreted: bool) -> Effort:
+    """The effort of a profile, with the number of examples replaced where one is given."""
+    effort = PROFILES[profile]
+    count = examples if examples is not None else effort.examples
+    if interpreted and examples is None:
+        count = max(4, count // 4)
+    return Effort(count, max(1, min(effort.minimum, count // 3)), effort.shrink_seconds)
+
+
+@dataclass
+class Failure:
+    """The smallest case found that breaks a requirement."""
+
+    requirement: Requirement
+    plan: Plan
+    inputs: Inputs
+    violation: Violation
+    sessions: list[tuple[dict[str, Any], list[dict[str, Any]]]]
+    flips: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """How much there is to read: numbers in the tensors, then length of the plan."""
+        return sum(t.numel() for _, t in walk(self.inputs)), len(json.dumps(self.plan))
+
+
+@dataclass
+class Result:
+    """What is known of one requirement on one target."""
+
+    requirement: Requirement
+    status: str
+    message: str = ""
+    cases: int = 0
+    vacuous: int = 0
+    marginal: int = 0
+    worst: float = 0.0
+    seconds: float = 0.0
+    drawn: Counter[str] = field(default_factory=Counter)
+    failure: Failure | None = None
+
+
+@dataclass
+class _Search:
+    requirement: Requirement
+    scope: Scope
+    executor: Executor
+    effort: Effort
+    result: Result
+    failure: Failure | None = None
+    failed_at: float = 0.0
+    final: bool = False
+
+    def execute(self, plan: Plan) -> None:
+        if self.final or self._out_of_time():
+            # The process was lost, or the time for shrinking is spent: only what was found fails.
+            self.final = True
+            assert self.failure is not None
+            if plan == self.failure.plan:
+                raise self.failure.violation
+            return
+        case = self._case(plan)
+        try:
+            self.requirement.check(case)
+            if case.marginal:
+                self._try_again(plan)
+        except Violation as violation:
+            self._record(plan, case, violation)
+            raise
+        finally:
+            if self.failure is None:
+                self._count(case)
+
+    def _case(self, plan: Plan) -> Case:
+        return Case(self.requirement.given.build(plan), self.scope, self.executor)
+
+    def _try_again(self, plan: Plan) -> None:
+        for other in range(1, RESEEDS + 1):
+            again = self._case({**plan, "seed": (plan["seed"] + other) % 2**32})
+            self.requirement.check(again)
+            if not again.marginal:
+                self.result.marginal += 1
+                return
+        raise Violation(f"marginal with {RESEEDS + 1} seeds out of {RESEEDS + 1}")
+
+    def _record(self, plan: Plan, case: Case, violation: Violation) -> None:
+        found = Failure(self.requirement, plan, case.inputs, violation, case.sessions)
+        if self.failure is None:
+            self.failed_at = time.perf_counter()
+        elif self.failure.violation.kind != violation.kind or found.size > self.failure.size:
+            return
+        self.failure = found
+        # A process that dies or hangs costs too much to be made smaller.
+        self.final = violation.kind == "timeout" or not case.sessions or not case.sessions[-1][1]
+
+    def _out_of_time(self) -> bool:
+        if self.failure is None:
+            return False
+        return time.perf_counter() - self.failed_at > self.effort.shrink_seconds
+
+    def _count(self, case: Case) -> None:
+        self.result.cases += 1
+        self.result.vacuous += not case.effective
+        self.result.worst = max(self.result.worst, case.worst)
+        self.result.drawn.update(case.events)
+        self.result.drawn.update(f"vacuous: {name}" for name in case.vacuous[:1])
+
+
+def run_requirement(
+    requirement: Requirement, scope: Scope, executor: Executor, effort: Effort, seed: int
+) -> Result:
+    """Draw cases for one requirement until one fails or there have been enough.
+
+    Args:
+        requirement: what to check.
+        scope: what may be drawn.
+        executor: calls the target.
+        effort: how many cases.
+        seed: of the whole run; each requirement derives its own from it.
+    """
+    result = Result(requirement, "pass")
+    needed = (requirement.operation, *requirement.also)
+    missing = [name for name in needed if name not in scope.operations]
+    if missing:
+        result.status = "not_provided"
+        result.message = f"the target has no {' and no '.join(missing)}"
+        return result
+    strategy = requirement.given.plans(scope)
+    if strategy is None:
+        result.status = "unsupported"
+        result.message = "nothing of the kind lies inside the declaration"
+        return result
+    search = _Search(requirement, scope, executor, effort, result)
+    began = time.perf_counter()
+    flaky = False
+
+    @hypothesis.seed(_derive(seed, requirement.id))
+    @hypothesis.settings(
+        max_examples=effort.examples,
+        database=None,
+        deadline=None,
+        derandomize=False,
+        print_blob=False,
+        report_multiple_bugs=False,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
+    @hypothesis.given(strategy)
+    def search_cases(plan: Plan) -> None:
+        search.execute(plan)
+
+    try:
+        search_cases()
+    except Violation:
+        pass
+    except FlakyFailure:
+        flaky = not search.final
+    except Unsatisfiable:
+        result.message = "no case could be drawn inside the declaration"
+    result.seconds = time.perf_counter() - began
+    _conclude(result, search, effort, flaky)
+    return result
+
+
+def _conclude(result: Result, search: _Search, effort: Effort, flaky: bool) -> None:
+    failure = search.failure
+    if failure is not None:
+        failure.flips = flaky
+        result.failure = failure
+        result.status = failure.violation.kind
+        result.message = str(failure.violation)
+        if flaky:
+            result.message += " (the answer flips from call to call)"
+        if result.requirement.level == SHOULD and result.status == "fail":
+            result.status = "warn"
+    elif result.requirement.level == MAY:
+        result.status = "observed"
+        result.message = ", ".join(f"{name} {n}" for name, n in sorted(result.drawn.items()))
+    elif result.cases - result.vacuous < effort.minimum:
+        result.status = "inconclusive"
+        result.message = result.message or (
+            f"{result.cases - result.vacuous} of {result.cases} cases could have failed, "
+            f"{effort.minimum} at least are needed"
+        )
+    elif result.marginal:
+        result.status = "marginal"
+        result.message = f"{result.marginal} of {result.cases} cases were marginal with one seed"
+
+
+def run_target(
+    requirements: Sequence[Requirement],
+    scope: Scope,
+    executor: Executor,
+    effort: Effort,
+    seed: int,
+    progress: Callable[[Result], None] = lambda result: None,
+) -> list[Result]:
+    """Run every requirement on one target, telling `progress` after each."""
+    results = []
+    for requirement in requirements:
+        result = run_requirement(requirement, scope, executor, effort, seed)
+        progress(result)
+        results.append(result)
+    return results
+
+
+def verdict(results: Sequence[Result]) -> str:
+    """The verdict over all requirements: conforms, conforms_with_waivers, fails, inconclusive."""
+    statuses = {result.status for result in results}
+    if statuses & {"fail", "crash", "timeout"}:
+        return "fails"
+    ran = statuses & {"pass", "marginal", "warn", "waived"}
+    if not ran or "inconclusive" in statuses:
+        return "inconclusive"
+    return "conforms_with_waivers" if "waived" in statuses else "conforms"
+
+
+def _derive(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:4], "big")

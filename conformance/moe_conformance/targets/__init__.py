@@ -1,0 +1,154 @@
+"""Targets that are always there: the reference, and an adapter for each library that has one."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from moe_reference import alignment, dispatch, gating, layer, load_balancing
+from moe_reference import experts as _experts
+from moe_reference.config import (
+    BalanceConfig,
+    ExpertsConfig,
+    ExpertWeights,
+    LayerConfig,
+    LayerOutput,
+    LayerWeights,
+    RoutingConfig,
+)
+
+from moe_conformance.target import Capabilities, Target
+
+Tensor = torch.Tensor
+
+
+def suite_version() -> str:
+    """The installed version of moespec."""
+    try:
+        return version("moespec")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+class Reference(Target):
+    """`moe_reference` itself. Subclass it to change one operation and see what notices.
+
+    The oracle is the same code in float64, so this target shows that float32, bfloat16 and float16
+    inputs stay within the tolerance that the suite derives, and that the suite accuses nobody.
+    """
+
+    name = "reference"
+    version = suite_version()
+    capabilities = Capabilities(
+        devices=("cpu", "cuda", "mps"),
+        dtypes=("float32", "bfloat16", "float16", "float64"),
+        gradients=(
+            "route",
+            "balance_loss",
+            "z_loss",
+            "dispatch",
+            "combine",
+            "experts",
+            "experts_batched",
+            "layer",
+        ),
+        ties="lowest",
+    )
+
+    def route(
+        self,
+        logits: Tensor,
+        config: RoutingConfig,
+        bias: Tensor | None = None,
+        token_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See `moe_reference.gating.route`."""
+        return gating.route(logits, config, bias, token_ids)
+
+    def balance_loss(
+        self,
+        logits: Tensor,
+        expert_ids: Tensor,
+        config: BalanceConfig,
+        padding_mask: Tensor | None = None,
+        tokens_per_expert: Tensor | None = None,
+    ) -> Tensor:
+        """See `moe_reference.load_balancing.balance_loss`."""
+        return load_balancing.balance_loss(
+            logits, expert_ids, config, padding_mask, tokens_per_expert
+        )
+
+    def z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """See `moe_reference.load_balancing.z_loss`."""
+        return load_balancing.z_loss(logits, padding_mask)
+
+    def update_bias(
+        self, bias: Tensor, tokens_per_expert: Tensor, rate: float, centred: bool
+    ) -> Tensor:
+        """See `moe_reference.load_balancing.update_bias`."""
+        return load_balancing.update_bias(bias, tokens_per_expert, rate, centred)
+
+    def align(
+        self,
+        expert_ids: Tensor,
+        block_size: int,
+        num_experts: int,
+        expert_map: Tensor | None = None,
+        drop_invalid: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `moe_reference.alignment.align`."""
+        return alignment.align(expert_ids, block_size, num_experts, expert_map, drop_invalid)
+
+    def align_batched(
+        self, tokens_per_expert: Tensor, max_tokens: int, block_size: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `moe_reference.alignment.align_batched`."""
+        return alignment.align_batched(tokens_per_expert, max_tokens, block_size)
+
+    def dispatch(
+        self, x: Tensor, expert_ids: Tensor, num_experts: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `moe_reference.dispatch.dispatch`."""
+        return dispatch.dispatch(x, expert_ids, num_experts)
+
+    def combine(self, rows: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+        """See `moe_reference.dispatch.combine`."""
+        return dispatch.combine(rows, slots, weights)
+
+    def drop_to_capacity(
+        self, weights: Tensor, expert_ids: Tensor, num_experts: int, capacity: int, policy: str
+    ) -> tuple[Tensor, Tensor]:
+        """See `moe_reference.dispatch.drop_to_capacity`."""
+        return dispatch.drop_to_capacity(weights, expert_ids, num_experts, capacity, policy)
+
+    def experts(
+        self,
+        x: Tensor,
+        experts: ExpertWeights,
+        weights: Tensor,
+        expert_ids: Tensor,
+        config: ExpertsConfig,
+        expert_map: Tensor | None = None,
+    ) -> Tensor:
+        """See `moe_reference.experts.experts`."""
+        return _experts.experts(x, experts, weights, expert_ids, config, expert_map)
+
+    def experts_batched(
+        self, x: Tensor, tokens_per_expert: Tensor, experts: ExpertWeights, config: ExpertsConfig
+    ) -> Tensor:
+        """See `moe_reference.experts.experts_batched`."""
+        return _experts.experts_batched(x, tokens_per_expert, experts, config)
+
+    def layer(
+        self,
+        x: Tensor,
+        parameters: LayerWeights,
+        config: LayerConfig,
+        token_ids: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        training: bool = False,
+    ) -> LayerOutput:
+        """See `moe_reference.layer.layer`."""
+        return layer.layer(x, parameters, config, token_ids, padding_mask, training)
+
+
