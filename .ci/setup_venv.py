@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 EXTRAS = ["transformers", "triton", "notebooks", "docs", "dev"]
+OLDEST, NEWEST = (3, 11), (3, 13)
 LEAST_TORCH = (2, 10)
 
 
@@ -75,11 +76,11 @@ def pip(*arguments):
 
 def main():
     """Make or update `.venv`."""
-    if sys.version_info < (3, 11):
+    if not OLDEST <= sys.version_info[:2] <= NEWEST:
         version = ".".join(map(str, sys.version_info[:3]))
         sys.exit(
-            f"moespec needs Python 3.11 or newer and '{sys.executable}' is {version}: "
-            "name a newer one, as in: make setup PYTHON=python3.11"
+            f"moespec needs Python 3.11, 3.12 or 3.13, and '{sys.executable}' is {version}: "
+            "name another one, as in: make setup PYTHON=python3.11"
         )
     start = time.monotonic()
     if not (VENV / "bin" / "pip").exists():

@@ -119,7 +119,7 @@ class WorkerExecutor:
 
     def _start(self) -> dict[str, Any]:
         self._pool = ProcessPoolExecutor(
-            1, mp_context=_context(), initializer=worker.start, initargs=(self._log,)
+            1, mp_context=forkserver(), initializer=worker.start, initargs=(self._log,)
         )
         return self._submit(LOAD_SECONDS, worker.load, self.name)
 
@@ -163,7 +163,7 @@ def in_worker(function: Any, *arguments: Any) -> Any:
     """Call one of the worker's functions in a process that is gone afterwards."""
     with tempfile.NamedTemporaryFile(prefix="moespec-") as log:
         pool = ProcessPoolExecutor(
-            1, mp_context=_context(), initializer=worker.start, initargs=(log.name,)
+            1, mp_context=forkserver(), initializer=worker.start, initargs=(log.name,)
         )
         try:
             return pool.submit(function, *arguments).result(LOAD_SECONDS)
@@ -180,10 +180,11 @@ def capabilities_of(executor: Executor) -> Capabilities:
     return Capabilities.from_json(executor.description["capabilities"])
 
 
-def _context() -> Any:
+def forkserver() -> Any:
+    """Where processes come from: a server that has imported torch and no target."""
     if sys.platform == "win32":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["moe_conformance.worker"])
+    context.set_forkserver_preload(["moe_conformance.check"])
     return context
 

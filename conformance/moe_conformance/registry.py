@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from moe_conformance.inputs.given import Given
 
 MUST, SHOULD, MAY = "MUST", "SHOULD", "MAY"
+ANY = "any"
+"""The operation of a requirement that is drawn from all that the target provides."""
 
 AREAS: dict[str, str] = {
     "GATE": "gating",

@@ -186,7 +186,7 @@ class RoutingOracle:
         value = value_TGM.topk(count, -1).values.sum(-1)
         # Any member may enter the sum, so each of its terms is off by the largest error at most.
         error = count * error_TGM.amax(-1) + (count - 1) * self.unit * value.abs()
-        ranked = value.sort(-1, descending=True, stable=True)
+        ranked = value.sort(dim=-1, descending=True, stable=True)
         last = ranked.values[:, config.topk_groups - 1, None]
         open_groups = torch.zeros_like(value, dtype=torch.bool)
         open_groups.scatter_(1, ranked.indices[:, : config.topk_groups], True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from moe_conformance.codec import walk
 from moe_conformance.executor import Executor
 from moe_conformance.inputs.given import Inputs, Plan, Scope
 from moe_conformance.judge import Violation
-from moe_conformance.registry import MAY, SHOULD, Requirement
+from moe_conformance.registry import ANY, MAY, SHOULD, Requirement
 
 STATUSES = (
     "pass",
@@ -184,7 +185,7 @@ def run_requirement(
         seed: of the whole run; each requirement derives its own from it.
     """
     result = Result(requirement, "pass")
-    needed = (requirement.operation, *requirement.also)
+    needed = [n for n in (requirement.operation, *requirement.also) if n != ANY]
     missing = [name for name in needed if name not in scope.operations]
     if missing:
         result.status = "not_provided"
@@ -222,6 +223,14 @@ def run_requirement(
         flaky = not search.final
     except Unsatisfiable:
         result.message = "no case could be drawn inside the declaration"
+    except Exception as error:
+        # Ours, not the target's: nothing may be concluded, and nobody is accused.
+        result.cases = result.vacuous = 0
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        result.message = (
+            f"the suite itself failed, please report it: {type(error).__name__}: {error} "
+            f"({where.name}, line {where.lineno})"
+        )
     result.seconds = time.perf_counter() - began
     _conclude(result, search, effort, flaky)
     return result

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, ClassVar
 
 OPERATIONS: tuple[str, ...] = (
@@ -183,3 +184,11 @@ class Target:
             for name in OPERATIONS
             if callable(getattr(cls, name, None)) and (declared is None or name in declared)
         )
+
+
+def suite_version() -> str:
+    """The installed version of moespec."""
+    try:
+        return version("moespec")
+    except PackageNotFoundError:
+        return "not installed"

@@ -130,8 +130,8 @@ def variants(name: str) -> list[str]:
     return [name]
 
 
-def load(name: str) -> dict[str, Any]:
-    """Make the target and describe it.
+def make(name: str) -> Target:
+    """The target of that name.
 
     Raises:
         LoadError: see `find`; or its constructor failed.
@@ -140,9 +140,18 @@ def load(name: str) -> dict[str, Any]:
     found = find(base)
     factory = found[variant] if isinstance(found, Mapping) else found
     try:
-        target = factory()
+        return factory()
     except Exception as error:
         raise LoadError(f"target '{name}': {type(error).__name__}: {error}") from error
+
+
+def load(name: str) -> dict[str, Any]:
+    """Make the target, keep it for `run`, and describe it.
+
+    Raises:
+        LoadError: see `make`.
+    """
+    target = make(name)
     _loaded.clear()
     _loaded[name] = target
     return {

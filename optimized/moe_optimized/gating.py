@@ -19,6 +19,8 @@ from moe_reference.config import RoutingConfig
 
 from moe_optimized.interpreter import COMPILED, INTERPRETED, jit, launch, power_of_two, tl
 
+_MASKED = -(1 << 31)
+_NAN = _MASKED + 1
 
 def route(
     logits: torch.Tensor,
@@ -60,7 +62,8 @@ def route_torch(
     if config.order == "score_then_topk":
         scores = _score(logits, config)
     if config.hash_table is not None:
-        expert_ids = _look_up(config.hash_table, token_ids, logits.shape[1])
+        table = config.hash_table.to(logits.device)
+        expert_ids = table[token_ids.to(logits.device).long()].long()
     else:
         selection = (logits if scores is None else scores).detach()
         if bias is not None:
@@ -82,8 +85,6 @@ def route_triton(
     _check(logits, config, bias, token_ids)
     if logits.dtype is torch.float64:
         raise TypeError("logits: expected dtype float32, bfloat16 or float16, got float64")
-    if config.hash_table is not None:
-        token_ids = _in_vocabulary(token_ids, config.hash_table)
     return _Route.apply(logits, bias, token_ids, config)
 
 
@@ -102,9 +103,8 @@ def _check(
     if bias is not None:
         check_tensor("bias", bias, (E,), FLOATS)
     if config.hash_table is not None:
-        if token_ids is None:
-            raise ValueError("token_ids: expected a tensor [T] with a hash_table, got None")
         check_tensor("token_ids", token_ids, (T,), IDS)
+        _check_table(config.hash_table, token_ids, E)
     G = config.num_groups
     if G == 1:
         return
@@ -123,44 +123,42 @@ def _check(
         )
 
 
-def _in_vocabulary(token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    if token_ids.numel():
-        low, high = (int(bound) for bound in token_ids.aminmax())
-        if low < 0 or high >= table.shape[0]:
-            raise ValueError(
-                f"token_ids: expected ids from 0 to {table.shape[0] - 1}, "
-                f"got {low if low < 0 else high}"
-            )
-    return token_ids
-
-
-def _look_up(table: torch.Tensor, token_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
-    token_ids = _in_vocabulary(token_ids, table)
-    return table.to(token_ids.device)[token_ids.long()].long()
+def _check_table(table: torch.Tensor, token_ids: torch.Tensor, num_experts: int) -> None:
+    for name, ids, end in (
+        ("token_ids", token_ids, table.shape[0]),
+        ("hash_table", table, num_experts),
+    ):
+        if ids.numel():
+            low, high = (int(bound) for bound in ids.aminmax())
+            if low < 0 or high >= end:
+                came = low if low < 0 else high
+                raise ValueError(f"{name}: expected ids in [0, {end}), got {came}")
 
 
 def _score(logits: torch.Tensor, config: RoutingConfig) -> torch.Tensor:
     if config.score == "softmax":
         return logits.softmax(-1)
     if config.score == "sigmoid":
-        return logits.sigmoid()
+        # torch.sigmoid rounds the last elements of a CPU tensor unlike the rest, which would tell
+        # equal logits apart.
+        positive = logits >= 0
+        small = torch.exp(torch.where(positive, -logits, logits))
+        return torch.where(positive, 1.0, small) / (1.0 + small)
     # Below -40 the logarithm of 1 + e^x is e^x to the last bit of a double; the root of that
     # neither underflows early nor divides zero by zero in the gradient.
-    small = logits < -40
-    root = F.softplus(logits.masked_fill(small, 0.0), threshold=50.0).sqrt()
-    return torch.where(small, (logits / 2).exp(), root)
+    far = logits < -40.0
+    root = (-F.logsigmoid(-logits.masked_fill(far, 0.0))).sqrt()
+    return torch.where(far, (logits.clamp(max=-40.0) / 2).exp(), root)
 
 
 def _select_experts(selection: torch.Tensor, config: RoutingConfig) -> torch.Tensor:
-    # A NaN counts as the lowest score: it is chosen when nothing else is left, and not twice.
-    selection = selection.masked_fill(selection.isnan(), -torch.inf)
     T, E = selection.shape
     G, L = config.num_groups, config.topk_groups
     if G == 1 or L == G:
         return _top(selection, config.top_k, None)
-    members = selection.view(T, G, E // G)
-    group_scores = members.topk(_summed_experts(config), dim=-1).values.sum(-1)
-    group_scores = group_scores.masked_fill(group_scores.isnan(), -torch.inf)
+    # One NaN must not decide about its whole group.
+    known = selection.masked_fill(selection.isnan(), -torch.inf).view(T, G, E // G)
+    group_scores = known.topk(_summed_experts(config), dim=-1).values.sum(-1)
     groups = _top(group_scores, L, None)
     masked = torch.ones(T, G, dtype=torch.bool, device=selection.device).scatter_(1, groups, False)
     masked = masked.repeat_interleave(E // G, dim=1)
@@ -176,21 +174,21 @@ def _summed_experts(config: RoutingConfig) -> int:
 
 
 def _top(selection: torch.Tensor, k: int, masked: torch.Tensor | None) -> torch.Tensor:
-    """Ids of the k greatest per row, ties to the lowest id, masked ones after all others."""
+    """Ids of the k greatest per row, ties to the lowest id; NaN after all, masked after NaN."""
     E = selection.shape[1]
+    nan = selection.isnan()
     if selection.dtype is torch.float64:
-        order = selection.sort(dim=-1, descending=True, stable=True).indices
-        if masked is not None:
-            last = masked.gather(1, order).to(torch.uint8).sort(dim=-1, stable=True).indices
-            order = order.gather(1, last)
-        return order[:, :k].contiguous()
+        order = selection.masked_fill(nan, -torch.inf).sort(descending=True, stable=True).indices
+        tier = nan.to(torch.uint8) if masked is None else nan + 2 * masked.to(torch.uint8)
+        last = tier.gather(1, order).sort(stable=True).indices
+        return order.gather(1, last)[:, :k].contiguous()
     # The bits of a float order like an integer once the negative ones are reversed (+ 0.0 makes
-    # one zero of two); the id below them makes each key unique.
+    # one zero of two); below -inf there is room for two more. The id makes each key unique.
     bits = (selection + 0.0).view(torch.int32)
-    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).masked_fill(nan, _NAN)
     if masked is not None:
-        bits = bits.masked_fill(masked, -(1 << 31))
-    keys = (bits << 32) | torch.arange(E - 1, -1, -1, device=selection.device)
+        bits = bits.masked_fill(masked, _MASKED)
+    keys = (bits.long() << 32) | torch.arange(E - 1, -1, -1, device=selection.device)
     return keys.topk(k, dim=-1).indices
 
 

@@ -93,13 +93,22 @@ def scores(logits: torch.Tensor, score: Score) -> torch.Tensor:
     if score == "softmax":
         return torch.softmax(wide, dim=-1)
     if score == "sigmoid":
-        return torch.sigmoid(wide)
+        return _sigmoid(wide)
     return _sqrt_softplus(wide)
 
 
 def upcast(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in the dtype that scores are computed in: float64 as it is, others as float32."""
     return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
+
+
+def _sigmoid(x: torch.Tensor) -> torch.Tensor:
+    # On a CPU torch.sigmoid rounds the last few elements of a tensor differently from the others,
+    # so that equal logits get unequal scores and one token's score depends on the batch. Written
+    # out with an exponential of a number that is never positive, it does neither and never
+    # overflows.
+    z = torch.exp(-torch.where(x >= 0, x, -x))
+    return torch.where(x >= 0, 1.0, z) / (1 + z)
 
 
 def _sqrt_softplus(x: torch.Tensor) -> torch.Tensor:

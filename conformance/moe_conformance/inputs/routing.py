@@ -136,7 +136,9 @@ def _plans(
         if allowed_k is not None:
             config["top_k"] = draw(st.sampled_from([k for k in allowed_k if k <= top] or [1]))
         else:
-            config["top_k"] = draw(st.integers(1, top))
+            # Mostly fewer than half of the experts: with all of them there is nothing to choose.
+            few = st.integers(1, max(1, min(top, reachable // 2)))
+            config["top_k"] = draw(st.one_of(few, few, st.integers(1, top)))
         if grouped and config["group_score"] == "topk_share_sum":
             config["topk_groups"] = min(config["topk_groups"], config["top_k"])
             if config["top_k"] // config["topk_groups"] > per_group:

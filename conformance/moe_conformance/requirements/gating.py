@@ -13,6 +13,7 @@ from moe_conformance.case import Case, routed
 from moe_conformance.inputs.given import Content, Given, Inputs, Plan, Plans, Scope, torch_dtype
 from moe_conformance.inputs.routing import build_routing, fill_logits, routing
 from moe_conformance.judge import Violation, equal, within
+from moe_conformance.precision import TINY, UNIT
 from moe_conformance.registry import MUST, SHOULD, requirement
 from moe_conformance.routing_oracle import RoutingOracle
 
@@ -375,9 +376,9 @@ def ties_go_to_the_lowest_id(case: Case) -> None:
     """Logits from four values far apart: the choice is known without any rounding."""
     _, ids = _route(case)
     logits, top_k = case["logits"].double(), case["config"].top_k
-    expected = logits.sort(-1, descending=True, stable=True).indices[:, :top_k].sort(-1).values
+    expected = logits.sort(dim=-1, descending=True, stable=True).indices[:, :top_k].sort(-1).values
     ranked = ids.long().sort(-1).values
-    highest = logits.flip(-1).sort(-1, descending=True, stable=True).indices[:, :top_k]
+    highest = logits.flip(-1).sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     other = (logits.shape[1] - 1 - highest).sort(-1).values
 
     def impostors() -> Iterator[tuple[str, torch.Tensor]]:
@@ -586,13 +587,14 @@ def the_router_gets_its_gradient(case: Case) -> None:
     if found is None:
         raise Violation("gradient of logits: expected a tensor, got None")
     leaf = logits.double().requires_grad_(True)
-    oracle = _oracle(case, logits=leaf)
+    dtype = str(logits.dtype).removeprefix("torch.")
+    oracle = _oracle(case, logits=leaf, dtype=dtype)
     scored = oracle.weights(ids)
     weight = cotangent.double()
     [expected] = torch.autograd.grad((scored.value * weight).sum(), leaf, allow_unused=True)
     if expected is None:
         expected = torch.zeros_like(leaf)
-    bound = _gradient_bound(oracle, scored.value.detach(), weight, ids, str(found.dtype))
+    bound = _gradient_bound(oracle, scored.value.detach(), weight, ids, dtype)
 
     def rule(gradient: torch.Tensor) -> None:
         within("gradient of logits", gradient, expected, bound)
@@ -626,8 +628,9 @@ def _gradient_bound(
         size = own + (2 * share + chosen) * mass.sum(-1, keepdim=True)
         # sqrtsoftplus' = sigmoid / (2 sqrtsoftplus): at most 1/2 of the score's own size below 0
         # and shrinking above, so the relative derivative stays at most 1 as for the other two.
-        unit = 2.0**-8 if "bfloat16" in dtype else 2.0**-11 if "float16" in dtype else oracle.unit
-        return size * (4 * relative + terms * oracle.unit + 2 * unit) + 4 * oracle.tiny
+        # The gradient has the logits' dtype, so it is rounded to that at the end.
+        rounded = UNIT[dtype] + terms * oracle.unit
+        return size * (4 * relative + 2 * rounded) + 4 * max(oracle.tiny, TINY[dtype])
 
 
 @requirement(

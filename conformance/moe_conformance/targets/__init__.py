@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
-
 import torch
 from moe_reference import alignment, dispatch, gating, layer, load_balancing
 from moe_reference import experts as _experts
@@ -17,17 +15,9 @@ from moe_reference.config import (
     RoutingConfig,
 )
 
-from moe_conformance.target import Capabilities, Target
+from moe_conformance.target import Capabilities, Target, suite_version
 
 Tensor = torch.Tensor
-
-
-def suite_version() -> str:
-    """The installed version of moespec."""
-    try:
-        return version("moespec")
-    except PackageNotFoundError:
-        return "not installed"
 
 
 class Reference(Target):

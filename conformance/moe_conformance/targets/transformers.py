@@ -74,8 +74,13 @@ class TransformersTarget(Target):
     block_class: ClassVar[str]
     gate: ClassVar[str] = "gate"
     """What the block calls its router."""
+
     has_balance_loss: ClassVar[bool] = True
     """Whether the family's file has a `load_balancing_loss_func`."""
+
+    strides: ClassVar[bool] = False
+    """Whether all of it takes non-contiguous tensors. Routers and experts do, but the blocks begin
+    with `hidden_states.view(-1, hidden_dim)`, which refuses a transposed x with a RuntimeError."""
 
     routing: ClassVar[list[Choice]]
     experts_choice: ClassVar[Choice] = {
@@ -318,6 +323,7 @@ class TransformersTarget(Target):
             hidden_multiple=8 if grouped else 1,
             intermediate_multiple=8 if grouped else 1,
             gradients=operations,
+            strides=cls.strides,
             rounding_points=(
                 *cls.router_rounding,
                 # Every product, activation and multiplication is a tensor of x's dtype; the
@@ -553,6 +559,7 @@ class GptOss(TransformersTarget):
     experts_class = "GptOssExperts"
     block_class = "GptOssMLP"
     gate = "router"
+    strides = True  # `GptOssMLP.forward` begins with a reshape.
     routing: ClassVar[list[Choice]] = [
         {
             # `GptOssTopKRouter.forward`: softmax over the K chosen logits, which then sum to 1.

@@ -1,0 +1,518 @@
+"""Inputs of `align`, `align_batched`, `dispatch`, `combine` and `drop_to_capacity`.
+
+Dimension key: T tokens, K experts per token, E experts, H hidden size, B block size, S slots that
+have a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from moe_conformance.inputs.given import (
+    ID_DTYPES,
+    Content,
+    Given,
+    Inputs,
+    Plan,
+    Plans,
+    Scope,
+    seeds,
+    sizes,
+    torch_dtype,
+)
+
+BLOCK_SIZES = (1, 2, 4, 7, 16, 64, 128)
+"""Block sizes where the target declares none: 1, the kernels' tiles, one that is no power of two."""
+
+EXPERTS = (1, 2, 3, 5, 8, 31, 33, 60, 64, 72, 128, 255, 256, 257, 384)
+"""Numbers of experts: those of published models, one off powers of two, and beyond one byte."""
+
+LOADS = ("uniform", "skewed", "half empty", "one expert", "duplicates", "full blocks")
+"""How slots spread over experts. `one expert` gives all of them to the same, `duplicates` repeats
+experts within a row, `full blocks` gives experts whole blocks."""
+
+INVALID = ("some", "tokens", "all")
+"""Which ids mean *not here*: some of them, all of some tokens, all."""
+
+COUNTS = ("uniform", "half empty", "one expert", "full", "full blocks")
+"""How many rows each expert of a batched buffer has."""
+
+SPECIAL = (torch.nan, torch.inf, -torch.inf, -0.0, 1e5, 1e-30)
+"""Values that a copy leaves as they are."""
+
+GIVEN_LAYOUTS = ("transposed", "strided", "offset")
+
+
+def slots(
+    *,
+    loads: tuple[str, ...] = LOADS,
+    invalid: bool | None = None,
+    mapped: bool | None = None,
+    dropped: bool | None = None,
+    block_sizes: tuple[int, ...] = BLOCK_SIZES,
+    least_k: int = 1,
+    moved: bool = False,
+) -> Given:
+    """Inputs of `align` inside the declaration.
+
+    Args:
+        loads: how slots spread over experts.
+        invalid: with ids that mean *not here*, without, or (None) either.
+        mapped: with an expert map, without, or either.
+        dropped: `drop_invalid`, or either.
+        block_sizes: to draw from, as far as they are declared.
+        least_k: smallest number of experts per token; 2 where a row's ids are compared.
+        moved: the ids have other strides than contiguous ones.
+    """
+
+    def plans(scope: Scope) -> Plans | None:
+        if moved and not scope.capabilities.strides:
+            return None
+        sized = _block_sizes(scope, block_sizes)
+        made = []
+        for declared in scope.capabilities.alternatives("align"):
+            choices = {
+                "invalid_ids": _allowed(declared, "invalid_ids", invalid),
+                "expert_map": _allowed(declared, "expert_map", mapped),
+                "drop_invalid": _allowed(declared, "drop_invalid", dropped),
+            }
+            if sized and all(choices.values()):
+                made.append(_align_plans(scope, choices, loads, sized, least_k, moved))
+        possible = [each for each in made if each is not None]
+        return st.one_of(possible) if possible else None
+
+    return Given(plans, build_slots)
+
+
+def _allowed(
+    declared: dict[str, tuple[Any, ...]], name: str, wanted: bool | None
+) -> tuple[bool, ...]:
+    values = declared.get(name, (False, True))
+    return tuple(v for v in (False, True) if v in values and wanted in (None, v))
+
+
+def _block_sizes(scope: Scope, wanted: tuple[int, ...]) -> tuple[int, ...]:
+    declared = scope.capabilities.block_sizes
+    if declared is None:
+        return tuple(b for b in wanted if b <= 16) if scope.interpreted else wanted
+    # A size that only this target takes is as good as one of ours where any would do.
+    return declared if wanted == BLOCK_SIZES else tuple(b for b in wanted if b in declared)
+
+
+def _align_plans(
+    scope: Scope,
+    choices: dict[str, tuple[bool, ...]],
+    loads: tuple[str, ...],
+    block_sizes: tuple[int, ...],
+    least_k: int,
+    moved: bool,
+) -> Plans | None:
+    if not _enough_experts(scope, least_k):
+        return None
+
+    @st.composite
+    def plan(draw: st.DrawFn) -> Plan:
+        drawn = _draw_ids(draw, scope, loads, choices["invalid_ids"], least_k)
+        experts, local = drawn["experts"], None
+        if draw(st.sampled_from(choices["expert_map"])):
+            some = st.integers(1, max(1, experts - 1))
+            local = draw(st.one_of(some, st.sampled_from((experts, 0))))
+        return {
+            **drawn,
+            "block_size": draw(st.sampled_from(block_sizes)),
+            "local": local,
+            "drop_invalid": draw(st.sampled_from(choices["drop_invalid"])),
+            "layout": draw(st.sampled_from(GIVEN_LAYOUTS)) if moved else "contiguous",
+            "seed": draw(seeds()),
+        }
+
+    return plan()
+
+
+def _enough_experts(scope: Scope, least_k: int) -> bool:
+    capabilities = scope.capabilities
+    return least_k <= min(capabilities.max_experts or least_k, capabilities.max_top_k or least_k)
+
+
+def _draw_ids(
+    draw: st.DrawFn,
+    scope: Scope,
+    loads: tuple[str, ...],
+    invalid: tuple[bool, ...],
+    least_k: int,
+) -> Plan:
+    capabilities = scope.capabilities
+    most = min(capabilities.max_experts or EXPERTS[-1], 33 if scope.interpreted else EXPERTS[-1])
+    edges = [e for e in (*EXPERTS, most) if least_k <= e <= most]
+    few = st.integers(least_k, min(most, max(9, least_k)))
+    experts = draw(st.one_of(few, st.sampled_from(edges)))
+    top_k = draw(st.integers(least_k, min(experts, capabilities.max_top_k or 16, 16)))
+    largest = 33 if scope.interpreted else 130
+    return {
+        "tokens": draw(sizes(largest, 16, 64)),
+        "experts": experts,
+        "top_k": top_k,
+        "load": draw(st.sampled_from(loads)),
+        "invalid": draw(st.sampled_from(INVALID)) if draw(st.sampled_from(invalid)) else None,
+        "ids": draw(st.sampled_from(capabilities.id_dtypes)),
+    }
+
+
+def build_slots(plan: Plan) -> Inputs:
+    """The arguments of `align`."""
+    content = Content(plan["seed"])
+    expert_map = None
+    if plan["local"] is not None:
+        expert_map = torch.full((plan["experts"],), -1)
+        kept = content.permutation(plan["experts"])[: plan["local"]]
+        expert_map[kept] = content.permutation(len(kept))
+        expert_map = expert_map.int()
+    return {
+        "expert_ids": fill_ids(content, plan, plan["block_size"]),
+        "block_size": plan["block_size"],
+        "num_experts": plan["experts"],
+        "expert_map": expert_map,
+        "drop_invalid": plan["drop_invalid"],
+        "layouts": {"expert_ids": plan["layout"]},
+    }
+
+
+def fill_ids(content: Content, plan: Plan, block_size: int = 16) -> torch.Tensor:
+    """Expert ids [T, K] of a plan's load, with the invalid ones that it asks for."""
+    tokens, experts, top_k = plan["tokens"], plan["experts"], plan["top_k"]
+    ids = spread(content, plan["load"], tokens, experts, top_k, block_size)
+    dtype = ID_DTYPES[plan["ids"]]
+    if plan["invalid"] is not None:
+        shape = (tokens, top_k)
+        bad = _bad_ids(experts, dtype)
+        # -1 and E are what libraries write; the rest is what only a bounds check stops.
+        usual = bad[content.integers(0, 1, *shape)]
+        spoilt = usual.where(
+            content.uniform(0, 1, *shape) < 0.5, bad[content.integers(0, len(bad) - 1, *shape)]
+        )
+        ids = spoilt.where(_not_here(content, plan["invalid"], *shape), ids)
+    return ids.to(dtype)
+
+
+def _bad_ids(experts: int, dtype: torch.dtype) -> torch.Tensor:
+    bad = [-1, experts, experts + 1, 2 * experts, -2, -experts, -experts - 1, 2**31 - 1, -(2**31)]
+    if dtype is torch.int64:
+        # Cut to 32 bits these are the ids 0 and E - 1.
+        bad += [2**32, 2**32 + experts - 1, -(2**32)]
+    return torch.tensor(bad)
+
+
+def _not_here(content: Content, which: str, tokens: int, top_k: int) -> torch.Tensor:
+    """Which of the [T, K] pairs lead nowhere: at least one does."""
+    if which == "all":
+        return torch.ones(tokens, top_k, dtype=torch.bool)
+    columns = 1 if which == "tokens" else top_k
+    where = content.uniform(0, 1, tokens, columns) < 0.4
+    where[int(content.integers(0, tokens - 1, 1)), int(content.integers(0, columns - 1, 1))] = True
+    return where.expand(tokens, top_k)
+
+
+def spread(
+    content: Content, load: str, tokens: int, experts: int, top_k: int, block_size: int
+) -> torch.Tensor:
+    """Valid expert ids [T, K], int64, with one of the `LOADS`."""
+    if load == "one expert":
+        return content.integers(0, experts - 1, 1, 1).repeat(tokens, top_k)
+    if load == "duplicates":
+        few = content.permutation(experts)[: max(2, top_k // 2)]
+        ids = few[content.integers(0, len(few) - 1, tokens, top_k)]
+        ids[:, -1] = ids[:, 0]
+        return ids
+    if load == "full blocks":
+        blocks = content.permutation(experts).repeat_interleave(block_size)
+        count = tokens * top_k
+        flat = blocks.repeat(-(-count // len(blocks)))[:count]
+        return flat[content.permutation(count)].reshape(tokens, top_k)
+    if load == "half empty":
+        some = content.permutation(experts)[: max(top_k, (experts + 1) // 2)]
+        return some[content.distinct(tokens, len(some), top_k)]
+    if load == "skewed":
+        popularity = -2 * content.permutation(experts).add(1).log()
+        noise = -(-content.uniform(1e-9, 1, tokens, experts).log()).log()
+        return (popularity + noise).argsort(-1, descending=True)[:, :top_k]
+    return content.distinct(tokens, experts, top_k)
+
+
+def batched(*, loads: tuple[str, ...] = COUNTS) -> Given:
+    """Inputs of `align_batched` inside the declaration."""
+
+    def plans(scope: Scope) -> Plans | None:
+        sized = _block_sizes(scope, BLOCK_SIZES)
+        return _batched_plans(scope, sized, loads) if sized else None
+
+    return Given(plans, build_batched)
+
+
+def _batched_plans(scope: Scope, block_sizes: tuple[int, ...], loads: tuple[str, ...]) -> Plans:
+    most = min(scope.capabilities.max_experts or 257, 16 if scope.interpreted else 257)
+    edges = [e for e in (*EXPERTS, most) if e <= most]
+
+    @st.composite
+    def plan(draw: st.DrawFn) -> Plan:
+        experts = draw(st.one_of(st.integers(1, min(most, 9)), st.sampled_from(edges)))
+        largest = min(33 if scope.interpreted else 130, max(3, 2048 // experts))
+        return {
+            "experts": experts,
+            "max_tokens": draw(sizes(largest, 16, 64)),
+            "block_size": draw(st.sampled_from(block_sizes)),
+            "load": draw(st.sampled_from(loads)),
+            "ids": draw(st.sampled_from(scope.capabilities.id_dtypes)),
+            "seed": draw(seeds()),
+        }
+
+    return plan()
+
+
+def build_batched(plan: Plan) -> Inputs:
+    """The arguments of `align_batched`."""
+    content = Content(plan["seed"])
+    experts, largest, block_size = plan["experts"], plan["max_tokens"], plan["block_size"]
+    counts = content.integers(0, largest, experts)
+    if plan["load"] == "full":
+        counts = torch.full((experts,), largest)
+    elif plan["load"] == "half empty":
+        counts[content.permutation(experts)[: (experts + 1) // 2]] = 0
+    elif plan["load"] == "one expert":
+        alone = int(content.integers(0, experts - 1, 1))
+        counts = torch.zeros(experts, dtype=torch.int64)
+        counts[alone] = content.integers(1, largest, 1)
+    elif plan["load"] == "full blocks":
+        counts = counts // block_size * block_size
+    return {
+        "tokens_per_expert": counts.to(ID_DTYPES[plan["ids"]]),
+        "max_tokens": largest,
+        "block_size": block_size,
+    }
+
+
+def rows(
+    *,
+    loads: tuple[str, ...] = LOADS,
+    invalid: bool | None = None,
+    least_k: int = 1,
+    content: str = "normal",
+    narrow: bool = False,
+    moved: bool = False,
+) -> Given:
+    """Inputs of `dispatch`, and weights for `combine`, inside the declaration.
+
+    Args:
+        loads: how slots spread over experts.
+        invalid: with ids that mean *not here*, without, or (None) either.
+        least_k: smallest number of experts per token.
+        content: `normal`; `special` (NaN, infinities, large and tiny values among them); `exact`
+            (small integers and weights that are powers of two).
+        narrow: only dtypes below float32.
+        moved: x and the ids have other strides than contiguous ones.
+    """
+
+    def plans(scope: Scope) -> Plans | None:
+        dtypes = _dtypes(scope, narrow)
+        wanted = _not_here_choices(scope, invalid)
+        refused = content == "special" and scope.capabilities.finite_only
+        if not dtypes or not wanted or refused or (moved and not scope.capabilities.strides):
+            return None
+        if not _enough_experts(scope, least_k):
+            return None
+
+        @st.composite
+        def plan(draw: st.DrawFn) -> Plan:
+            return {
+                **_draw_ids(draw, scope, loads, wanted, least_k),
+                **_draw_rows(draw, scope, dtypes, content, moved),
+            }
+
+        return plan()
+
+    return Given(plans, build_rows)
+
+
+def _dtypes(scope: Scope, narrow: bool) -> tuple[str, ...]:
+    return tuple(d for d in scope.dtypes if not narrow or d in ("bfloat16", "float16"))
+
+
+def _not_here_choices(scope: Scope, wanted: bool | None) -> tuple[bool, ...]:
+    """Whether pairs without an expert may be drawn: both declarations of `invalid_ids` count."""
+    taken = all(
+        any(True in declared.get("invalid_ids", (True,)) for declared in choices)
+        for choices in map(scope.capabilities.alternatives, ("align", "experts"))
+    )
+    return tuple(v for v in (False, True) if (taken or not v) and wanted in (None, v))
+
+
+def _draw_rows(
+    draw: st.DrawFn, scope: Scope, dtypes: tuple[str, ...], content: str, moved: bool
+) -> Plan:
+    multiple = scope.capabilities.hidden_multiple
+    dtype = draw(st.sampled_from(dtypes))
+    wide = "float64" if dtype == "float64" else "float32"
+    return {
+        "hidden": multiple * draw(sizes(max(1, 40 // multiple), 16)),
+        "dtype": dtype,
+        # Weights come from the router in float32, or rounded to x's dtype.
+        "weights": draw(st.sampled_from((wide, dtype))),
+        "content": content,
+        "layout": draw(st.sampled_from(GIVEN_LAYOUTS)) if moved else "contiguous",
+        "seed": draw(seeds()),
+    }
+
+
+def build_rows(plan: Plan) -> Inputs:
+    """The arguments of `dispatch`, and weights [T, K]."""
+    content = Content(plan["seed"])
+    layout = plan["layout"]
+    return {
+        "x": _fill(content, plan["content"], plan["tokens"], plan["hidden"], plan["dtype"]),
+        "expert_ids": fill_ids(content, plan),
+        "num_experts": plan["experts"],
+        "weights": _weigh(content, plan),
+        "layouts": {"x": layout, "expert_ids": layout},
+    }
+
+
+def _fill(content: Content, kind: str, count: int, hidden: int, dtype: str) -> torch.Tensor:
+    if kind == "exact":
+        return content.integers(-3, 3, count, hidden).to(torch_dtype(dtype))
+    x = content.normal(count, hidden)
+    if kind == "special":
+        special = torch.tensor(SPECIAL, dtype=torch.float64)
+        drawn = special[content.integers(0, len(special) - 1, count, hidden)]
+        x = drawn.where(content.uniform(0, 1, count, hidden) < 0.2, x)
+    return x.to(torch_dtype(dtype))
+
+
+def _weigh(content: Content, plan: Plan) -> torch.Tensor:
+    shape = (plan["tokens"], plan["top_k"])
+    if plan["content"] == "exact":
+        weights = 2.0 ** content.integers(-1, 1, *shape)
+    else:
+        weights = content.normal(*shape)
+    return weights.to(torch_dtype(plan["weights"]))
+
+
+def scattered(
+    *,
+    missing: bool | None = None,
+    least_k: int = 1,
+    content: str = "normal",
+    narrow: bool = False,
+    moved: bool = False,
+) -> Given:
+    """Inputs of `combine` inside the declaration: rows in a random order of their slots.
+
+    Args:
+        missing: some pairs have no row, all have one, or (None) either.
+        least_k: smallest number of experts per token.
+        content: as in `rows`.
+        narrow: only dtypes below float32.
+        moved: rows and weights have other strides than contiguous ones.
+    """
+
+    def plans(scope: Scope) -> Plans | None:
+        dtypes = _dtypes(scope, narrow)
+        wanted = _not_here_choices(scope, missing)
+        refused = content == "special" and scope.capabilities.finite_only
+        if not dtypes or not wanted or refused or (moved and not scope.capabilities.strides):
+            return None
+        if not _enough_experts(scope, least_k):
+            return None
+        most = min(scope.capabilities.max_top_k or 16, 16)
+
+        @st.composite
+        def plan(draw: st.DrawFn) -> Plan:
+            return {
+                "tokens": draw(sizes(33 if scope.interpreted else 66, 16, 64)),
+                "top_k": draw(st.integers(least_k, max(least_k, most))),
+                "missing": draw(st.sampled_from(INVALID))
+                if draw(st.sampled_from(wanted))
+                else None,
+                "ids": draw(st.sampled_from(scope.capabilities.id_dtypes)),
+                **_draw_rows(draw, scope, dtypes, content, moved),
+            }
+
+        return plan()
+
+    return Given(plans, build_scattered)
+
+
+def build_scattered(plan: Plan) -> Inputs:
+    """The arguments of `combine`."""
+    content = Content(plan["seed"])
+    tokens, top_k = plan["tokens"], plan["top_k"]
+    order = content.permutation(tokens * top_k)
+    if plan["missing"] is not None:
+        gone = _not_here(content, plan["missing"], tokens, top_k).flatten()
+        order = order[~gone[order]]
+    layout = plan["layout"]
+    return {
+        "rows": _fill(content, plan["content"], len(order), plan["hidden"], plan["dtype"]),
+        "slots": order.to(ID_DTYPES[plan["ids"]]),
+        "weights": _weigh(content, plan),
+        "layouts": {"rows": layout, "weights": layout},
+    }
+
+
+def capacities(
+    *,
+    policies: tuple[str, ...] = ("position", "probs"),
+    invalid: bool | None = None,
+    loads: tuple[str, ...] = LOADS,
+) -> Given:
+    """Inputs of `drop_to_capacity` inside the declaration.
+
+    Args:
+        policies: how the pairs that stay are chosen.
+        invalid: with ids that mean *not here*, without, or (None) either.
+        loads: how slots spread over experts.
+    """
+
+    def plans(scope: Scope) -> Plans | None:
+        wanted = _not_here_choices(scope, invalid)
+        if not wanted or not scope.dtypes:
+            return None
+        dtypes = tuple(dict.fromkeys(("float32", *scope.dtypes)))
+
+        @st.composite
+        def plan(draw: st.DrawFn) -> Plan:
+            drawn = _draw_ids(draw, scope, loads, wanted, 1)
+            mean = -(-drawn["tokens"] * drawn["top_k"] // drawn["experts"])
+            beyond = st.just(drawn["tokens"] * drawn["top_k"] + 1)
+            return {
+                **drawn,
+                "capacity": draw(st.one_of(st.integers(1, 2 * mean), st.just(mean), beyond)),
+                "policy": draw(st.sampled_from(policies)),
+                "dtype": draw(st.sampled_from(dtypes)),
+                "seed": draw(seeds()),
+            }
+
+        return plan()
+
+    return Given(plans, build_capacities)
+
+
+def build_capacities(plan: Plan) -> Inputs:
+    """The arguments of `drop_to_capacity`."""
+    content = Content(plan["seed"])
+    ids = fill_ids(content, plan)
+    weights = content.uniform(0.01, 1.0, plan["tokens"], plan["top_k"])
+    return {
+        "weights": weights.to(torch_dtype(plan["dtype"])),
+        "expert_ids": ids,
+        "num_experts": plan["experts"],
+        "capacity": plan["capacity"],
+        "policy": plan["policy"],
+    }
+
+
+def rebuilt(given: Given, change: Callable[[Inputs], Inputs]) -> Given:
+    """The same plans, with the inputs changed after they are built."""
+    return Given(given.plans, lambda plan: change(given.build(plan)))

@@ -1,0 +1,106 @@
+"""The suite against itself: every seeded fault has to be caught, the reference never accused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from moe_conformance.executor import InlineExecutor, capabilities_of
+from moe_conformance.faults import Fault, faults
+from moe_conformance.inputs.given import Scope
+from moe_conformance.registry import Requirement, requirements
+from moe_conformance.runner import Effort, Result, run_requirement
+from moe_conformance.target import Target
+
+DTYPES = ("float32", "bfloat16")
+
+
+def inline_scope(executor: InlineExecutor, dtypes: tuple[str, ...] = DTYPES) -> Scope:
+    """The scope of a target that is called in this process."""
+    capabilities = capabilities_of(executor)
+    kept = tuple(dtype for dtype in dtypes if dtype in capabilities.dtypes)
+    return Scope(capabilities, tuple(executor.description["operations"]), dtypes=kept)
+
+
+def catch(fault: Fault, effort: Effort, seed: int) -> list[Result]:
+    """Results of the requirements that a fault names, up to the first that fails."""
+    executor = InlineExecutor(fault.target())
+    scope = inline_scope(executor)
+    results = []
+    for requirement in requirements():
+        if requirement.id in fault.catches:
+            results.append(run_requirement(requirement, scope, executor, effort, seed))
+            if results[-1].status in ("fail", "warn"):
+                break
+    return results
+
+
+def run_selfcheck(seed: int, examples: int, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Run everything; see the keys for what comes back.
+
+    Args:
+        seed: of all runs.
+        examples: cases per requirement and fault, at most.
+        tell: called with a line of progress.
+    """
+    from moe_conformance.targets import Reference
+
+    torch.set_num_threads(1)
+    effort = Effort(examples, 1, shrink_seconds=0.0)
+    rows = []
+    for fault in faults():
+        results = catch(fault, effort, seed)
+        by = [r.requirement.id for r in results if r.status in ("fail", "warn")]
+        rows.append(
+            {
+                "fault": fault.name,
+                "thread": fault.thread,
+                "catches": list(fault.catches),
+                "caught_by": by,
+                "after_cases": sum(r.cases for r in results),
+            }
+        )
+        tell(f"{fault.name}: {'caught by ' + by[0] if by else 'NOT CAUGHT'}")
+    alarms = _false_alarms(Reference(), requirements(), effort, seed)
+    without = [r.id for r in requirements() if r.level != "MAY" and len(r.faults) < 2]
+    caught = sum(bool(row["caught_by"]) for row in rows)
+    return {
+        "seed": seed,
+        "faults": len(rows),
+        "caught": caught,
+        "false_alarms": alarms,
+        "requirements_with_fewer_than_two_faults": without,
+        "sound": caught == len(rows) and not alarms and not without,
+        "matrix": rows,
+    }
+
+
+def _false_alarms(
+    target: Target, chosen: list[Requirement], effort: Effort, seed: int
+) -> list[dict[str, str]]:
+    executor = InlineExecutor(target)
+    scope = inline_scope(executor, target.capabilities.dtypes)
+    alarms = []
+    for requirement in chosen:
+        result = run_requirement(requirement, scope, executor, effort, seed)
+        if result.status not in ("pass", "marginal", "observed", "not_provided", "unsupported"):
+            alarms.append({"id": requirement.id, "status": result.status, "message": result.message})
+    return alarms
+
+
+def selfcheck_table(result: dict[str, Any]) -> Table:
+    """The kill matrix for a terminal."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("fault", "has to be caught by", "caught by", "cases"):
+        table.add_column(name, overflow="fold")
+    for row in result["matrix"]:
+        by = ", ".join(row["caught_by"]) or "NOT CAUGHT"
+        table.add_row(row["fault"], ", ".join(row["catches"]), by, str(row["after_cases"]))
+    for alarm in result["false_alarms"]:
+        table.add_row("reference (false alarm)", "", alarm["id"], alarm["message"])
+    for id in result["requirements_with_fewer_than_two_faults"]:
+        table.add_row("(fewer than two faults)", id, "", "")
+    return table

@@ -1,0 +1,70 @@
+r"""Activations of an expert, by their exact names.
+
+With the two halves of the first product, gate $g$ and up $u$, an expert computes $a(g) \cdot u$;
+without a gate, $a(u)$. Two published ones are not of that form:
+
+$$
+\begin{aligned}
+\text{swigluoai:} \quad & g' \, \sigma(\alpha g') \, (\bar u + 1) \\
+\text{swiglu\_limit:} \quad & g' \, \sigma(g') \, \bar u
+\end{aligned}
+\qquad g' = \min(g, L), \quad \bar u = \min(\max(u, -L), L)
+$$
+
+The gate is clamped above only, up on both sides, and both before anything else.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from moe_reference.checks import check_tensor
+from moe_reference.config import ExpertsConfig
+
+ELEMENTWISE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": lambda x: F.gelu(x, approximate="none"),
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+}
+"""x · sigmoid(x); x · Φ(x) with the error function; its tanh approximation; max(x, 0); and that
+squared."""
+
+
+def activate(pre_activation: torch.Tensor, config: ExpertsConfig) -> torch.Tensor:
+    """From the first product to what the second one multiplies.
+
+    Args:
+        pre_activation: [..., 2I], the gate before up; [..., I] without a gate. Any float dtype, in
+            which everything is computed.
+        config: `activation`, `gated`, and `alpha` and `limit` for those that have them.
+
+    Returns:
+        [..., I], the dtype of `pre_activation`.
+
+    Raises:
+        TypeError: not a float tensor.
+        ValueError: with a gate, an odd last dimension.
+
+    Source: swigluoai, gpt-oss model code; swiglu_limit, DeepSeek-V4; the others by their names in
+    PyTorch, relu2 from Primer (arXiv 2109.08668).
+
+    >>> activate(torch.tensor([1.0, -9.0]), ExpertsConfig("swigluoai", alpha=0.0)).tolist()
+    [-3.0]
+    """
+    check_tensor("pre_activation", pre_activation, tuple(pre_activation.shape))
+    if not config.gated:
+        return ELEMENTWISE[config.activation](pre_activation)
+    width = pre_activation.shape[-1]
+    if width % 2 != 0:
+        raise ValueError(f"pre_activation: expected an even last dimension, got {width}")
+    gate, up = pre_activation.chunk(2, dim=-1)
+    if config.activation in ELEMENTWISE:
+        return ELEMENTWISE[config.activation](gate) * up
+    gate = gate.clamp(max=config.limit)
+    up = up.clamp(min=-config.limit, max=config.limit)
+    if config.activation == "swigluoai":
+        return gate * torch.sigmoid(config.alpha * gate) * (up + 1)
+    return F.silu(gate) * up
