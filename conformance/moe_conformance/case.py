@@ -11,7 +11,7 @@ import torch
 
 from moe_conformance.executor import Executor, TargetLost
 from moe_conformance.inputs.given import Inputs, Scope
-from moe_conformance.judge import Violation, has_form
+from moe_conformance.judge import Closeness, Violation, has_form
 
 A = TypeVar("A")
 FLOATS = (torch.float32, torch.float64)
@@ -62,6 +62,7 @@ class Case:
     events: Counter[str] = field(default_factory=Counter)
     marginal: bool = False
     worst: float = 0.0
+    worst_rms: float = 0.0
     judged: int = 0
     vacuous: list[str] = field(default_factory=list)
 
@@ -146,23 +147,23 @@ class Case:
 
     def judge(
         self,
-        rule: Callable[[A], tuple[bool, float] | None],
+        rule: Callable[[A], Closeness | None],
         answer: A,
         impostors: Iterable[tuple[str, A]],
     ) -> None:
         """Hold an answer against a rule, and the rule against answers known to be wrong.
 
         Args:
-            rule: raises `Violation`, or returns nothing, or whether the answer was marginal and
-                its largest error in standard deviations.
+            rule: raises `Violation`, or returns nothing, or how close the answer was.
             answer: what the target gave.
             impostors: wrong answers with their names. A rule that lets one of them pass, or that
                 was shown none, has shown nothing: the case is vacuous and does not count.
         """
         outcome = rule(answer)
         if outcome is not None:
-            self.marginal |= outcome[0]
-            self.worst = max(self.worst, outcome[1])
+            self.marginal |= outcome.marginal
+            self.worst = max(self.worst, outcome.worst)
+            self.worst_rms = max(self.worst_rms, outcome.worst_rms)
         self.judged += 1
         refused = 0
         for name, impostor in impostors:

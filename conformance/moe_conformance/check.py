@@ -134,12 +134,18 @@ _queue: Any = None
 
 
 def expand(names: Sequence[str]) -> tuple[list[str], list[Outcome]]:
-    """All variants behind the names, and what could not be found."""
+    """All variants behind the names, and what could not be loaded.
+
+    Raises:
+        UsageError: there is no target of that name.
+    """
     found: list[str] = []
     lost: list[Outcome] = []
     for name in names:
         try:
             found += [v for v in in_worker(worker.variants, name) if v not in found]
+        except worker.UnknownTarget as error:
+            raise UsageError(error) from None
         except worker.LoadError as error:
             lost.append(Outcome(name, None, 10, str(error)))
     return found, lost
@@ -149,7 +155,7 @@ def check(options: Options, notify: Notify) -> list[Outcome]:
     """Run the suite and write every report.
 
     Raises:
-        UsageError: see `Options.selected`.
+        UsageError: see `Options.selected` and `expand`.
     """
     options.selected()
     names, outcomes = expand(options.targets)

@@ -155,6 +155,8 @@ def replay(
     print(f"{requirement.id} on {target or saved.target}: {requirement.sentence}")
     try:
         executor = WorkerExecutor(target or saved.target, timeout)
+    except worker.UnknownTarget as error:
+        raise _fail(error) from None
     except (worker.LoadError, TargetLost) as error:
         raise _fail(error, 10) from None
     try:

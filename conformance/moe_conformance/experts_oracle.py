@@ -192,9 +192,12 @@ def _activation_spread(
         gate_part, up_part = carried.chunk(2, -1)
         carried = gate_part + up_part
     unit = arithmetic.accumulator_unit
-    # The function itself: its argument's size is lost in exp, as in any softmax.
-    size = FUNCTION_ULPS * (1 + gate.detach().abs())
-    carried = carried + (unit * size * result).square() / 3
+    # The function itself: its argument's size is lost in exp, as in any softmax. The two gelu add
+    # 1 to a function that tends to -1, so far below 0 their error is one of the gate's own size.
+    size = (1 + gate.detach().abs()) * result.abs()
+    if config.activation in ("gelu", "gelu_tanh"):
+        size = size + (gate.detach() * factor).abs()
+    carried = carried + (unit * FUNCTION_ULPS * size).square() / 3
     if "gate_activation" in arithmetic.points:
         carried = carried + arithmetic.variance(inner) * factor.square()
     return result, carried + arithmetic.variance(result, "activation")

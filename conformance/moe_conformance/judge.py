@@ -1,6 +1,6 @@
 """How an answer is compared: exactly, within a derived bound, or in standard deviations.
 
-Every comparison either returns (True where it was only marginally right) or raises `Violation`.
+Every comparison either returns (saying how close it was) or raises `Violation`.
 None has a tolerance of its own: the bound or the standard deviation comes with the expectation.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,21 @@ implementations reach."""
 
 WIDEN_FROM = 100_000
 """Elements from which both limits grow as the expected maximum of so many normal errors does."""
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """How close a right answer was.
+
+    Attributes:
+        marginal: beyond the limit for passing, not yet beyond that for failing.
+        worst: the largest error in standard deviations.
+        worst_rms: the largest root mean square of a row, as a share of its limit for failing.
+    """
+
+    marginal: bool
+    worst: float
+    worst_rms: float = 0.0
 
 
 class Violation(Exception):
@@ -89,7 +105,7 @@ def close(
     expected: torch.Tensor,
     sigma: torch.Tensor,
     freedom: torch.Tensor | None = None,
-) -> tuple[bool, float]:
+) -> Closeness:
     """Within the rounding errors that the declared arithmetic makes.
 
     Args:
@@ -102,13 +118,13 @@ def close(
             catches errors that are small everywhere and nowhere an outlier.
 
     Returns:
-        Whether the answer is only marginally right, and the largest error in standard deviations.
+        How close it was.
     """
     _same_nonfinite(what, actual, expected)
     finite = torch.isfinite(expected)
     z = torch.where(finite, (actual.double() - expected) / sigma, 0.0)
     if z.numel() == 0:
-        return False, 0.0
+        return Closeness(False, 0.0)
     size = z.abs()
     worst = float(size.max())
     widen = max(1.0, math.sqrt(math.log(z.numel()) / math.log(WIDEN_FROM)))
@@ -116,20 +132,20 @@ def close(
         wrong = ~(size <= FAIL_Z * widen)
         raise Violation(_where(what, wrong, actual, expected, z=size), expected, actual)
     marginal = worst > PASS_Z * widen
-    if freedom is not None and z.ndim > 0:
-        rms = z.square().mean(-1).sqrt()
-        too_far = ~(rms <= rms_limit(freedom, FAIL_Z * widen))
-        if bool(too_far.any()):
-            row = tuple(int(i) for i in too_far.nonzero()[0])
-            raise Violation(
-                f"{what}: row {_index(row)} is wrong throughout: its root mean square error is "
-                f"{float(rms[row]):.2f} standard deviations, "
-                f"{float(rms_limit(freedom, FAIL_Z * widen)[row]):.2f} at most",
-                expected,
-                actual,
-            )
-        marginal = marginal or bool((rms > rms_limit(freedom, PASS_Z * widen)).any())
-    return marginal, worst
+    if freedom is None or z.ndim == 0:
+        return Closeness(marginal, worst)
+    rms, limit = z.square().mean(-1).sqrt(), rms_limit(freedom, FAIL_Z * widen)
+    too_far = ~(rms <= limit)
+    if bool(too_far.any()):
+        row = tuple(int(i) for i in too_far.nonzero()[0])
+        raise Violation(
+            f"{what}: row {_index(row)} is wrong throughout: its root mean square error is "
+            f"{float(rms[row]):.2f} standard deviations, {float(limit[row]):.2f} at most",
+            expected,
+            actual,
+        )
+    marginal = marginal or bool((rms > rms_limit(freedom, PASS_Z * widen)).any())
+    return Closeness(marginal, worst, float((rms / limit).max()))
 
 
 def rms_limit(freedom: torch.Tensor, z: float) -> torch.Tensor:

@@ -7,15 +7,11 @@ the pages escape it, and what goes to a terminal or into XML has its control cha
 
 from __future__ import annotations
 
-import base64
-import dataclasses
 import functools
-import hashlib
 import json
 import math
 import os
 import re
-import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
@@ -23,16 +19,15 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import jinja2
-import torch
-from markupsafe import Markup
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from moe_conformance.codec import digest, walk
+from moe_conformance.codec import digest
 from moe_conformance.inputs import experts, routing
-from moe_conformance.judge import FAIL_Z, PASS_Z
+from moe_conformance.pages import FAILING, NOT_RUN, page, replay, words
+from moe_conformance.preview import preview, preview_inputs, worst_place
 from moe_conformance.registry import requirements
 from moe_conformance.runner import STATUSES, Failure, Result, verdict
 from moe_conformance.target import DTYPES, OPERATIONS, Capabilities
@@ -40,15 +35,6 @@ from moe_conformance.target import DTYPES, OPERATIONS, Capabilities
 SCHEMA_VERSION = 1
 
 Report = dict[str, Any]
-
-FAILING = ("fail", "crash", "timeout")
-NOT_RUN = ("unsupported", "not_provided")
-
-PREVIEW = 8
-"""Rows and columns of a tensor that a report shows at most."""
-
-PREVIEWED_INPUTS = 12
-"""Inputs of a failing case that a report shows at most; the saved case has them all."""
 
 AXES: dict[str, Mapping[str, Sequence[Any]]] = {
     "route": routing.UNIVERSE,
@@ -63,84 +49,6 @@ DECLARED_IN = {"route": "routing", "experts": "experts", "align": "align"}
 VERDICTS = ("fails", "inconclusive", "conforms_with_waivers", "conforms")
 """From the worst to the best."""
 
-SIGNS = {
-    "pass": "✓",
-    "fail": "✗",
-    "crash": "!",
-    "timeout": "…",
-    "marginal": "≈",
-    "inconclusive": "?",
-    "warn": "△",
-    "observed": "•",
-    "unsupported": "–",
-    "not_provided": "○",
-    "waived": "~",
-    "conforms": "✓",
-    "conforms_with_waivers": "~",
-    "fails": "✗",
-}
-"""A sign beside each word, so that nothing hangs on a colour."""
-
-PROJECTS = {
-    "aiter": "ROCm/aiter",
-    "automodel": "NVIDIA-NeMo/Automodel",
-    "axolotl": "axolotl-ai-cloud/axolotl",
-    "deepep": "deepseek-ai/DeepEP",
-    "deepseek-moe": "deepseek-ai/DeepSeek-MoE",
-    "deepseek-v3": "deepseek-ai/DeepSeek-V3",
-    "deepspeed": "deepspeedai/DeepSpeed",
-    "fast-llm": "ServiceNow/Fast-LLM",
-    "fastmoe": "laekov/fastmoe",
-    "flashinfer": "flashinfer-ai/flashinfer",
-    "hyper-parallel": "mindspore-ai/hyper-parallel",
-    "intel-xpu-backend-for-triton": "intel/intel-xpu-backend-for-triton",
-    "ktransformers": "kvcache-ai/ktransformers",
-    "llama.cpp": "ggml-org/llama.cpp",
-    "llm-compressor": "vllm-project/llm-compressor",
-    "lmdeploy": "InternLM/lmdeploy",
-    "megablocks": "databricks/megablocks",
-    "megatron": "NVIDIA/Megatron-LM",
-    "megatron-bridge": "NVIDIA-NeMo/Megatron-Bridge",
-    "megatron-lm": "NVIDIA/Megatron-LM",
-    "minimind": "jingyaogong/minimind",
-    "mlx-lm": "ml-explore/mlx-lm",
-    "mlx-swift-lm": "ml-explore/mlx-swift-lm",
-    "moe-infinity": "EfficientMoE/MoE-Infinity",
-    "ms-swift": "modelscope/ms-swift",
-    "nntrainer": "nnstreamer/nntrainer",
-    "onnxruntime": "microsoft/onnxruntime",
-    "paddleformers": "PaddlePaddle/PaddleFormers",
-    "prime-rl": "PrimeIntellect-ai/prime-rl",
-    "pytorch": "pytorch/pytorch",
-    "sgl-jax": "sgl-project/sglang-jax",
-    "sgl-kernel-npu": "sgl-project/sgl-kernel-npu",
-    "sglang": "sgl-project/sglang",
-    "slime": "THUDM/slime",
-    "sonic-moe": "Dao-AILab/sonic-moe",
-    "te": "NVIDIA/TransformerEngine",
-    "tensorrt-llm": "NVIDIA/TensorRT-LLM",
-    "torchtitan": "pytorch/torchtitan",
-    "tpu-inference": "vllm-project/tpu-inference",
-    "transformers": "huggingface/transformers",
-    "triton": "triton-lang/triton",
-    "trl": "huggingface/trl",
-    "unsloth": "unslothai/unsloth",
-    "verl": "verl-project/verl",
-    "verl-ascend-recipe": "verl-project/verl-ascend-recipe",
-    "vllm": "vllm-project/vllm",
-    "vllm-ascend": "vllm-project/vllm-ascend",
-    "vllm-metax": "MetaX-MACA/vLLM-metax",
-    "xtuner": "InternLM/xtuner",
-}
-"""Where a project's threads are, by the name that sources use."""
-
-_LINKED = re.compile(
-    r"(?P<url>https://[^\s<>\"')]+)"
-    r"|arXiv[ :](?P<arxiv>\d{4}\.\d{4,5})"
-    r"|(?P<repository>[\w.-]+/[\w.-]+)#(?P<thread>\d+)"
-    r"|(?P<project>[A-Za-z][\w.-]*) #(?P<number>\d+)"
-    r"|(?<=[,/] )#(?P<next>\d+)"
-)
 # What no XML document may hold and no terminal should be sent: controls, lone surrogates.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
@@ -274,7 +182,7 @@ def write_target(directory: Path, report: Report) -> None:
     """
     directory.mkdir(parents=True, exist_ok=True)
     _write(directory / "report.json", _json(report))
-    _write(directory / "report.html", _page("report.html.j2", report=report, directory=directory))
+    _write(directory / "report.html", page("report.html.j2", report=report, directory=directory))
 
 
 def write_index(directory: Path, reports: Sequence[Report]) -> None:
@@ -296,6 +204,7 @@ def write_index(directory: Path, reports: Sequence[Report]) -> None:
     index = {
         "schema_version": SCHEMA_VERSION,
         "verdict": next((each for each in VERDICTS if each in reached), "inconclusive"),
+        **{name: reports[0][name] for name in ("suite", "seed", "command") if reports},
         "targets": [
             {
                 "name": report["target"]["name"],
@@ -309,8 +218,8 @@ def write_index(directory: Path, reports: Sequence[Report]) -> None:
         ],
     }
     _write(directory / "index.json", _json(index))
-    page = _page("index.html.j2", index=index, reports=list(zip(folders, reports, strict=True)))
-    _write(directory / "index.html", page)
+    pairs = list(zip(folders, reports, strict=True))
+    _write(directory / "index.html", page("index.html.j2", index=index, reports=pairs))
     _write(directory / "junit.xml", _junit(reports))
 
 
@@ -343,7 +252,7 @@ def write_matrix(reports: Sequence[Report], out: Path) -> Path:
     ]
     out.mkdir(parents=True, exist_ok=True)
     path = out / "matrix.html"
-    _write(path, _page("matrix.html.j2", reports=reports, rows=rows))
+    _write(path, page("matrix.html.j2", reports=reports, rows=rows))
     return path
 
 
@@ -454,24 +363,25 @@ def table(reports: Sequence[Report], directory: Path | None = None) -> Renderabl
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in ("target", "verdict", "operations", "cells", "requirements", "of these"):
         shown.add_column(heading, overflow="fold")
-    broken: list[Text] = []
+    broken: list[RenderableType] = []
     for report in reports:
         target, spread = report["target"], report["breadth"]
         shown.add_row(
             Text(_printable(f"{target['name']} {target['version']}").strip(), "bold"),
-            Text(_words(report["verdict"]), _colour(report["verdict"])),
+            Text(words(report["verdict"]), _colour(report["verdict"])),
             "{provided}/{all}".format(**spread["operations"]),
             "{declared}/{all}".format(**spread["cells"]),
             f"{spread['requirements_run']}/{spread['requirements_in_all']}",
             Text(", ").join(
-                Text(f"{count} {_words(status)}", _colour(status))
+                Text(f"{count} {words(status)}", _colour(status))
                 for status, count in report["counts"].items()
             ),
         )
         broken += [
-            _broken_line(report, each, directory)
+            line
             for each in report["requirements"]
             if each["status"] in (*FAILING, "warn", "inconclusive")
+            for line in _broken_lines(report, each, directory)
         ]
     return Group(shown, *broken)
 
@@ -486,7 +396,7 @@ def last_line(report: Report, directory: Path | None = None) -> str:
     name, spread = report["target"]["name"], report["breadth"]
     waived = report["counts"].get("waived", 0)
     line = (
-        f"{name}: {_words(report['verdict'])}{f' ({waived} waived)' if waived else ''}; breadth: "
+        f"{name}: {words(report['verdict'])}{f' ({waived} waived)' if waived else ''}; breadth: "
         f"{spread['operations']['provided']}/{spread['operations']['all']} operations, "
         f"{spread['cells']['declared']}/{spread['cells']['all']} cells, "
         f"{spread['requirements_run']}/{spread['requirements_in_all']} requirements run"
@@ -494,40 +404,6 @@ def last_line(report: Report, directory: Path | None = None) -> str:
     if directory is not None:
         line += f"; report: {directory / folder_of(name) / 'report.html'}"
     return _printable(line)
-
-
-def source_links(source: str) -> list[tuple[str, str | None]]:
-    """A source cut into pieces of text, each with its address where it is a thread or a paper.
-
-    >>> source_links("vLLM #12002, found late")
-    [('vLLM #12002', 'https://github.com/vllm-project/vllm/issues/12002'), (', found late', None)]
-    """
-    pieces: list[tuple[str, str | None]] = []
-    end, repository = 0, None
-    for match in _LINKED.finditer(source):
-        found = match.groupdict()
-        address = None
-        if found["url"]:
-            address = found["url"].rstrip(".,;")
-        elif found["arxiv"]:
-            address = f"https://arxiv.org/abs/{found['arxiv']}"
-        elif found["repository"]:
-            repository = found["repository"]
-        elif found["project"]:
-            repository = PROJECTS.get(found["project"].lower())
-        number = found["thread"] or found["number"] or found["next"]
-        if number and repository:
-            address = f"https://github.com/{repository}/issues/{number}"
-        if address is None:
-            continue
-        stop = match.start() + len(address) if found["url"] else match.end()
-        if match.start() > end:
-            pieces.append((source[end : match.start()], None))
-        pieces.append((source[match.start() : stop], address))
-        end = stop
-    if end < len(source):
-        pieces.append((source[end:], None))
-    return pieces
 
 
 def _entry(result: Result) -> dict[str, Any]:
@@ -552,20 +428,15 @@ def _entry(result: Result) -> dict[str, Any]:
         "worst": float(f"{result.worst:.4g}"),
         "drawn": dict(sorted(result.drawn.items())),
         "counterexample": counterexample,
-        "replay": None if counterexample is None else _replay(counterexample),
+        "replay": None if counterexample is None else replay(counterexample),
         "failure": None if failure is None else _failure(failure),
     }
-
-
-def _replay(counterexample: str, directory: Path | None = None) -> str:
-    path = counterexample if directory is None else (directory / counterexample).as_posix()
-    return f"moespec replay {shlex.quote(path)}"
 
 
 def _failure(failure: Failure) -> dict[str, Any]:
     violation = failure.violation
     expected, actual = violation.expected, violation.actual
-    around = _worst_place(expected, actual)
+    around = worst_place(expected, actual)
     answers = failure.sessions[-1][1] if failure.sessions else []
     error = answers[-1].get("error") if answers else None
     return {
@@ -573,98 +444,11 @@ def _failure(failure: Failure) -> dict[str, Any]:
         "flips": failure.flips,
         "plan": failure.plan,
         "calls": [c["operation"] for session, _ in failure.sessions for c in session["calls"]],
-        "inputs": _inputs(failure.inputs),
-        "expected": None if expected is None else _preview("expected", expected, around),
-        "actual": None if actual is None else _preview("actual", actual, around),
+        "inputs": preview_inputs(failure.inputs),
+        "expected": None if expected is None else preview("expected", expected, around),
+        "actual": None if actual is None else preview("actual", actual, around),
         "traceback": None if error is None else error["traceback"],
     }
-
-
-def _inputs(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
-    shown: list[dict[str, Any]] = []
-    for name, value in inputs.items():
-        tensors = list(walk(value, name))
-        if not tensors or isinstance(value, torch.Tensor):
-            shown.append(_preview(name, value))
-            continue
-        if dataclasses.is_dataclass(value) and not _brief(value).endswith("()"):
-            shown.append(_preview(name, value))
-        shown += [_preview(path, tensor) for path, tensor in tensors]
-    return shown[:PREVIEWED_INPUTS]
-
-
-def _preview(name: str, value: Any, around: tuple[int, int] = (0, 0)) -> dict[str, Any]:
-    """A value as text, or the window of a tensor that holds the place `around`."""
-    if not isinstance(value, torch.Tensor):
-        return {"name": name, "text": _brief(value)}
-    folded = _fold(value)
-    starts = [
-        max(0, min(place - PREVIEW // 2 + 1, size - PREVIEW))
-        for place, size in zip(around, folded.shape, strict=True)
-    ]
-    rows, columns = (
-        range(start, min(start + PREVIEW, size))
-        for start, size in zip(starts, folded.shape, strict=True)
-    )
-    window = folded[rows.start : rows.stop, columns.start : columns.stop]
-    return {
-        "name": name,
-        "dtype": str(value.dtype).removeprefix("torch."),
-        "shape": list(value.shape),
-        "rows": [_lead(row, tuple(value.shape[:-1])) for row in rows],
-        "columns": list(columns),
-        "values": [
-            [_number(each) for each in row]
-            for row in (window.double() if window.is_floating_point() else window).tolist()
-        ],
-    }
-
-
-def _brief(value: Any) -> str:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        # What stands at its default, and what is shown as a tensor anyway, would only be in the way.
-        fields = {f.name: (getattr(value, f.name), f.default) for f in dataclasses.fields(value)}
-        said = ", ".join(
-            f"{name}={_brief(given)}"
-            for name, (given, default) in fields.items()
-            if not any(True for _ in walk(given)) and given is not None and given != default
-        )
-        return f"{type(value).__name__}({said})"
-    text = repr(value)
-    return text if len(text) <= 500 else f"{text[:500]}…"
-
-
-def _fold(tensor: torch.Tensor) -> torch.Tensor:
-    """In two dimensions: all but the last one run down the rows."""
-    tensor = tensor.detach().cpu()
-    last = tensor.shape[-1] if tensor.ndim else 1
-    return tensor.reshape(math.prod(tensor.shape[:-1]), last)
-
-
-def _lead(row: int, lead: tuple[int, ...]) -> list[int]:
-    index: list[int] = []
-    for size in reversed(lead):
-        row, place = divmod(row, size)
-        index.insert(0, place)
-    return index
-
-
-def _worst_place(expected: Any, actual: Any) -> tuple[int, int]:
-    """Row and column of the greatest difference, in folded form."""
-    both = isinstance(expected, torch.Tensor) and isinstance(actual, torch.Tensor)
-    if not both or expected.shape != actual.shape or expected.numel() == 0:
-        return 0, 0
-    wanted, came = _fold(expected).double(), _fold(actual).double()
-    same = (wanted == came) | (wanted.isnan() & came.isnan())
-    error = torch.where(same, 0.0, (wanted - came).abs().nan_to_num(torch.inf))
-    row, column = divmod(int(error.argmax()), wanted.shape[1])
-    return row, column
-
-
-def _number(value: Any) -> Any:
-    if not isinstance(value, float):
-        return value
-    return float(f"{value:.9g}") if math.isfinite(value) else str(value)
 
 
 def _axes(operation: str) -> Mapping[str, Sequence[Any]]:
@@ -714,17 +498,22 @@ def _badness(status: str | None) -> int:
     return next(place for place, group in enumerate(from_best) if status in group)
 
 
-def _broken_line(report: Report, entry: dict[str, Any], directory: Path | None) -> Text:
-    line = Text("\n")
-    line.append(_words(entry["status"]), _colour(entry["status"]))
-    line.append(f" {entry['id']}", "bold")
-    line.append(_printable(f" {report['target']['name']}: {entry['sentence']}"))
+def _broken_lines(
+    report: Report, entry: dict[str, Any], directory: Path | None
+) -> list[RenderableType]:
+    heading = Text("\n")
+    heading.append(words(entry["status"]), _colour(entry["status"]))
+    heading.append(f" {entry['id']}", "bold")
+    heading.append(_printable(f" {report['target']['name']}: {entry['sentence']}"))
+    lines: list[RenderableType] = [heading]
     if entry["message"]:
-        line.append(_printable(f"\n  {entry['message']}"))
+        lines.append(Padding(Text(_printable(entry["message"])), (0, 0, 0, 2)))
     if entry["counterexample"]:
         folder = None if directory is None else directory / folder_of(report["target"]["name"])
-        line.append(_printable(f"\n  {_replay(entry['counterexample'], folder)}"), "cyan")
-    return line
+        command = _printable(replay(entry["counterexample"], folder))
+        # One line whatever its length: it is there to be copied.
+        lines.append(Text(f"  {command}", "cyan", no_wrap=True, overflow="ignore"))
+    return lines
 
 
 def _colour(word: str) -> str:
@@ -733,10 +522,6 @@ def _colour(word: str) -> str:
     if word in ("warn", "inconclusive", "marginal", "waived", "conforms_with_waivers"):
         return "yellow"
     return "green" if word in ("pass", "conforms") else "dim"
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
 
 
 def _printable(text: str) -> str:
@@ -812,10 +597,10 @@ def _junit_case(suite: ElementTree.Element, entry: dict[str, Any], seconds: floa
         # Never green: a reader who sees only this file must not take it for a pass.
         ElementTree.SubElement(case, "error", type=status, message=message)
     elif status in (*NOT_RUN, "waived"):
-        text = f"{_words(status)}: {message}"
+        text = f"{words(status)}: {message}"
         ElementTree.SubElement(case, "skipped", message=text)
     elif message:
-        ElementTree.SubElement(case, "system-out").text = f"{_words(status)}: {message}"
+        ElementTree.SubElement(case, "system-out").text = f"{words(status)}: {message}"
 
 
 @functools.cache
@@ -866,142 +651,3 @@ def _mismatch(value: Any, schema: Mapping[str, Any], path: str) -> str | None:
         return None
     found = (_mismatch(each, its_schema, its_path) for its_path, each, its_schema in parts)
     return next((wrong for wrong in found if wrong is not None), None)
-
-
-def _page(template: str, **content: Any) -> str:
-    text: str = _environment().get_template(template).render(**content)
-    return text
-
-
-@functools.cache
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("moe_conformance"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    folder = resources.files("moe_conformance") / "templates"
-    script = (folder / "script.js").read_text(encoding="utf-8")
-    hashed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    environment.globals |= {
-        "style": Markup((folder / "style.css").read_text(encoding="utf-8")),
-        "script": Markup(script),
-        "script_hash": f"sha256-{hashed}",
-        "signs": SIGNS,
-        "statuses": STATUSES,
-        "failing": FAILING,
-        "not_run": NOT_RUN,
-        "pass_z": PASS_Z,
-        "fail_z": FAIL_Z,
-        "comparison": _comparison,
-        "grid": _grid,
-        "replay": _replay,
-    }
-    environment.filters |= {
-        "words": _words,
-        "links": source_links,
-        "brief_value": _brief_value,
-        "by_concept": _by_concept,
-    }
-    return environment
-
-
-def _by_concept(entries: Iterable[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """In the order in which the concepts come up."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for entry in entries:
-        groups.setdefault(entry["concept"], []).append(entry)
-    return list(groups.items())
-
-
-def _brief_value(value: Any) -> str:
-    """A value of the declaration or of a plan as text."""
-    if isinstance(value, Mapping):
-        return "; ".join(f"{name}: {_brief_value(item)}" for name, item in value.items()) or "any"
-    if isinstance(value, list):
-        return ", ".join(map(_brief_value, value)) or "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "–" if value is None else str(value)
-
-
-def _grid(preview: dict[str, Any], shades: list[list[int]] | None = None) -> dict[str, Any]:
-    """A preview as a table: column numbers, and rows of a label and cells."""
-    seen = [len(preview["rows"]), len(preview["columns"])]
-    shape = preview["shape"]
-    folded = [math.prod(shape[:-1]), shape[-1] if shape else 1]
-    return {
-        "title": preview["name"],
-        "form": f"{preview['dtype']} {shape}",
-        "part": seen != folded,
-        "columns": preview["columns"],
-        "rows": [
-            {
-                "label": ", ".join(map(str, label)),
-                "cells": [
-                    {
-                        "text": _short(value),
-                        "full": str(value),
-                        "shade": shades[i][j] if shades else 0,
-                    }
-                    for j, value in enumerate(values)
-                ],
-            }
-            for i, (label, values) in enumerate(
-                zip(preview["rows"], preview["values"], strict=True)
-            )
-        ],
-    }
-
-
-def _short(value: Any) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else str(value).removesuffix(".0")
-
-
-def _comparison(failure: dict[str, Any]) -> list[dict[str, Any]]:
-    """What was expected and what came as tables, with a third of their difference for floats.
-
-    Cells are shaded from 0 (as expected) to 4 (near the greatest difference).
-    """
-    expected, actual = failure["expected"], failure["actual"]
-    tensors = [each for each in (expected, actual) if each is not None and "values" in each]
-    alike = len(tensors) == 2 and expected["shape"] == actual["shape"]
-    if not alike:
-        return [_grid(each) for each in tensors]
-    pairs = [
-        list(zip(wanted, came, strict=True))
-        for wanted, came in zip(expected["values"], actual["values"], strict=True)
-    ]
-    errors = [[_error(wanted, came) for wanted, came in row] for row in pairs]
-    finite = [e for row in errors for e in row if math.isfinite(e)]
-    floats = "float" in expected["dtype"]
-    most = max(finite, default=0.0)
-    shades = [[_shade(error, most, floats) for error in row] for row in errors]
-    grids = [_grid(expected), _grid(actual, shades)]
-    if floats:
-        difference = [
-            [
-                c - w if math.isfinite(e) and e else ("0" if not e else "–")
-                for (w, c), e in zip(*both)
-            ]
-            for both in zip(pairs, errors, strict=True)
-        ]
-        shown = {**actual, "name": "difference", "dtype": "actual - expected", "values": difference}
-        grids.append({**_grid(shown, shades), "form": "actual - expected"})
-    return grids
-
-
-def _error(expected: Any, actual: Any) -> float:
-    if isinstance(expected, str) or isinstance(actual, str):
-        return 0.0 if expected == actual else math.inf
-    return float(abs(actual - expected))
-
-
-def _shade(error: float, most: float, graded: bool) -> int:
-    if error == 0 or (graded and error <= most / 1000):
-        return 0
-    if not graded or not math.isfinite(error) or error > most / 2:
-        return 4
-    return 3 if error > most / 10 else 2 if error > most / 100 else 1

@@ -101,6 +101,7 @@ class Result:
     vacuous: int = 0
     marginal: int = 0
     worst: float = 0.0
+    worst_rms: float = 0.0
     seconds: float = 0.0
     drawn: Counter[str] = field(default_factory=Counter)
     failure: Failure | None = None
@@ -168,6 +169,7 @@ class _Search:
         self.result.cases += 1
         self.result.vacuous += not case.effective
         self.result.worst = max(self.result.worst, case.worst)
+        self.result.worst_rms = max(self.result.worst_rms, case.worst_rms)
         self.result.drawn.update(case.events)
         self.result.drawn.update(f"vacuous: {name}" for name in case.vacuous[:1])
 

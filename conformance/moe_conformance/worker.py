@@ -37,6 +37,10 @@ class LoadError(Exception):
     """The target's name leads to nothing that can be tested; the message says why."""
 
 
+class UnknownTarget(LoadError):
+    """There is nothing of that name; the command line was wrong."""
+
+
 def start(log: str) -> None:
     """Make this process a worker: a group of its own, silent, and gone when its parent is."""
     os.setsid()
@@ -63,7 +67,13 @@ def find(name: str) -> Callable[[], Target] | Mapping[str, Callable[[], Target]]
     try:
         if ":" in name:
             where, _, attribute = name.rpartition(":")
-            found = getattr(_import(where), attribute)
+            module = _import(where)
+            if not hasattr(module, attribute):
+                raise UnknownTarget(
+                    f"target: expected a class of '{where}', got '{attribute}', which it does "
+                    f"not define"
+                )
+            found = getattr(module, attribute)
         else:
             found = _entry(name).load()
     except LoadError:
@@ -87,7 +97,7 @@ def find(name: str) -> Callable[[], Target] | Mapping[str, Callable[[], Target]]
 def _entry(name: str) -> EntryPoint:
     known = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
     if name not in known:
-        raise LoadError(
+        raise UnknownTarget(
             f"target: expected path/to/file.py:Class, package.module:Class or one of "
             f"{', '.join(sorted(known))}, got '{name}'"
         )
@@ -99,7 +109,7 @@ def _import(where: str) -> Any:
         return importlib.import_module(where)
     path = Path(where).resolve()
     if not path.is_file():
-        raise LoadError(f"target file '{where}': expected a Python file, found none")
+        raise UnknownTarget(f"target: expected a Python file, got '{where}', which is none")
     module_name = f"moespec_target_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None
@@ -121,12 +131,14 @@ def variants(name: str) -> list[str]:
     found = find(base)
     if not isinstance(found, Mapping):
         if variant:
-            raise LoadError(f"target '{base}' has no variants, so no '{variant}'")
+            raise UnknownTarget(f"target: '{base}' has no variants, got '{name}'")
         return [base]
     if not variant:
         return [f"{base}/{each}" for each in found]
     if variant not in found:
-        raise LoadError(f"target '{base}' has the variants {', '.join(found)}, not '{variant}'")
+        raise UnknownTarget(
+            f"target: expected one of the variants {', '.join(found)} of '{base}', got '{variant}'"
+        )
     return [name]
 
 
@@ -138,6 +150,10 @@ def make(name: str) -> Target:
     """
     base, _, variant = name.partition("/") if ":" not in name else (name, "", "")
     found = find(base)
+    if isinstance(found, Mapping) and variant not in found:
+        raise UnknownTarget(
+            f"target: expected one of the variants {', '.join(found)} of '{base}', got '{variant}'"
+        )
     factory = found[variant] if isinstance(found, Mapping) else found
     try:
         return factory()

@@ -13,12 +13,14 @@ import jsonschema
 import pytest
 import torch
 from hypothesis import strategies as st
+from moe_conformance import pages
 from moe_conformance import report as reports
-from moe_conformance.case import Case, routed
+from moe_conformance.case import routed
 from moe_conformance.executor import InlineExecutor, capabilities_of
 from moe_conformance.inputs.given import Content, Given, Scope
 from moe_conformance.judge import Violation, close, equal, impostors, within
-from moe_conformance.registry import Requirement, requirements
+from moe_conformance.preview import preview
+from moe_conformance.registry import Requirement
 from moe_conformance.runner import STATUSES, Effort, Failure, Result, run_target
 from moe_conformance.target import DTYPES, OPERATIONS, Capabilities, Target
 from moe_reference.config import ExpertWeights, RoutingConfig
@@ -154,8 +156,15 @@ def _report(names=tuple(REQUIREMENTS), seconds=1.0, extra=()):
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def only_these_requirements():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reports, "requirements", lambda: list(REQUIREMENTS.values()))
+        yield
+
+
 @pytest.fixture(scope="module")
-def report():
+def report(only_these_requirements):
     return _report()
 
 
@@ -189,7 +198,7 @@ def test_a_real_report_follows_its_schema(report, tmp_path):
 def test_the_schema_knows_every_status_and_no_other():
     status = _schema()["$defs"]["requirement"]["properties"]["status"]
     assert tuple(status["enum"]) == STATUSES
-    assert set(STATUSES) < set(reports.SIGNS)
+    assert set(STATUSES) < set(pages.SIGNS)
 
 
 def test_the_same_seed_gives_the_same_report_but_for_times(report):
@@ -236,7 +245,7 @@ def test_a_preview_shows_the_place_that_is_wrong():
     assert shown["expected"]["values"][row][column] == 0.0
     names = [each["name"] for each in shown["inputs"]]
     assert names == ["experts.gate_up", "experts.down", "layouts"]
-    tables = reports._comparison(shown)
+    tables = pages._comparison(shown)
     assert [table["title"] for table in tables] == ["expected", "actual", "difference"]
     assert tables[1]["rows"][row]["cells"][column]["shade"] == 4
     assert sum(cell["shade"] for row in tables[1]["rows"] for cell in row["cells"]) == 4
@@ -244,17 +253,17 @@ def test_a_preview_shows_the_place_that_is_wrong():
 
 @pytest.mark.parametrize("value", [torch.tensor(3), torch.empty(0, 4), torch.empty(2, 0, 3)])
 def test_a_preview_takes_scalars_and_nothing(value):
-    shown = reports._preview("value", value)
+    shown = preview("value", value)
     jsonschema.validate(shown, {**_schema()["$defs"]["preview"], "$defs": _schema()["$defs"]})
     assert sum(map(len, shown["values"])) == value.numel()
-    assert reports._grid(shown)["form"].startswith(str(value.dtype).removeprefix("torch."))
+    assert pages._grid(shown)["form"].startswith(str(value.dtype).removeprefix("torch."))
 
 
 def test_breadth_adds_up_fields_and_counts_what_is_declared():
     everything = reports.breadth(Capabilities(dtypes=DTYPES), OPERATIONS, [])
     assert everything["cells"]["declared"] == everything["cells"]["all"]
     assert everything["operations"] == {"provided": 19, "all": 19}
-    assert everything["requirements_in_all"] == len(requirements())
+    assert everything["requirements_in_all"] == len(REQUIREMENTS)
     nothing = reports.breadth(Capabilities(), (), [])
     assert nothing["operations"]["provided"] == nothing["cells"]["declared"] == 0
     assert nothing["cells"]["all"] == everything["cells"]["all"]
@@ -288,15 +297,15 @@ def test_requirements_run_are_those_with_a_case(report):
     ],
 )
 def test_threads_and_papers_become_links(source, address):
-    pieces = reports.source_links(source)
+    pieces = pages.source_links(source)
     assert "".join(text for text, _ in pieces) == source
     assert [link for _, link in pieces if link] == [address]
 
 
 def test_what_is_no_known_thread_stays_text():
     for source in ("unknown-project #3", "javascript:alert(1)", "gpt-oss model code", ""):
-        assert all(address is None for _, address in reports.source_links(source))
-    several = reports.source_links("SGLang #1, #2 and vLLM #3")
+        assert all(address is None for _, address in pages.source_links(source))
+    several = pages.source_links("SGLang #1, #2 and vLLM #3")
     assert [address[-10:] for _, address in several if address] == [
         "g/issues/1", "g/issues/2", "m/issues/3"
     ]  # fmt: skip
@@ -394,6 +403,7 @@ def test_index_and_junit_tell_what_became_of_each_requirement(report, tmp_path):
     reports.write_index(tmp_path, [good, report])
     index = json.loads((tmp_path / "index.json").read_text(encoding="utf-8"))
     assert index["verdict"] == "fails"
+    assert index["seed"] == 7
     assert [each["report"] for each in index["targets"]] == [
         "good/one/report.json",
         "small-b-target/b/report.json",
@@ -439,6 +449,23 @@ def test_files_are_replaced_whole(report, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "any"),
+        ([], "none"),
+        ({}, "any"),
+        ([True, 2.5, "x"], "yes, 2.5, x"),
+        (
+            [{"bias": [False]}, {"activation": ["silu", "relu"]}],
+            "bias: no or activation: silu, relu",
+        ),
+    ],
+)
+def test_a_declaration_reads_as_text(value, text):
+    assert pages._brief_value(value, "any") == text
+
+
 def test_numbers_that_json_lacks_become_text(tmp_path):
     odd = reports._plain({"a": float("nan"), "b": (float("-inf"), torch.float32), 3: {"x"}})
     assert odd == {"a": "nan", "b": ["-inf", "float32"], "3": ["x"]}
@@ -476,7 +503,7 @@ def test_what_is_no_report_is_refused_in_one_sentence(content, complaint, tmp_pa
 
 
 def test_a_folder_without_a_report_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="expected report.json or index.json"):
+    with pytest.raises(ValueError, match=r"expected report\.json or index\.json"):
         reports.read_report(tmp_path)
 
 

@@ -22,6 +22,7 @@ from moe_optimized.interpreter import COMPILED, INTERPRETED, jit, launch, power_
 _MASKED = -(1 << 31)
 _NAN = _MASKED + 1
 
+
 def route(
     logits: torch.Tensor,
     config: RoutingConfig,

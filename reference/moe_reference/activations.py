@@ -1,4 +1,4 @@
-r"""Activations of an expert, by their exact names.
+r"""One expert: two products and the activation between them, by its exact name.
 
 With the two halves of the first product, gate $g$ and up $u$, an expert computes $a(g) \cdot u$;
 without a gate, $a(u)$. Two published ones are not of that form:
@@ -12,15 +12,34 @@ $$
 $$
 
 The gate is clamped above only, up on both sides, and both before anything else.
+
+Dimension key: S rows, H hidden size, I intermediate size, J = 2I (I without a gate), E experts.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from moe_reference.checks import check_tensor
-from moe_reference.config import ExpertsConfig
+from moe_reference.config import ExpertsConfig, ExpertWeights
+
+
+class OneExpert(NamedTuple):
+    """The weights of a single expert: gate_up [J, H], down [H, I], biases [J] and [H] or None."""
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    gate_up_bias: torch.Tensor | None
+    down_bias: torch.Tensor | None
+
+
+def feed_forward(x: torch.Tensor, one: OneExpert, config: ExpertsConfig) -> torch.Tensor:
+    """A single expert on its rows: [S, H] to [S, H], all in the dtype of x."""
+    pre_SJ = _product(x, one.gate_up, one.gate_up_bias)
+    return _product(activate(pre_SJ, config), one.down, one.down_bias)
+
 
 ELEMENTWISE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -54,7 +73,7 @@ def activate(pre_activation: torch.Tensor, config: ExpertsConfig) -> torch.Tenso
     >>> activate(torch.tensor([1.0, -9.0]), ExpertsConfig("swigluoai", alpha=0.0)).tolist()
     [-3.0]
     """
-    check_tensor("pre_activation", pre_activation, tuple(pre_activation.shape))
+    check_tensor("pre_activation", pre_activation, getattr(pre_activation, "shape", ()))
     if not config.gated:
         return ELEMENTWISE[config.activation](pre_activation)
     width = pre_activation.shape[-1]
@@ -68,3 +87,17 @@ def activate(pre_activation: torch.Tensor, config: ExpertsConfig) -> torch.Tenso
     if config.activation == "swigluoai":
         return gate * torch.sigmoid(config.alpha * gate) * (up + 1)
     return F.silu(gate) * up
+
+
+def one_by_one(experts: ExpertWeights) -> list[OneExpert]:
+    """The experts as a list."""
+    E = len(experts.down)
+    columns = (
+        [None] * E if weight is None else weight.unbind(0)
+        for weight in (experts.gate_up, experts.down, experts.gate_up_bias, experts.down_bias)
+    )
+    return [OneExpert(*one) for one in zip(*columns, strict=True)]
+
+
+def _product(rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return F.linear(rows, matrix.to(rows), None if bias is None else bias.to(rows))

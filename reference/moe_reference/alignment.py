@@ -166,12 +166,13 @@ def local_ids(
         int64, the shape of `expert_ids`.
 
     Raises:
-        TypeError: the map is not of an integer dtype.
+        TypeError: ids or map have the wrong dtype.
         ValueError: the map is not one-dimensional, or leads to a row that there is not.
 
     >>> local_ids(torch.tensor([-1, 0, 2, 3]), 2, torch.tensor([-1, 0, 1])).tolist()
     [-1, -1, 1, -1]
     """
+    check_tensor("expert_ids", expert_ids, getattr(expert_ids, "shape", ()), IDS)
     ids = expert_ids.long()
     if expert_map is None:
         return ids.where((ids >= 0) & (ids < num_local), -1)
@@ -186,13 +187,11 @@ def local_ids(
     return rows
 
 
-def buffer_size(
-    num_slots: int, block_size: int, num_experts: int, round_up: bool = False
-) -> int:
+def buffer_size(num_slots: int, block_size: int, num_experts: int, round_up: bool = False) -> int:
     """Entries that are enough for `num_slots` slots, however they fall on the experts.
 
-    Each expert wastes at most B - 1 entries of its last block. With fewer slots than experts no
-    more than `num_slots` experts have any, of one block at most... per slot.
+    Each expert wastes at most B - 1 entries of its last block. With fewer slots than experts, at
+    most one block per slot is begun.
 
     Args:
         num_slots: T · K.

@@ -23,42 +23,26 @@ once at the end. An id below 0, or at or above the number of experts, or mapped 
 here*: the pair contributes nothing, whatever its weight, and gets a gradient of zero.
 """
 
+import math
+
 import torch
+import torch.nn.functional as F
 
-from moe_reference.activations import activate
+from moe_reference.activations import OneExpert as OneExpert
+from moe_reference.activations import activate as activate
+from moe_reference.activations import feed_forward as feed_forward
+from moe_reference.activations import one_by_one as one_by_one
 from moe_reference.alignment import check_counts, local_ids
-from moe_reference.checks import FLOATS, IDS, check_tensor
+from moe_reference.checks import IDS, check_count, check_tensor
 from moe_reference.config import ExpertsConfig, ExpertWeights
-from moe_reference.dispatch import accumulation_dtype, combine, dispatch
-from moe_reference.layouts import (
-    LAYOUTS,
-    Layout,
-    SeparateWeights,
-    from_layout,
-    from_separate,
-    infer_transposed,
-    init_experts,
-    to_layout,
-    to_separate,
-)
-
-__all__ = [
-    "LAYOUTS",
-    "Layout",
-    "SeparateWeights",
-    "activate",
-    "check_experts",
-    "expert",
-    "experts",
-    "experts_batched",
-    "experts_grouped",
-    "from_layout",
-    "from_separate",
-    "infer_transposed",
-    "init_experts",
-    "to_layout",
-    "to_separate",
-]
+from moe_reference.dispatch import accumulation_dtype, combine, dispatch, inclusive_offsets
+from moe_reference.layouts import LAYOUTS as LAYOUTS
+from moe_reference.layouts import Layout as Layout
+from moe_reference.layouts import from_layout as from_layout
+from moe_reference.layouts import from_separate as from_separate
+from moe_reference.layouts import infer_transposed as infer_transposed
+from moe_reference.layouts import to_layout as to_layout
+from moe_reference.layouts import to_separate as to_separate
 
 
 def experts(
@@ -91,24 +75,211 @@ def experts(
     Source: Shazeer et al. (arXiv 1701.06538), equation 1; biases and their weighting, gpt-oss model
     code; weights on the input, Llama 4 model code.
 
-    >>> eye = torch.eye(2)[None]
-    >>> doubling = ExpertWeights(gate_up=torch.cat([eye, 2 * eye]), down=torch.cat([eye, eye]))
-    >>> x, weights, ids = torch.tensor([[1.0, 3.0]]), torch.tensor([[0.5, 1.0]]), [[0, 1]]
-    >>> config = ExpertsConfig("relu", gated=False)
-    >>> globals()["experts"](x, doubling, weights, torch.tensor(ids), config).tolist()
-    [[2.5, 7.5]]
+    >>> two_experts = ExpertWeights(torch.ones(2, 1, 1), down=torch.tensor([[[1.0]], [[2.0]]]))
+    >>> x, weights, ids = torch.tensor([[3.0]]), torch.tensor([[0.5, 1.0]]), torch.tensor([[0, 1]])
+    >>> experts(x, two_experts, weights, ids, ExpertsConfig("relu", gated=False)).tolist()
+    [[7.5]]
     """
-    check_arguments(x, experts, weights, expert_ids, config)
+    check_experts(experts, x, config)
+    check_routing(x, weights, expert_ids)
     wide = accumulation_dtype(x)
     x_TH, weights_TK = x.to(wide), weights.to(wide)
     rows_TK = local_ids(expert_ids, len(experts.down), expert_map)
 
-    pairs_TKH = _sum_of_nothing(x, weights, experts).expand(*expert_ids.shape, x.shape[1]).clone()
-    for e, one in enumerate(_one_by_one(experts, wide)):
+    pairs_TKH = x_TH.new_zeros(*rows_TK.shape, x.shape[1]) + _sum_of_nothing(x, weights, experts)
+    for e, one in enumerate(one_by_one(experts)):
         tokens_S, ks_S = (rows_TK == e).nonzero(as_tuple=True)
+        if len(tokens_S) == 0:
+            continue
         weights_S1 = weights_TK[tokens_S, ks_S, None]
         if config.weight_on == "input":
-            pairs_TKH[tokens_S, ks_S] = expert(x_TH[tokens_S] * weights_S1, one, config)
+            pairs_TKH[tokens_S, ks_S] = feed_forward(x_TH[tokens_S] * weights_S1, one, config)
         else:
-            pairs_TKH[tokens_S, ks_S] = expert(x_TH[tokens_S], one, config) * weights_S1
+            pairs_TKH[tokens_S, ks_S] = feed_forward(x_TH[tokens_S], one, config) * weights_S1
     return pairs_TKH.sum(dim=1).to(x.dtype)
+
+
+def experts_grouped(
+    x: torch.Tensor,
+    experts: ExpertWeights,
+    weights: torch.Tensor,
+    expert_ids: torch.Tensor,
+    config: ExpertsConfig,
+    expert_map: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The same sum, stage by stage: sort, first products, activation, second products, combine.
+
+    This is the shape of a grouped matrix product. Arguments, result and errors are those of
+    `experts`.
+
+    >>> two_experts = ExpertWeights(torch.ones(2, 1, 1), down=torch.tensor([[[1.0]], [[2.0]]]))
+    >>> x, weights, ids = torch.tensor([[3.0]]), torch.tensor([[0.5, 1.0]]), torch.tensor([[0, 1]])
+    >>> experts_grouped(x, two_experts, weights, ids, ExpertsConfig("relu", gated=False)).tolist()
+    [[7.5]]
+    """
+    check_experts(experts, x, config)
+    check_routing(x, weights, expert_ids)
+    wide = accumulation_dtype(x)
+    weights_TK = weights.to(wide)
+    rows_TK = local_ids(expert_ids, len(experts.down), expert_map)
+
+    x_SH, tokens_per_expert, slots_S = dispatch(x.to(wide), rows_TK, len(experts.down))
+    if config.weight_on == "input":
+        x_SH = x_SH * weights_TK.flatten()[slots_S, None]
+        weights_TK = torch.ones_like(weights_TK)
+    ends_E = inclusive_offsets(tokens_per_expert)
+    pre_SJ = grouped_product(x_SH, experts.gate_up, experts.gate_up_bias, ends_E)
+    out_SH = grouped_product(activate(pre_SJ, config), experts.down, experts.down_bias, ends_E)
+    summed_TH = combine(out_SH, slots_S, weights_TK) + _sum_of_nothing(x, weights, experts)
+    return summed_TH.to(x.dtype)
+
+
+def experts_batched(
+    x: torch.Tensor,
+    tokens_per_expert: torch.Tensor,
+    experts: ExpertWeights,
+    config: ExpertsConfig,
+) -> torch.Tensor:
+    """Each expert on its own rows of a batch, unweighted.
+
+    Weighting is left to whoever made the batch: on the way in, or in `combine`.
+
+    Args:
+        x: [E, C, H], any float dtype and strides. Rows past the count may hold anything.
+        tokens_per_expert: [E], int32 or int64, from 0 to C each: rows in use.
+        experts: weights of E experts, any float dtype.
+        config: how an expert computes; `weight_on` has no effect.
+
+    Returns:
+        [E, C, H], x's dtype, differentiable in x and experts; rows past the count are zero.
+
+    Raises:
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, or a count is outside [0, C].
+
+    Source: vLLM's batched experts format.
+
+    >>> one_expert = ExpertWeights(gate_up=torch.ones(1, 1, 1), down=torch.full((1, 1, 1), 2.0))
+    >>> x, counts = torch.tensor([[[3.0], [float("nan")]]]), torch.tensor([1])
+    >>> experts_batched(x, counts, one_expert, ExpertsConfig("relu", gated=False)).tolist()
+    [[[6.0], [0.0]]]
+    """
+    check_tensor("x", x, ("E", "C", "H"))
+    check_tensor("tokens_per_expert", tokens_per_expert, (len(x),), IDS)
+    check_counts(tokens_per_expert, x.shape[1])
+    check_experts(experts, x, config, len(x))
+    x_ECH = x.to(accumulation_dtype(x))
+    out_ECH = torch.zeros_like(x_ECH) + _sum_of_nothing(x, experts)
+    counts = tokens_per_expert.tolist()
+    for e, (one, count) in enumerate(zip(one_by_one(experts), counts, strict=True)):
+        out_ECH[e, :count] = feed_forward(x_ECH[e, :count], one, config)
+    return out_ECH.to(x.dtype)
+
+
+def grouped_product(
+    rows: torch.Tensor, matrices: torch.Tensor, biases: torch.Tensor | None, ends: torch.Tensor
+) -> torch.Tensor:
+    """Each group of rows times its own matrix, plus its own bias.
+
+    Args:
+        rows: [S, A] in expert order.
+        matrices: [E, B, A].
+        biases: [E, B] or None.
+        ends: [E], where each expert's rows end.
+
+    Returns:
+        [S, B], the dtype of rows.
+    """
+    products = [rows.new_zeros(0, matrices.shape[1])]
+    start = 0
+    for e, end in enumerate(ends.tolist()):
+        bias = None if biases is None else biases[e].to(rows)
+        products.append(F.linear(rows[start:end], matrices[e].to(rows), bias))
+        start = end
+    return torch.cat(products)
+
+
+def init_experts(
+    num_experts: int,
+    hidden_size: int,
+    intermediate_size: int,
+    gated: bool = True,
+    bias: bool = False,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> ExpertWeights:
+    r"""Random weights, uniform in $\pm 1 / \sqrt{\text{fan-in}}$ as `torch.nn.Linear` has them.
+
+    The fan-in is that of one expert's product: H for gate_up, I for down. Reading [E, out, in] as
+    one matrix [E, out · in] would make the weights smaller by sqrt(out).
+
+    Args:
+        num_experts: E.
+        hidden_size: H, at least 1.
+        intermediate_size: I, at least 1.
+        gated: with a gate, gate_up is [E, 2I, H].
+        bias: with biases, drawn from the same interval.
+        generator: where the numbers come from; None takes PyTorch's global one.
+        dtype: of the weights.
+
+    >>> init_experts(4, hidden_size=16, intermediate_size=3).gate_up.shape
+    torch.Size([4, 6, 16])
+    """
+    check_count("num_experts", num_experts)
+    check_count("hidden_size", hidden_size, 1)
+    check_count("intermediate_size", intermediate_size, 1)
+
+    def uniform(fan_in: int, *shape: int) -> torch.Tensor:
+        unit = torch.rand(shape, generator=generator, dtype=torch.float64)
+        return ((2 * unit - 1) / math.sqrt(fan_in)).to(dtype)
+
+    E, H, I = num_experts, hidden_size, intermediate_size
+    J = 2 * I if gated else I
+    gate_up, down = uniform(H, E, J, H), uniform(I, E, H, I)
+    return ExpertWeights(gate_up, down, *((uniform(H, E, J), uniform(I, E, H)) if bias else ()))
+
+
+def check_experts(
+    experts: ExpertWeights,
+    x: torch.Tensor,
+    config: ExpertsConfig,
+    num_experts: int | None = None,
+    name: str = "experts",
+) -> None:
+    """Raise unless the weights fit each other, the rows [..., H] and the configuration.
+
+    Raises:
+        TypeError: not `ExpertWeights` of float tensors.
+        ValueError: a weight has the wrong shape.
+    """
+    if not isinstance(experts, ExpertWeights):
+        raise TypeError(f"{name}: expected ExpertWeights, got {type(experts).__name__}")
+    H = x.shape[-1]
+    check_tensor(
+        f"{name}.down", experts.down, ("E" if num_experts is None else num_experts, H, "I")
+    )
+    E, _, I = experts.down.shape
+    J = 2 * I if config.gated else I
+    check_tensor(f"{name}.gate_up", experts.gate_up, (E, J, H))
+    if experts.gate_up_bias is not None:
+        check_tensor(f"{name}.gate_up_bias", experts.gate_up_bias, (E, J))
+    if experts.down_bias is not None:
+        check_tensor(f"{name}.down_bias", experts.down_bias, (E, H))
+
+
+def check_routing(x: torch.Tensor, weights: torch.Tensor, expert_ids: torch.Tensor) -> None:
+    """Raise unless x is [T, H], and weights and ids are [T, K]."""
+    check_tensor("x", x, ("T", "H"))
+    check_tensor("weights", weights, (len(x), "K"))
+    check_tensor("expert_ids", expert_ids, tuple(weights.shape), IDS)
+
+
+def _sum_of_nothing(*parts: torch.Tensor | ExpertWeights) -> torch.Tensor:
+    """0, connected to every part: gradients are zero instead of None where no row is routed."""
+    zero = torch.zeros(())
+    for part in parts:
+        tensors = (part,) if isinstance(part, torch.Tensor) else vars(part).values()
+        for tensor in tensors:
+            if tensor is not None:
+                zero = zero.to(tensor) + tensor[:0].sum()
+    return zero

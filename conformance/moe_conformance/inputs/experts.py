@@ -41,6 +41,7 @@ CLAMPED = ("swigluoai", "swiglu_limit")
 def expert_inputs(
     *,
     least_tokens: int = 1,
+    least_k: int = 1,
     loads: tuple[str, ...] = LOADS,
     content: str = "normal",
     **fixed: tuple[Any, ...],
@@ -49,6 +50,7 @@ def expert_inputs(
 
     Args:
         least_tokens: smallest number of tokens.
+        least_k: smallest number of experts per token; 2 where a token's pairs are compared.
         loads: how tokens spread over experts.
         content: `normal`, or `exact`: small integers whose products and sums are exact in every
             order and every dtype, so that any legal answer is equal to the last bit.
@@ -57,7 +59,7 @@ def expert_inputs(
 
     def plans(scope: Scope) -> Plans | None:
         made = [
-            _plans(scope, choice, least_tokens, loads, content, fixed)
+            _plans(scope, choice, least_tokens, least_k, loads, content, fixed)
             for choice in scope.capabilities.alternatives("experts")
         ]
         possible = [each for each in made if each is not None]
@@ -70,6 +72,7 @@ def _plans(
     scope: Scope,
     declared: Mapping[str, tuple[Any, ...]],
     least_tokens: int,
+    least_k: int,
     loads: tuple[str, ...],
     content: str,
     fixed: Mapping[str, tuple[Any, ...]],
@@ -90,6 +93,8 @@ def _plans(
     hidden = multiples(48 if small else 80, capabilities.hidden_multiple)
     inner = multiples(32 if small else 48, capabilities.intermediate_multiple)
     most_experts = min(6 if small else 12, capabilities.max_experts or 12)
+    if least_k > min(most_experts, capabilities.max_top_k or most_experts):
+        return None
 
     @st.composite
     def plan(draw: st.DrawFn) -> Plan:
@@ -101,9 +106,10 @@ def _plans(
             config["gated"] = True
         else:
             config["alpha"], config["limit"] = choices["alpha"][0], choices["limit"][0]
-        local = draw(st.integers(1, most_experts))
+        local = draw(st.integers(least_k, most_experts))
         experts = local + (draw(st.integers(0, 4)) if extras["expert_map"] else 0)
-        top_k = draw(st.integers(1, min(experts, 3 if exact else 5, capabilities.max_top_k or 5)))
+        most_k = min(experts, 3 if exact else 5, capabilities.max_top_k or 5)
+        top_k = draw(st.integers(least_k, most_k))
         return {
             "tokens": draw(sizes(20 if small else 40, 16, least=least_tokens)),
             "hidden": draw(hidden),
@@ -227,11 +233,11 @@ def _exact(
     )
     x = torch.zeros(tokens, hidden, dtype=torch.float64)
     x.scatter_(1, content.integers(0, hidden - 1, tokens, 2), 1.0)
-    gate = 32.0 * content.integers(0, 2, local, inner, hidden)
+    gate = 32 * content.integers(0, 2, local, inner, hidden).double()
     up = content.integers(-1, 1, local, inner, hidden).double()
     gate_up = torch.cat([gate, up], 1) if config.gated else gate
     down = torch.zeros(local, hidden, inner, dtype=torch.float64)
-    signs = 2.0 * content.integers(0, 1, local, hidden, 2) - 1
+    signs = 2 * content.integers(0, 1, local, hidden, 2).double() - 1
     down.scatter_(2, content.integers(0, inner - 1, local, hidden, 2), signs)
-    weights = 2.0 ** content.integers(-2, 0, tokens, plan["top_k"])
+    weights = 2 ** content.integers(-2, 0, tokens, plan["top_k"]).double()
     return x, (gate_up, down, None, None), weights

@@ -6,7 +6,6 @@ have a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from moe_conformance.inputs.given import (
 )
 
 BLOCK_SIZES = (1, 2, 4, 7, 16, 64, 128)
-"""Block sizes where the target declares none: 1, the kernels' tiles, one that is no power of two."""
+"""Block sizes where the target declares none: 1, tiles of kernels, one that is no power of two."""
 
 EXPERTS = (1, 2, 3, 5, 8, 31, 33, 60, 64, 72, 128, 255, 256, 257, 384)
 """Numbers of experts: those of published models, one off powers of two, and beyond one byte."""
@@ -37,6 +36,8 @@ experts within a row, `full blocks` gives experts whole blocks."""
 
 INVALID = ("some", "tokens", "all")
 """Which ids mean *not here*: some of them, all of some tokens, all."""
+
+_OFTEN = st.sampled_from(("some", "tokens") * 4 + ("all",))
 
 COUNTS = ("uniform", "half empty", "one expert", "full", "full blocks")
 """How many rows each expert of a batched buffer has."""
@@ -54,6 +55,7 @@ def slots(
     mapped: bool | None = None,
     dropped: bool | None = None,
     block_sizes: tuple[int, ...] = BLOCK_SIZES,
+    least_experts: int = 1,
     least_k: int = 1,
     moved: bool = False,
 ) -> Given:
@@ -65,6 +67,7 @@ def slots(
         mapped: with an expert map, without, or either.
         dropped: `drop_invalid`, or either.
         block_sizes: to draw from, as far as they are declared.
+        least_experts: smallest number of experts, and of tokens; 2 where they are compared.
         least_k: smallest number of experts per token; 2 where a row's ids are compared.
         moved: the ids have other strides than contiguous ones.
     """
@@ -81,7 +84,8 @@ def slots(
                 "drop_invalid": _allowed(declared, "drop_invalid", dropped),
             }
             if sized and all(choices.values()):
-                made.append(_align_plans(scope, choices, loads, sized, least_k, moved))
+                least = max(least_experts, least_k)
+                made.append(_align_plans(scope, choices, loads, sized, (least, least_k), moved))
         possible = [each for each in made if each is not None]
         return st.one_of(possible) if possible else None
 
@@ -108,19 +112,19 @@ def _align_plans(
     choices: dict[str, tuple[bool, ...]],
     loads: tuple[str, ...],
     block_sizes: tuple[int, ...],
-    least_k: int,
+    least: tuple[int, int],
     moved: bool,
 ) -> Plans | None:
-    if not _enough_experts(scope, least_k):
+    if not _enough_experts(scope, *least):
         return None
 
     @st.composite
     def plan(draw: st.DrawFn) -> Plan:
-        drawn = _draw_ids(draw, scope, loads, choices["invalid_ids"], least_k)
+        drawn = _draw_ids(draw, scope, loads, choices["invalid_ids"], *least)
         experts, local = drawn["experts"], None
         if draw(st.sampled_from(choices["expert_map"])):
             some = st.integers(1, max(1, experts - 1))
-            local = draw(st.one_of(some, st.sampled_from((experts, 0))))
+            local = draw(st.one_of(some, some, some, st.sampled_from((experts, 0))))
         return {
             **drawn,
             "block_size": draw(st.sampled_from(block_sizes)),
@@ -133,9 +137,11 @@ def _align_plans(
     return plan()
 
 
-def _enough_experts(scope: Scope, least_k: int) -> bool:
+def _enough_experts(scope: Scope, least: int, least_k: int) -> bool:
     capabilities = scope.capabilities
-    return least_k <= min(capabilities.max_experts or least_k, capabilities.max_top_k or least_k)
+    return least <= (capabilities.max_experts or least) and least_k <= (
+        capabilities.max_top_k or least_k
+    )
 
 
 def _draw_ids(
@@ -143,21 +149,22 @@ def _draw_ids(
     scope: Scope,
     loads: tuple[str, ...],
     invalid: tuple[bool, ...],
+    least: int,
     least_k: int,
 ) -> Plan:
     capabilities = scope.capabilities
     most = min(capabilities.max_experts or EXPERTS[-1], 33 if scope.interpreted else EXPERTS[-1])
-    edges = [e for e in (*EXPERTS, most) if least_k <= e <= most]
-    few = st.integers(least_k, min(most, max(9, least_k)))
+    edges = [e for e in (*EXPERTS, most) if least <= e <= most]
+    few = st.integers(least, min(most, 9))
     experts = draw(st.one_of(few, st.sampled_from(edges)))
     top_k = draw(st.integers(least_k, min(experts, capabilities.max_top_k or 16, 16)))
     largest = 33 if scope.interpreted else 130
     return {
-        "tokens": draw(sizes(largest, 16, 64)),
+        "tokens": draw(sizes(largest, 16, 64, least=least)),
         "experts": experts,
         "top_k": top_k,
         "load": draw(st.sampled_from(loads)),
-        "invalid": draw(st.sampled_from(INVALID)) if draw(st.sampled_from(invalid)) else None,
+        "invalid": draw(_OFTEN) if draw(st.sampled_from(invalid)) else None,
         "ids": draw(st.sampled_from(capabilities.id_dtypes)),
     }
 
@@ -207,12 +214,13 @@ def _bad_ids(experts: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _not_here(content: Content, which: str, tokens: int, top_k: int) -> torch.Tensor:
-    """Which of the [T, K] pairs lead nowhere: at least one does."""
-    if which == "all":
+    """Which of the [T, K] pairs lead nowhere: at least one does, and unless all are to, not all."""
+    if which == "all" or tokens * top_k == 1:
         return torch.ones(tokens, top_k, dtype=torch.bool)
-    columns = 1 if which == "tokens" else top_k
+    columns = 1 if which == "tokens" and tokens > 1 else top_k
     where = content.uniform(0, 1, tokens, columns) < 0.4
-    where[int(content.integers(0, tokens - 1, 1)), int(content.integers(0, columns - 1, 1))] = True
+    order = content.permutation(where.numel())
+    where.view(-1)[order[:2]] = torch.tensor([True, False])
     return where.expand(tokens, top_k)
 
 
@@ -242,11 +250,18 @@ def spread(
     return content.distinct(tokens, experts, top_k)
 
 
-def batched(*, loads: tuple[str, ...] = COUNTS) -> Given:
-    """Inputs of `align_batched` inside the declaration."""
+def batched(
+    *, loads: tuple[str, ...] = COUNTS, block_sizes: tuple[int, ...] = BLOCK_SIZES
+) -> Given:
+    """Inputs of `align_batched` inside the declaration.
+
+    Args:
+        loads: how many rows the experts have.
+        block_sizes: to draw from, as far as they are declared.
+    """
 
     def plans(scope: Scope) -> Plans | None:
-        sized = _block_sizes(scope, BLOCK_SIZES)
+        sized = _block_sizes(scope, block_sizes)
         return _batched_plans(scope, sized, loads) if sized else None
 
     return Given(plans, build_batched)
@@ -298,9 +313,9 @@ def rows(
     *,
     loads: tuple[str, ...] = LOADS,
     invalid: bool | None = None,
+    least_experts: int = 1,
     least_k: int = 1,
     content: str = "normal",
-    narrow: bool = False,
     moved: bool = False,
 ) -> Given:
     """Inputs of `dispatch`, and weights for `combine`, inside the declaration.
@@ -308,36 +323,30 @@ def rows(
     Args:
         loads: how slots spread over experts.
         invalid: with ids that mean *not here*, without, or (None) either.
+        least_experts: smallest number of experts, and of tokens.
         least_k: smallest number of experts per token.
-        content: `normal`; `special` (NaN, infinities, large and tiny values among them); `exact`
-            (small integers and weights that are powers of two).
-        narrow: only dtypes below float32.
+        content: `normal`; `special` (NaN, infinities, large and tiny values among them, where they
+            are taken); `exact` (small integers and weights that are powers of two).
         moved: x and the ids have other strides than contiguous ones.
     """
 
     def plans(scope: Scope) -> Plans | None:
-        dtypes = _dtypes(scope, narrow)
         wanted = _not_here_choices(scope, invalid)
-        refused = content == "special" and scope.capabilities.finite_only
-        if not dtypes or not wanted or refused or (moved and not scope.capabilities.strides):
+        if not scope.dtypes or not wanted or (moved and not scope.capabilities.strides):
             return None
-        if not _enough_experts(scope, least_k):
+        if not _enough_experts(scope, least_experts, least_k):
             return None
 
         @st.composite
         def plan(draw: st.DrawFn) -> Plan:
             return {
-                **_draw_ids(draw, scope, loads, wanted, least_k),
-                **_draw_rows(draw, scope, dtypes, content, moved),
+                **_draw_ids(draw, scope, loads, wanted, max(least_experts, least_k), least_k),
+                **_draw_rows(draw, scope, content, moved),
             }
 
         return plan()
 
     return Given(plans, build_rows)
-
-
-def _dtypes(scope: Scope, narrow: bool) -> tuple[str, ...]:
-    return tuple(d for d in scope.dtypes if not narrow or d in ("bfloat16", "float16"))
 
 
 def _not_here_choices(scope: Scope, wanted: bool | None) -> tuple[bool, ...]:
@@ -349,11 +358,11 @@ def _not_here_choices(scope: Scope, wanted: bool | None) -> tuple[bool, ...]:
     return tuple(v for v in (False, True) if (taken or not v) and wanted in (None, v))
 
 
-def _draw_rows(
-    draw: st.DrawFn, scope: Scope, dtypes: tuple[str, ...], content: str, moved: bool
-) -> Plan:
+def _draw_rows(draw: st.DrawFn, scope: Scope, content: str, moved: bool) -> Plan:
     multiple = scope.capabilities.hidden_multiple
-    dtype = draw(st.sampled_from(dtypes))
+    dtype = draw(st.sampled_from(scope.dtypes))
+    if content == "special" and scope.capabilities.finite_only:
+        content = "normal"
     wide = "float64" if dtype == "float64" else "float32"
     return {
         "hidden": multiple * draw(sizes(max(1, 40 // multiple), 16)),
@@ -404,7 +413,6 @@ def scattered(
     missing: bool | None = None,
     least_k: int = 1,
     content: str = "normal",
-    narrow: bool = False,
     moved: bool = False,
 ) -> Given:
     """Inputs of `combine` inside the declaration: rows in a random order of their slots.
@@ -413,17 +421,14 @@ def scattered(
         missing: some pairs have no row, all have one, or (None) either.
         least_k: smallest number of experts per token.
         content: as in `rows`.
-        narrow: only dtypes below float32.
         moved: rows and weights have other strides than contiguous ones.
     """
 
     def plans(scope: Scope) -> Plans | None:
-        dtypes = _dtypes(scope, narrow)
         wanted = _not_here_choices(scope, missing)
-        refused = content == "special" and scope.capabilities.finite_only
-        if not dtypes or not wanted or refused or (moved and not scope.capabilities.strides):
+        if not scope.dtypes or not wanted or (moved and not scope.capabilities.strides):
             return None
-        if not _enough_experts(scope, least_k):
+        if not _enough_experts(scope, 1, least_k):
             return None
         most = min(scope.capabilities.max_top_k or 16, 16)
 
@@ -432,11 +437,9 @@ def scattered(
             return {
                 "tokens": draw(sizes(33 if scope.interpreted else 66, 16, 64)),
                 "top_k": draw(st.integers(least_k, max(least_k, most))),
-                "missing": draw(st.sampled_from(INVALID))
-                if draw(st.sampled_from(wanted))
-                else None,
+                "missing": draw(_OFTEN) if draw(st.sampled_from(wanted)) else None,
                 "ids": draw(st.sampled_from(scope.capabilities.id_dtypes)),
-                **_draw_rows(draw, scope, dtypes, content, moved),
+                **_draw_rows(draw, scope, content, moved),
             }
 
         return plan()
@@ -466,6 +469,7 @@ def capacities(
     policies: tuple[str, ...] = ("position", "probs"),
     invalid: bool | None = None,
     loads: tuple[str, ...] = LOADS,
+    tight: bool = False,
 ) -> Given:
     """Inputs of `drop_to_capacity` inside the declaration.
 
@@ -473,6 +477,7 @@ def capacities(
         policies: how the pairs that stay are chosen.
         invalid: with ids that mean *not here*, without, or (None) either.
         loads: how slots spread over experts.
+        tight: less than what an expert has on average, so that some are dropped.
     """
 
     def plans(scope: Scope) -> Plans | None:
@@ -483,12 +488,13 @@ def capacities(
 
         @st.composite
         def plan(draw: st.DrawFn) -> Plan:
-            drawn = _draw_ids(draw, scope, loads, wanted, 1)
-            mean = -(-drawn["tokens"] * drawn["top_k"] // drawn["experts"])
-            beyond = st.just(drawn["tokens"] * drawn["top_k"] + 1)
+            drawn = _draw_ids(draw, scope, loads, wanted, 2 if tight else 1, 1)
+            total = drawn["tokens"] * drawn["top_k"]
+            mean = -(-total // drawn["experts"])
+            some = st.one_of(st.integers(1, 2 * mean), st.just(mean), st.just(total + 1))
             return {
                 **drawn,
-                "capacity": draw(st.one_of(st.integers(1, 2 * mean), st.just(mean), beyond)),
+                "capacity": draw(st.integers(1, max(1, mean // 2)) if tight else some),
                 "policy": draw(st.sampled_from(policies)),
                 "dtype": draw(st.sampled_from(dtypes)),
                 "seed": draw(seeds()),
@@ -511,8 +517,3 @@ def build_capacities(plan: Plan) -> Inputs:
         "capacity": plan["capacity"],
         "policy": plan["policy"],
     }
-
-
-def rebuilt(given: Given, change: Callable[[Inputs], Inputs]) -> Given:
-    """The same plans, with the inputs changed after they are built."""
-    return Given(given.plans, lambda plan: change(given.build(plan)))

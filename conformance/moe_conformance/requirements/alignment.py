@@ -227,18 +227,14 @@ def _single(task: Task, blocks: Blocks) -> None:
 
 
 def _mixed(task: Task, blocks: Blocks) -> Impostors:
-    if task.block_size == 1:
-        return
-    there = task.owners(blocks) >= 0
-    several = (there.sum(-1) > 1).nonzero()
-    others = torch.unique(task.owner[task.owner >= 0])
-    for block in several[:1, 0].tolist():
-        place = torch.zeros_like(there)
-        place[block, there[block].nonzero()[0]] = True
-        own = int(task.owner[blocks.slots[place]])
-        foreign = (task.owner >= 0) & (task.owner != own)
-        if len(others) > 1:
-            yield "another expert's slot", blocks.changed(place, int(foreign.nonzero()[0]))
+    owners = task.owners(blocks)
+    block = int((owners >= 0).any(-1).int().argmax()) if len(owners) else 0
+    foreign = (task.owner >= 0) & (task.owner != owners[block : block + 1].amax(-1, keepdim=True))
+    if task.block_size > 1 and bool(foreign.any()):
+        place = torch.zeros_like(blocks.slots, dtype=torch.bool)
+        # The last entry: an expert's only slot stands in the first.
+        place[block, -1] = True
+        yield "another expert's slot", blocks.changed(place, int(foreign.nonzero()[0, -1]))
 
 
 def _exact_length(task: Task, blocks: Blocks) -> None:
@@ -557,6 +553,9 @@ def must_raise(case: Case, operation: str, bad: dict[str, dict[str, Any]]) -> No
 
 
 A7 = "vLLM moe_align_block_size"
+SEVERAL = ("uniform", "skewed", "half empty", "duplicates", "full blocks")
+"""Loads in which more than one expert has slots."""
+
 ALIGN = ("alignment.align",)
 BATCHED = ("alignment.align_batched",)
 
@@ -584,7 +583,7 @@ def every_slot_stands_exactly_once(case: Case) -> None:
     "A block MUST hold slots of one expert only.",
     reason="The kernel multiplies a whole block with one expert's weights.",
     sources=(A7,),
-    given=slots(block_sizes=(2, 4, 7, 16, 64, 128)),
+    given=slots(block_sizes=(2, 4, 7, 16, 64, 128), least_experts=2, loads=SEVERAL),
     references=ALIGN,
 )
 def a_block_belongs_to_one_expert(case: Case) -> None:
@@ -615,7 +614,7 @@ def the_padded_length_is_exact(case: Case) -> None:
     "What is no slot before `padded_length` MUST be T·K, the number of all slots.",
     reason="Kernels mask their loads by comparing with the number of slots; -1 would pass.",
     sources=(A7, "vLLM #55896"),
-    given=slots(block_sizes=(2, 4, 7, 16, 64, 128)),
+    given=slots(block_sizes=(2, 4, 7, 16, 64, 128), loads=("uniform", "skewed", "half empty")),
     references=ALIGN,
 )
 def padding_is_the_number_of_slots(case: Case) -> None:
@@ -646,7 +645,9 @@ def each_block_names_its_expert(case: Case) -> None:
     reason="With hundreds of experts and few tokens most are empty, and their weights would be "
     "read for nothing.",
     sources=(A7, "torchtitan #1166"),
-    given=slots(mapped=False, loads=("half empty", "one expert", "skewed", "full blocks")),
+    given=slots(
+        mapped=False, least_experts=2, loads=("half empty", "one expert", "skewed", "full blocks")
+    ),
     references=ALIGN,
 )
 def an_empty_expert_takes_no_block(case: Case) -> None:
@@ -661,7 +662,7 @@ def an_empty_expert_takes_no_block(case: Case) -> None:
     "Experts MUST follow each other in ascending order.",
     reason="Consumers find an expert's rows by the running sum of the counts.",
     sources=(A7,),
-    given=slots(loads=("uniform", "skewed", "half empty", "duplicates", "full blocks")),
+    given=slots(least_experts=2, loads=SEVERAL),
     references=ALIGN,
 )
 def experts_follow_in_ascending_order(case: Case) -> None:
@@ -677,7 +678,7 @@ def experts_follow_in_ascending_order(case: Case) -> None:
     "behind them.",
     reason="Consumers stop at an expert's first padding, or take its first slot for its offset.",
     sources=(A7,),
-    given=slots(),
+    given=slots(block_sizes=(2, 4, 7, 16, 64, 128)),
     references=ALIGN,
 )
 def padding_follows_the_slots(case: Case) -> None:
@@ -692,7 +693,7 @@ def padding_follows_the_slots(case: Case) -> None:
     "With an `expert_map` blocks of local experts MUST carry the map's local row.",
     reason="The weights of a rank hold its own experts only; a global id reads past them.",
     sources=(A7, "SGLang #28170", "flashinfer #1469", "aiter #2447"),
-    given=slots(mapped=True),
+    given=slots(mapped=True, least_experts=2),
     references=ALIGN,
 )
 def blocks_carry_local_rows(case: Case) -> None:
@@ -718,7 +719,7 @@ def _other_local(task: Task, blocks: Blocks) -> Impostors:
     "Without `drop_invalid` blocks of experts that live elsewhere MUST be there and carry -1.",
     reason="Their rows have to be skipped or written as zeros; any other number is an address.",
     sources=(A7, "aiter #2447", "vLLM #19590", "vLLM #29642"),
-    given=slots(mapped=True, dropped=False),
+    given=slots(mapped=True, dropped=False, least_experts=2),
     references=ALIGN,
 )
 def blocks_of_other_ranks_carry_minus_one(case: Case) -> None:
@@ -756,7 +757,7 @@ def blocks_of_other_ranks_carry_minus_one(case: Case) -> None:
     reason="The kernel then needs no test for -1, and reads before the first expert if there is "
     "one.",
     sources=(A7, "vLLM #19590", "aiter #2447", "SGLang #28170"),
-    given=slots(mapped=True, dropped=True),
+    given=slots(mapped=True, dropped=True, least_experts=2),
     references=ALIGN,
 )
 def dropped_slots_are_in_no_block(case: Case) -> None:
@@ -814,7 +815,7 @@ def equal_ids_in_a_row_are_both_sorted(case: Case) -> None:
     _judge(case, _aligned(case), _once, _not_once)
 
 
-def _deterministic(given: Given) -> Given:
+def deterministic(given: Given) -> Given:
     """The same inputs, for targets that are declared deterministic."""
     return Given(
         lambda scope: given.plans(scope) if scope.capabilities.deterministic else None, given.build
@@ -828,7 +829,9 @@ def _deterministic(given: Given) -> Given:
     "Where the target is declared deterministic, an expert's slots MUST ascend.",
     reason="Atomic counters order them differently from run to run, and sums over them with them.",
     sources=("vLLM #53440", "FlagGems #6492", "transformers #43362"),
-    given=_deterministic(slots(loads=("skewed", "one expert", "duplicates", "full blocks"))),
+    given=deterministic(
+        slots(loads=("skewed", "one expert", "duplicates", "full blocks"), least_experts=2)
+    ),
     references=ALIGN,
 )
 def slots_of_an_expert_ascend(case: Case) -> None:
@@ -1029,7 +1032,7 @@ def the_batched_length_is_exact(case: Case) -> None:
     "What is no row before `padded_length` MUST be E·C, the number of rows of the buffer.",
     reason="Kernels mask their loads by comparing with it.",
     sources=("vLLM batched_moe_align_block_size",),
-    given=batched(),
+    given=batched(block_sizes=(2, 4, 7, 16, 64, 128), loads=("uniform", "half empty", "full")),
     references=BATCHED,
 )
 def batched_padding_is_the_number_of_rows(case: Case) -> None:
@@ -1151,7 +1154,7 @@ def an_empty_buffer_needs_no_block(case: Case) -> None:
     "Where the target is declared deterministic, an expert's rows MUST ascend.",
     reason="Atomic counters order them differently from run to run.",
     sources=("vLLM #53440", "FlagGems #6492"),
-    given=_deterministic(batched()),
+    given=deterministic(batched(loads=("uniform", "half empty", "full"))),
     references=BATCHED,
 )
 def batched_rows_ascend(case: Case) -> None:

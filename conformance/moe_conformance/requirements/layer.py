@@ -13,7 +13,7 @@ from moe_conformance.case import Answer, Case
 from moe_conformance.experts_oracle import Spread, expert_spread, experts_oracle
 from moe_conformance.inputs.given import Given
 from moe_conformance.inputs.layer import layer_inputs
-from moe_conformance.judge import Violation, close, equal, has_form, impostors
+from moe_conformance.judge import Closeness, Violation, close, equal, has_form, impostors
 from moe_conformance.precision import UNIT, Arithmetic
 from moe_conformance.registry import MUST, requirement
 from moe_conformance.routing_oracle import RoutingOracle
@@ -164,7 +164,7 @@ def _judge(
     kept = sure.reshape(case["x"].shape[:-1])
     case.note("a row left to rounding", not bool(sure.all()))
 
-    def rule(output: torch.Tensor) -> tuple[bool, float]:
+    def rule(output: torch.Tensor) -> Closeness:
         return close("output", output[kept], spread.value[kept], spread.sigma[kept], spread.freedom[kept])
 
     def wrong() -> Iterator[tuple[str, torch.Tensor]]:

@@ -14,7 +14,7 @@ from moe_conformance.inputs.given import Content, Given, Inputs, Plan, Plans, Sc
 from moe_conformance.inputs.layer import layer_inputs
 from moe_conformance.inputs.routing import routing
 from moe_conformance.inputs.slots import rows, scattered, slots
-from moe_conformance.judge import Violation, close, equal, impostors
+from moe_conformance.judge import Closeness, Violation, close, equal, impostors
 from moe_conformance.registry import ANY, MUST, requirement
 from moe_conformance.requirements.experts import arguments, oracle_of, output_of, rule_of
 
@@ -245,7 +245,7 @@ def a_broken_token_breaks_no_other(case: Case) -> None:
     rows = slice(1, -1 if len(x) > 2 else None)
     expected = oracle_of(case)
 
-    def rule(answer: torch.Tensor) -> tuple[bool, float]:
+    def rule(answer: torch.Tensor) -> Closeness:
         return close(
             "output of the other tokens",
             answer,

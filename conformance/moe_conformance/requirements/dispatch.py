@@ -1,0 +1,1258 @@
+"""Requirements on `dispatch`, `combine` and `drop_to_capacity`: tokens to experts and back.
+
+Dimension key: T tokens, K experts per token, E experts, H hidden size, S rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from moe_conformance.case import FLOATS, IDS, Answer, Case, parts
+from moe_conformance.inputs.given import Content, Given, Inputs, Plan, Plans, Scope, torch_dtype
+from moe_conformance.inputs.slots import (
+    build_rows,
+    build_scattered,
+    capacities,
+    rows,
+    scattered,
+)
+from moe_conformance.judge import Violation, equal, has_form, impostors, within
+from moe_conformance.precision import TINY, UNIT
+from moe_conformance.registry import MAY, MUST, requirement
+from moe_conformance.requirements.alignment import SEVERAL, deterministic, must_raise
+
+Impostors = Iterable[tuple[str, Any]]
+CROWDED = ("skewed", "one expert", "duplicates")
+"""Loads in which some expert has more than its share."""
+
+DISPATCH = ("dispatch.dispatch",)
+COMBINE = ("dispatch.combine",)
+CAPACITY = ("dispatch.drop_to_capacity",)
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """An answer of `dispatch`.
+
+    Attributes:
+        rows: [S, H].
+        counts: [·] int64, tokens per expert.
+        slots: [S] int64.
+        owner: [T·K] int64, the expert of each slot that was asked for, -1 where there is none.
+        top_k: K.
+    """
+
+    rows: torch.Tensor
+    counts: torch.Tensor
+    slots: torch.Tensor
+    owner: torch.Tensor
+    top_k: int
+
+    @property
+    def known(self) -> torch.Tensor:
+        """[S] which rows belong to a slot, and are not appended to fill a static shape."""
+        return (self.slots >= 0) & (self.slots < len(self.owner))
+
+    @property
+    def owners(self) -> torch.Tensor:
+        """The experts of the rows that have one, in the order of the rows."""
+        owners = self.owner[self.slots[self.known]]
+        return owners[owners >= 0]
+
+
+def _valid(case: Case) -> torch.Tensor:
+    """[T, K] the expert ids, int64, with -1 for every one that leads nowhere."""
+    ids = case["expert_ids"].long()
+    return ids.where((ids >= 0) & (ids < case["num_experts"]), -1)
+
+
+def _dispatch(case: Case, **options: Any) -> tuple[Dispatched, Answer]:
+    given = {name: case[name] for name in ("x", "expert_ids", "num_experts")}
+    answer = case.call("dispatch", **given, **options)
+    owner = _valid(case)
+    counts = _counts(case)
+    case.note("an empty expert", bool((counts == 0).any()))
+    case.note("invalid ids", bool((owner < 0).any()))
+    return _read(answer, owner, case["x"].shape[1]), answer
+
+
+def _read(answer: Answer, owner: torch.Tensor, hidden: int) -> Dispatched:
+    rows_, counts, slots = parts("dispatch", answer, 3)
+    for name, value, dimensions in (
+        ("rows", rows_, 2),
+        ("tokens_per_expert", counts, 1),
+        ("slots", slots, 1),
+    ):
+        if not isinstance(value, torch.Tensor) or value.ndim != dimensions:
+            came = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise Violation(f"{name}: expected {dimensions} dimensions, got {came}")
+    if slots.is_floating_point() or counts.is_floating_point():
+        raise Violation("slots and tokens_per_expert: expected integers, got floats")
+    has_form("rows", rows_, (len(slots), hidden), (rows_.dtype,))
+    return Dispatched(rows_, counts.long(), slots.long(), owner.flatten(), owner.shape[1])
+
+
+def _counts(case: Case) -> torch.Tensor:
+    owner = _valid(case)
+    return torch.bincount(owner[owner >= 0], minlength=case["num_experts"])
+
+
+def _combine(case: Case, **changed: Any) -> torch.Tensor:
+    given = {name: case[name] for name in ("rows", "slots", "weights")} | changed
+    answer = case.call("combine", **given)
+    return _combined(answer, len(case["weights"]), case["rows"].shape[1])
+
+
+def _combined(answer: Answer, tokens: int, hidden: int) -> torch.Tensor:
+    found = answer.outputs
+    floats = (*FLOATS, torch.bfloat16, torch.float16)
+    has_form("combined", found, (tokens, hidden), floats)
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """A weighted sum in float64, and how far a legal one may be from it."""
+
+    value: torch.Tensor
+    bound: torch.Tensor
+
+
+def _weighted_sum(
+    case: Case, rows_: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor
+) -> _Sum:
+    """What `combine` has to give.
+
+    A sum of K products in the accumulator is off by at most (K + 1) units of the sum of their
+    absolute values, to first order; another unit covers the rest. Then the result is rounded once
+    to x's dtype, and as often more as is declared.
+    """
+    tokens, top_k = weights.shape
+    dtype = str(rows_.dtype).removeprefix("torch.")
+    weight = weights.double().flatten()[slots.long()][:, None]
+    terms = weight * rows_.double()
+    token = slots.long() // top_k
+    zero = torch.zeros(tokens, rows_.shape[1], dtype=torch.float64)
+    value, mass = zero.index_add(0, token, terms), zero.index_add(0, token, terms.abs())
+    unit = UNIT[dtype]
+    relative = (top_k + 2) * UNIT["float64" if dtype == "float64" else "float32"]
+    for point, times in (("weighted_output", 1), ("combine", top_k)):
+        if point in _points(case, dtype):
+            relative += times * unit * (1 + unit)
+    bound = relative * mass + unit * (value.abs() + relative * mass) + (top_k + 1) * TINY[dtype]
+    return _Sum(value, bound)
+
+
+def _points(case: Case, dtype: str) -> tuple[str, ...]:
+    return () if dtype == "float64" else case.scope.capabilities.rounding_points
+
+
+def _judge_sum(case: Case, found: torch.Tensor, expected: _Sum) -> None:
+    def wrong() -> Iterator[tuple[str, torch.Tensor]]:
+        yield from impostors(expected.value, 1.0)
+        # Beyond any bound that is worth having: a quarter of the largest value.
+        if expected.value.numel() and bool(expected.value.any()):
+            yield "a quarter too much", expected.value * 1.25
+
+    case.judge(
+        lambda answer: within("combined", answer, expected.value, expected.bound), found, wrong()
+    )
+
+
+@requirement(
+    "DISPATCH-01",
+    MUST,
+    "dispatch",
+    "Row i MUST be a copy of x[slots[i] // K], to the last bit.",
+    reason="Slot t·K + k belongs to token t; any other numbering sends a token to the experts of "
+    "another one.",
+    sources=("torchtitan generalized reorderer", "transformers grouped_mm", "DeepSeek moe_infer"),
+    given=rows(content="special"),
+    references=DISPATCH,
+)
+def rows_are_copies_of_their_tokens(case: Case) -> None:
+    """Equal, also for values that a detour through another dtype would change."""
+    found, _ = _dispatch(case)
+    expected = case["x"][found.slots[found.known] // found.top_k]
+    case.judge(
+        lambda answer: equal("rows", answer, expected),
+        found.rows[found.known],
+        impostors(expected),
+    )
+
+
+@requirement(
+    "DISPATCH-02",
+    MUST,
+    "dispatch",
+    "`tokens_per_expert` MUST hold the number of slots of each of the E experts.",
+    reason="Offsets, split sizes and the load all follow from it; a running sum in its place "
+    "shifts every expert.",
+    sources=("xtuner #2053", "DeepEP #700", "torchtitan #1166"),
+    given=rows(),
+    references=DISPATCH,
+)
+def counts_are_slots_per_expert(case: Case) -> None:
+    """The counts against the ids; empty experts have a zero."""
+    found, _ = _dispatch(case)
+    expected = _counts(case)
+
+    def wrong() -> Impostors:
+        yield "one more", expected + 1
+        if not torch.equal(expected.cumsum(0), expected):
+            yield "a running sum", expected.cumsum(0)
+        yield "one expert more", torch.cat([expected, expected[:1] * 0])
+
+    case.judge(lambda answer: equal("tokens_per_expert", answer, expected), found.counts, wrong())
+
+
+@requirement(
+    "DISPATCH-03",
+    MUST,
+    "dispatch",
+    "Every slot whose id is valid MUST be in `slots` exactly once; further rows may be appended "
+    "and carry T·K.",
+    reason="`slots` is the way back: a slot that is missing or stands twice is a pair that is lost "
+    "or added twice.",
+    sources=("vLLM moe_align_block_size", "vllm-ascend #14926", "DeepSpeed #1658"),
+    given=rows(),
+    references=DISPATCH,
+)
+def every_slot_has_one_row(case: Case) -> None:
+    """Each valid slot once, nothing outside of 0 … T·K, and T·K at the end only."""
+    found, _ = _dispatch(case)
+    owner, total = found.owner, len(found.owner)
+
+    def rule(slots: torch.Tensor) -> None:
+        outside = (slots < 0) | (slots > total)
+        known = (slots >= 0) & (slots < total)
+        early = ~known & ~outside & (known.flip(0).cumsum(0).flip(0) > 0)
+        for name, wrong in (("a slot or T·K", outside), ("no slot after an appended row", early)):
+            if bool(wrong.any()):
+                place = int(wrong.nonzero()[0])
+                raise Violation(
+                    f"slots[{place}]: expected {name} = {total}, got {int(slots[place])}",
+                    None,
+                    slots,
+                )
+        times = torch.bincount(slots[known], minlength=total)
+        missed = (owner >= 0) & (times != 1)
+        if bool(missed.any()):
+            slot = int(missed.nonzero()[0])
+            raise Violation(
+                f"slot {slot} (expert {int(owner[slot])}): expected one row, got "
+                f"{int(times[slot])}; {int(missed.sum())} slots are wrong",
+                None,
+                slots,
+            )
+
+    def wrong() -> Impostors:
+        if len(found.owners):
+            yield "the first slot lost", found.slots[1:]
+            yield "the first slot twice", torch.cat([found.slots[:1], found.slots])
+        yield "one beyond", torch.cat([found.slots, torch.tensor([total + 1])])
+
+    case.judge(rule, found.slots, wrong())
+
+
+def _follows(what: str, numbers: torch.Tensor, strictly: bool) -> None:
+    wrong = numbers.diff() < (1 if strictly else 0)
+    if bool(wrong.any()):
+        place = int(wrong.nonzero()[0])
+        raise Violation(
+            f"{what}: expected ascending order, got {int(numbers[place])} before "
+            f"{int(numbers[place + 1])}",
+            None,
+            numbers,
+        )
+
+
+@requirement(
+    "DISPATCH-04",
+    MUST,
+    "dispatch",
+    "Rows MUST stand in ascending order of their expert.",
+    reason="The counts say where an expert's rows begin only if they stand in that order.",
+    sources=("torchtitan generalized reorderer", "megablocks sort", "DeepEP #427"),
+    given=rows(least_experts=2, loads=SEVERAL),
+    references=DISPATCH,
+)
+def rows_stand_in_order_of_experts(case: Case) -> None:
+    """The ids of the rows' slots never descend."""
+    found, _ = _dispatch(case)
+
+    def wrong() -> Impostors:
+        if bool((found.owners.diff() > 0).any()):
+            yield "the other way around", found.owners.flip(0)
+
+    case.judge(lambda answer: _follows("experts of the rows", answer, False), found.owners, wrong())
+
+
+@requirement(
+    "DISPATCH-05",
+    MUST,
+    "dispatch",
+    "Where the target is declared deterministic, an expert's rows MUST ascend by slot.",
+    reason="A sort that is not stable orders them differently on another device, and sums over "
+    "them with it.",
+    sources=("transformers #43362", "vLLM #53440", "FlagGems #6492"),
+    given=deterministic(
+        rows(loads=("skewed", "one expert", "duplicates", "full blocks"), least_experts=2)
+    ),
+    references=DISPATCH,
+)
+def rows_of_an_expert_ascend(case: Case) -> None:
+    """The slots of each expert, in the order of its rows."""
+    found, _ = _dispatch(case)
+    total = len(found.owner)
+
+    def rule(slots: torch.Tensor) -> None:
+        kept = slots[(slots >= 0) & (slots < total)]
+        owners = found.owner[kept]
+        kept, owners = kept[owners >= 0], owners[owners >= 0]
+        by_expert = owners.argsort(stable=True)
+        # The order of experts is another requirement's business.
+        _follows("slots by expert", owners[by_expert] * total + kept[by_expert], True)
+
+    def wrong() -> Impostors:
+        if len(found.owners) > len(found.owners.unique()):
+            yield "the other way around", found.slots.flip(0)
+
+    case.judge(rule, found.slots, wrong())
+
+
+@requirement(
+    "DISPATCH-06",
+    MUST,
+    "dispatch",
+    "Ids below 0 and from E on MUST get no row.",
+    reason="As an index -1 is the last expert in Python and an access out of bounds elsewhere.",
+    sources=("vLLM #42034", "aiter #4636", "SGLang #12701", "transformers #40545"),
+    given=rows(invalid=True),
+    references=DISPATCH,
+)
+def invalid_ids_get_no_row(case: Case) -> None:
+    """-1, E, and ids far outside of either end."""
+    found, _ = _dispatch(case)
+
+    def rule(slots: torch.Tensor) -> None:
+        known = (slots >= 0) & (slots < len(found.owner))
+        wrong = known & (found.owner[slots.where(known, 0)] < 0)
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0])
+            slot = int(slots[row])
+            came = int(case["expert_ids"].flatten()[slot])
+            raise Violation(
+                f"slots[{row}]: expected no row for slot {slot}, whose id is {came}", None, slots
+            )
+
+    gone = (found.owner < 0).nonzero()[:1, 0]
+    case.judge(rule, found.slots, [("a row for one of them", torch.cat([found.slots, gone]))])
+
+
+@requirement(
+    "DISPATCH-07",
+    MUST,
+    "dispatch",
+    "Equal ids in a row MUST each get their row.",
+    reason="A boolean map of tokens and experts holds one of them only, and every row behind it "
+    "is then sliced wrongly.",
+    sources=("contract: two equal valid ids in a row are both counted", "DeepSeek moe_infer"),
+    given=rows(loads=("duplicates",), invalid=False, least_k=2),
+    references=DISPATCH,
+)
+def equal_ids_in_a_row_get_two_rows(case: Case) -> None:
+    """As many rows as pairs, and a count that says so."""
+    found, _ = _dispatch(case)
+    total = len(found.owner)
+    case.note("duplicates")
+
+    def rule(numbers: tuple[int, int]) -> None:
+        if numbers != (total, total):
+            raise Violation(
+                f"expected {total} rows and {total} counted, got {numbers[0]} and {numbers[1]}"
+            )
+
+    answer = (len(found.slots[found.known].unique()), int(found.counts.sum()))
+    case.judge(rule, answer, [("one pair less", (total - 1, total - 1))])
+
+
+@requirement(
+    "DISPATCH-08",
+    MUST,
+    "dispatch",
+    "Rows MUST have x's dtype, `tokens_per_expert` one integer for each expert, and `slots` one "
+    "integer for each row.",
+    reason="Counts that end with the last expert in use do not fit the weights.",
+    sources=("torchtitan #1166", "xtuner #2053", "contract: outputs have x's dtype"),
+    given=rows(),
+    references=DISPATCH,
+)
+def dispatched_tensors_have_their_form(case: Case) -> None:
+    """Dtypes and lengths."""
+    _, answer = _dispatch(case)
+    least, dtype = int(_counts(case).sum()), case["x"].dtype
+    shape = (case["num_experts"],)
+
+    def rule(outputs: Any) -> None:
+        rows_, counts, slots = outputs
+        has_form("rows", rows_, tuple(rows_.shape), (dtype,))
+        has_form("tokens_per_expert", counts, shape, IDS)
+        has_form("slots", slots, (len(rows_),), IDS)
+        if len(rows_) < least:
+            raise Violation(f"rows: expected {least} at least, got {len(rows_)}")
+
+    def wrong() -> Impostors:
+        rows_, counts, slots = answer.outputs
+        other = torch.float32 if dtype is not torch.float32 else torch.float64
+        yield "rows of another dtype", [rows_.to(other), counts, slots]
+        yield "counts cut off", [rows_, counts[:-1], slots]
+
+    case.judge(rule, answer.outputs, wrong())
+
+
+@requirement(
+    "DISPATCH-09",
+    MUST,
+    "dispatch",
+    "Zero tokens MUST give no row of a slot and a count of zero for every expert.",
+    reason="A rank without tokens is an ordinary batch, and its collective calls still have to "
+    "happen.",
+    sources=("torchtitan #1166", "DeepSpeed #8155", "PaddleFormers #3010", "Megatron #4851"),
+    given=rows(invalid=False),
+    references=DISPATCH,
+)
+def zero_tokens_give_no_rows(case: Case) -> None:
+    """The same call with the tokens cut away."""
+    case.inputs["x"], case.inputs["expert_ids"] = case["x"][:0], case["expert_ids"][:0]
+    found, _ = _dispatch(case)
+    experts = case["num_experts"]
+
+    def rule(answer: tuple[torch.Tensor, torch.Tensor]) -> None:
+        counts, slots = answer
+        equal("tokens_per_expert", counts, torch.zeros(experts, dtype=torch.int64))
+        if bool((slots != 0).any()):
+            raise Violation(f"slots: expected none, or T·K = 0, got {slots.tolist()}")
+
+    none = torch.zeros(0, dtype=torch.int64)
+    one = torch.ones(experts, dtype=torch.int64)
+    case.judge(
+        rule, (found.counts, found.slots), [("no counts", (none, none)), ("a count", (one, none))]
+    )
+
+
+@requirement(
+    "DISPATCH-10",
+    MUST,
+    "dispatch",
+    "x and the ids MUST be read by their strides.",
+    reason="A slice of a longer batch and a transposed projection are ordinary inputs.",
+    sources=("contract: any strides are right or refused", "hyper_parallel router"),
+    given=rows(invalid=False, moved=True),
+    references=DISPATCH,
+)
+def dispatch_reads_by_strides(case: Case) -> None:
+    """Rows and counts, with transposed, strided and offset inputs."""
+    found, _ = _dispatch(case)
+    expected, counts = case["x"][found.slots[found.known] // found.top_k], _counts(case)
+
+    def rule(answer: torch.Tensor) -> None:
+        equal("tokens_per_expert", found.counts, counts)
+        equal("experts of the rows", found.owners.bincount(minlength=len(counts)), counts)
+        equal("rows", answer, expected)
+
+    case.judge(rule, found.rows[found.known], impostors(expected))
+
+
+@requirement(
+    "DISPATCH-11",
+    MUST,
+    "combine",
+    "Each token MUST get the sum of its rows, each times the weight of its slot, wherever the rows "
+    "stand.",
+    reason="It is the definition of the layer's output; a row taken for its position instead of "
+    "its slot gets another token's weight.",
+    sources=("Shazeer et al. (arXiv 1701.06538)", "DeepEP #112", "SGLang #32962", "vLLM #16801"),
+    given=scattered(),
+    references=COMBINE,
+)
+def combined_rows_are_the_weighted_sum(case: Case) -> None:
+    """Rows in a random order, within the error of a float32 sum and the output's rounding."""
+    found = _combine(case)
+    case.note("K = 1", case["weights"].shape[1] == 1)
+    _judge_sum(case, found, _weighted_sum(case, case["rows"], case["slots"], case["weights"]))
+
+
+@requirement(
+    "DISPATCH-12",
+    MUST,
+    "combine",
+    "Rows of small integers with weights that are powers of two MUST be summed exactly.",
+    reason="Every order of summation is exact for them in every dtype: what differs is a row that "
+    "was lost, overwritten or added twice.",
+    sources=("vLLM #49122", "SGLang #35535", "transformers #43362", "vllm-ascend #9992"),
+    given=scattered(content="exact"),
+    references=COMBINE,
+)
+def exact_rows_are_summed_exactly(case: Case) -> None:
+    """Integers up to 3 times 1/2, 1 or 2: sums of 16 of them have at most eight bits."""
+    found = _combine(case)
+    expected = _weighted_sum(case, case["rows"], case["slots"], case["weights"]).value
+
+    def wrong() -> Impostors:
+        for row in case["rows"].any(-1).nonzero()[:1, 0].tolist():
+            without = expected.clone()
+            slot = int(case["slots"][row])
+            weight = case["weights"].double().flatten()[slot]
+            without[slot // case["weights"].shape[1]] -= weight * case["rows"][row].double()
+            yield "one row lost", without
+
+    case.judge(lambda answer: equal("combined", answer.double(), expected), found, wrong())
+
+
+@requirement(
+    "DISPATCH-13",
+    MUST,
+    "combine",
+    "The sum MUST be taken in float32, or in float64 where the rows are float64, unless a rounding "
+    "after every addition is declared.",
+    reason="In bfloat16 256 + 1 is 256: a large expert output swallows all others.",
+    sources=("torchtitan #2679", "candle MoEExperts", "transformers #43362"),
+    given=Given(lambda scope: _absorbing(scope), lambda plan: _build_absorbing(plan)),
+    references=COMBINE,
+)
+def the_sum_is_taken_in_float32(case: Case) -> None:
+    """One row of 2^p among ones, p the dtype's (or float32's) digits: the ones have to arrive."""
+    found = _combine(case)
+    expected = _weighted_sum(case, case["rows"], case["slots"], case["weights"]).value
+    lost = case["rows"].double().amax().expand_as(expected)
+    case.judge(
+        lambda answer: equal("combined", answer.double(), expected),
+        found,
+        [("the ones lost", lost)],
+    )
+
+
+SWALLOWS = {"bfloat16": 2.0**8, "float16": 2.0**11, "float64": 2.0**24}
+"""The number to which 1 can no longer be added: in the dtype, and for float64 in float32."""
+
+
+def _absorbing(scope: Scope) -> Plans | None:
+    capabilities = scope.capabilities
+    dtypes = tuple(d for d in scope.dtypes if d in SWALLOWS)
+    if "combine" in capabilities.rounding_points:
+        dtypes = tuple(d for d in dtypes if d == "float64")
+    counts = [k for k in (3, 5, 7, 9, 15) if k <= (capabilities.max_top_k or 15)]
+    if not dtypes or not counts:
+        return None
+    plans = scattered(missing=False).plans(scope)
+    if plans is None:
+        return None
+    return st.tuples(plans, st.sampled_from(dtypes), st.sampled_from(counts)).map(
+        lambda drawn: {**drawn[0], "dtype": drawn[1], "top_k": drawn[2]}
+    )
+
+
+def _build_absorbing(plan: Plan) -> Inputs:
+    """K is odd, so 2^p + (K - 1) has an even last digit and is exact in the dtype."""
+    wide = "float64" if plan["dtype"] == "float64" else "float32"
+    inputs = build_scattered({**plan, "weights": wide})
+    tokens, top_k = inputs["weights"].shape
+    hidden = inputs["rows"].shape[1]
+    large = Content(plan["seed"]).integers(0, top_k - 1, tokens, hidden)
+    k = inputs["slots"].long() % top_k
+    token = inputs["slots"].long() // top_k
+    rows_ = torch.where(large[token] == k[:, None], SWALLOWS[plan["dtype"]], 1.0)
+    inputs["rows"] = rows_.to(torch_dtype(plan["dtype"]))
+    inputs["weights"] = torch.ones_like(inputs["weights"])
+    return inputs
+
+
+def _finite_only(given: Given) -> Given:
+    """The same inputs, for targets that take NaN and infinity."""
+    return Given(
+        lambda scope: None if scope.capabilities.finite_only else given.plans(scope), given.build
+    )
+
+
+@requirement(
+    "DISPATCH-14",
+    MUST,
+    "combine",
+    "A pair without a row MUST contribute nothing, whatever its weight: NaN and infinity too.",
+    reason="The weight of an id that is not here is never looked at; zero times NaN is NaN.",
+    sources=("vllm-ascend #9992", "SGLang #30895", "transformers #48653"),
+    given=_finite_only(scattered(missing=True)),
+    references=COMBINE,
+)
+def pairs_without_a_row_contribute_nothing(case: Case) -> None:
+    """The weights of missing pairs are NaN and infinity."""
+    missing = torch.ones(case["weights"].numel(), dtype=torch.bool)
+    missing[case["slots"].long()] = False
+    missing = missing.reshape(case["weights"].shape)
+    bad = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=case["weights"].dtype)
+    drawn = bad[torch.arange(missing.numel()).reshape(missing.shape) % 3]
+    found = _combine(case, weights=drawn.where(missing, case["weights"]))
+    expected = _weighted_sum(case, case["rows"], case["slots"], case["weights"])
+    broken = expected.value.clone()
+    broken[missing.any(-1)] = torch.nan
+    case.judge(
+        lambda answer: within("combined", answer, expected.value, expected.bound),
+        found,
+        [("NaN where a pair is missing", broken)],
+    )
+
+
+@requirement(
+    "DISPATCH-15",
+    MUST,
+    "combine",
+    "A token none of whose pairs has a row MUST get zeros.",
+    reason="An output that is allocated and not cleared returns what was in memory.",
+    sources=("vllm-ascend #9992", "pytorch #193633", "torchtitan #1237", "TE #3484"),
+    given=scattered(missing=True),
+    references=COMBINE,
+)
+def tokens_without_rows_get_zeros(case: Case) -> None:
+    """Exactly zero, with fresh memory full of NaN."""
+    found = _combine(case, poison=True)
+    tokens, top_k = case["weights"].shape
+    rowless = torch.ones(tokens, dtype=torch.bool)
+    rowless[case["slots"].long() // top_k] = False
+    zeros = torch.zeros_like(found[rowless])
+
+    def wrong() -> Impostors:
+        if bool(rowless.any()):
+            yield "NaN", torch.full_like(zeros, torch.nan)
+            yield "ones", torch.ones_like(zeros)
+
+    case.judge(lambda answer: equal("tokens without a row", answer, zeros), found[rowless], wrong())
+
+
+@requirement(
+    "DISPATCH-16",
+    MUST,
+    "combine",
+    "Rows that are not finite MUST change their own token only.",
+    reason="A product with a one-hot matrix, or a difference of running sums, spreads one NaN over "
+    "the whole batch.",
+    sources=("SGLang #30895", "SGLang #25852", "vLLM #39391"),
+    given=_finite_only(scattered()),
+    references=COMBINE,
+)
+def a_broken_row_stays_in_its_token(case: Case) -> None:
+    """Every third token's rows are NaN and infinite; the others are as they should be."""
+    tokens, top_k = case["weights"].shape
+    token = case["slots"].long() // top_k
+    broken = torch.arange(tokens) % 3 == 1
+    rows_ = case["rows"].clone()
+    rows_[broken[token]] = torch.nan
+    rows_[broken[token], ::2] = torch.inf
+    found = _combine(case, rows=rows_)
+    expected = _weighted_sum(case, case["rows"], case["slots"], case["weights"])
+    _judge_sum(case, found[~broken], _Sum(expected.value[~broken], expected.bound[~broken]))
+
+
+@requirement(
+    "DISPATCH-17",
+    MUST,
+    "dispatch",
+    "`combine` of what `dispatch` gave MUST be each token times the sum of its valid weights.",
+    reason="The way there and the way back belong together: rows that were appended, left out or "
+    "renumbered on one of them show up here.",
+    sources=("vLLM #28377", "DeepEP #112", "Megatron #1421", "SGLang #25852"),
+    given=rows(),
+    also=("combine",),
+    references=("dispatch.dispatch", "dispatch.combine"),
+)
+def there_and_back_is_the_sum_of_weights(case: Case) -> None:
+    """What rows of T·K hold is replaced by NaN on the way, where the target takes it."""
+    found, answer = _dispatch(case)
+    rows_, _, slots = answer.outputs
+    appended = found.slots == len(found.owner)
+    case.note("appended rows", bool(appended.any()))
+    if bool(appended.any()) and not case.scope.capabilities.finite_only:
+        rows_ = torch.where(appended[:, None], torch.nan, rows_)
+    back = case.call("combine", layouts={}, rows=rows_, slots=slots, weights=case["weights"])
+    x, top_k = case["x"], found.top_k
+    here = (found.owner >= 0).nonzero()[:, 0]
+    expected = _weighted_sum(case, x[here // top_k], here, case["weights"])
+    _judge_sum(case, _combined(back, *x.shape), expected)
+
+
+@requirement(
+    "DISPATCH-18",
+    MUST,
+    "combine",
+    "Zero tokens MUST give an output of shape [0, H].",
+    reason="A rank without tokens is an ordinary batch.",
+    sources=("torchtitan #1166", "DeepSpeed #8155", "vLLM #43547"),
+    given=scattered(),
+    references=COMBINE,
+)
+def zero_tokens_are_combined_to_nothing(case: Case) -> None:
+    """No rows, no slots, weights of shape [0, K]."""
+    none = {name: case[name][:0] for name in ("rows", "slots", "weights")}
+    answer = case.call("combine", **none)
+    hidden, dtype = case["rows"].shape[1], case["rows"].dtype
+
+    def rule(output: Any) -> None:
+        has_form("combined", output, (0, hidden), (dtype,))
+
+    case.judge(rule, answer.outputs, [("one token", torch.zeros(1, hidden, dtype=dtype))])
+
+
+@requirement(
+    "DISPATCH-19",
+    MUST,
+    "combine",
+    "Rows and weights MUST be read by their strides.",
+    reason="The weights of a router are often a slice of all scores, the rows one of a workspace.",
+    sources=("contract: any strides are right or refused", "hyper_parallel router"),
+    given=scattered(moved=True),
+    references=COMBINE,
+)
+def combine_reads_by_strides(case: Case) -> None:
+    """As DISPATCH-11, with transposed, strided and offset inputs."""
+    found = _combine(case)
+    _judge_sum(case, found, _weighted_sum(case, case["rows"], case["slots"], case["weights"]))
+
+
+@requirement(
+    "DISPATCH-20",
+    MUST,
+    "combine",
+    "The output MUST have the rows' dtype.",
+    reason="The sum is taken in float32; a layer that returns it as such doubles the memory of "
+    "every layer after it.",
+    sources=("contract: outputs have x's dtype", "vLLM #16801", "NeMo Automodel #3650"),
+    given=scattered(),
+    references=COMBINE,
+)
+def the_output_has_the_rows_dtype(case: Case) -> None:
+    """Also where the weights have another."""
+    found = _combine(case)
+    shape, dtype = tuple(found.shape), case["rows"].dtype
+    other = torch.float32 if dtype is not torch.float32 else torch.float64
+    case.judge(
+        lambda answer: has_form("combined", answer, shape, (dtype,)),
+        found,
+        [("another dtype", found.to(other))],
+    )
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An answer of `drop_to_capacity` beside what was given.
+
+    Attributes:
+        weights: [T, K], what came.
+        ids: [T, K] int64, what came.
+        before: [T, K] int64, the ids given, -1 where they led nowhere.
+        experts: E.
+    """
+
+    weights: torch.Tensor
+    ids: torch.Tensor
+    before: torch.Tensor
+    experts: int
+
+    @property
+    def stays(self) -> torch.Tensor:
+        """[T, K] which pairs still lead to an expert."""
+        return (self.ids >= 0) & (self.ids < self.experts)
+
+    def with_ids(self, ids: torch.Tensor) -> Kept:
+        """The same with other ids."""
+        return Kept(self.weights, ids, self.before, self.experts)
+
+    def per_expert(self, ids: torch.Tensor) -> torch.Tensor:
+        """[E] how many of these pairs lead to each expert."""
+        here = (ids >= 0) & (ids < self.experts)
+        return torch.bincount(ids[here], minlength=self.experts)
+
+
+def _drop(case: Case, **changed: Any) -> Kept:
+    names = ("weights", "expert_ids", "num_experts", "capacity", "policy")
+    given = {name: case[name] for name in names} | changed
+    answer = case.call("drop_to_capacity", **given)
+    weights, ids = parts("drop_to_capacity", answer, 2)
+    shape = tuple(given["expert_ids"].shape)
+    has_form("weights", weights, shape, (given["weights"].dtype,))
+    has_form("expert_ids", ids, shape, IDS)
+    before = _valid(case)[: shape[0]]
+    kept = Kept(weights, ids.long(), before, given["num_experts"])
+    case.note("pairs dropped", bool((kept.per_expert(before) > given["capacity"]).any()))
+    case.note("a capacity beyond all pairs", given["capacity"] > before.numel())
+    return kept
+
+
+def _first(where: torch.Tensor) -> torch.Tensor:
+    """Only the first of the places that are marked."""
+    return where & (where.flatten().cumsum(0).reshape(where.shape) == 1)
+
+
+@requirement(
+    "DISPATCH-21",
+    MUST,
+    "drop_to_capacity",
+    "Of each expert's pairs exactly the smaller of their number and the capacity MUST stay.",
+    reason="One more overruns the expert's buffer, one less drops a token that had room.",
+    sources=("DeepSpeed #1658", "DeepSpeed #5353", "DeepSpeed #8155", "vllm-ascend #14926"),
+    given=capacities(),
+    references=CAPACITY,
+)
+def as_many_pairs_stay_as_there_is_room(case: Case) -> None:
+    """Counts before and after; a capacity beyond T drops nothing."""
+    found = _drop(case)
+    expected = found.per_expert(found.before).clamp_max(case["capacity"])
+
+    def wrong() -> Impostors:
+        if bool(found.stays.any()):
+            yield "one less", found.ids.where(~_first(found.stays), -1)
+        if bool((found.before >= 0).any() and (found.before != found.ids).any()):
+            over = found.per_expert(found.before) > case["capacity"]
+            if bool(over.any()):
+                yield "none dropped", found.before
+
+    case.judge(
+        lambda ids: equal("pairs per expert", found.per_expert(ids), expected), found.ids, wrong()
+    )
+
+
+@requirement(
+    "DISPATCH-22",
+    MUST,
+    "drop_to_capacity",
+    "A pair that stays MUST keep its place, its id and its weight; one that is dropped MUST have "
+    "the id -1.",
+    reason="Weights that are normalised again after the drop, or pairs that move up, change tokens "
+    "that lost nothing.",
+    sources=("Megatron capacity", "GShard (arXiv 2006.16668)", "Megatron #1513"),
+    given=capacities(),
+    references=CAPACITY,
+)
+def pairs_that_stay_are_unchanged(case: Case) -> None:
+    """The id is the one given or -1, and the weight the one given where the id is."""
+    found = _drop(case)
+    given = case["weights"]
+
+    def rule(answer: Kept) -> None:
+        moved = answer.stays & (answer.ids != answer.before)
+        other = ~answer.stays & (answer.before >= 0) & (answer.ids != -1)
+        wrong = moved | other
+        if bool(wrong.any()):
+            token, k = (int(i) for i in wrong.nonzero()[0])
+            raise Violation(
+                f"expert_ids[{token}, {k}]: expected {int(answer.before[token, k])} or -1, got "
+                f"{int(answer.ids[token, k])}",
+                None,
+                answer.ids,
+            )
+        equal("weights that stay", answer.weights[answer.stays], given[answer.stays])
+
+    def wrong() -> Impostors:
+        if bool(found.stays.any()):
+            first = _first(found.stays)
+            halved = torch.where(first, found.weights / 2, found.weights)
+            yield "half a weight", Kept(halved, found.ids, found.before, found.experts)
+            yield "E for -1", found.with_ids(found.ids.where(~first, found.experts))
+
+    case.judge(rule, found, wrong())
+
+
+@requirement(
+    "DISPATCH-23",
+    MUST,
+    "drop_to_capacity",
+    "With the policy `position` an expert's first pairs MUST stay, by slot.",
+    reason="Who is dropped must not depend on the device; a top-k over equal keys promises "
+    "nothing.",
+    sources=("Megatron capacity", "GShard (arXiv 2006.16668)", "DeepSpeed #1658"),
+    given=capacities(policies=("position",), loads=CROWDED, tight=True),
+    references=CAPACITY,
+)
+def the_first_pairs_stay(case: Case) -> None:
+    """No pair stays behind one of the same expert that was dropped."""
+    found = _drop(case)
+    total = found.before.numel()
+    slot = torch.arange(total).reshape(found.before.shape)
+
+    def rule(ids: torch.Tensor) -> None:
+        _ranked(found.with_ids(ids), -slot, "slot")
+
+    case.judge(rule, found.ids, _exchanged(found, -slot))
+
+
+@requirement(
+    "DISPATCH-24",
+    MUST,
+    "drop_to_capacity",
+    "With the policy `probs` the pairs with an expert's largest weights MUST stay.",
+    reason="Dropping by probability is chosen to lose the tokens that lose least.",
+    sources=("Megatron capacity", "Megatron #812", "Megatron #815"),
+    given=capacities(policies=("probs",), loads=CROWDED, tight=True),
+    references=CAPACITY,
+)
+def the_largest_weights_stay(case: Case) -> None:
+    """No pair stays with a smaller weight than one of the same expert that was dropped."""
+    found = _drop(case)
+    weights = case["weights"].double()
+
+    def rule(ids: torch.Tensor) -> None:
+        _ranked(found.with_ids(ids), weights, "weight")
+
+    case.judge(rule, found.ids, _exchanged(found, weights))
+
+
+def _ranked(kept: Kept, keys: torch.Tensor, what: str) -> None:
+    """No pair that was dropped has a larger key than one of its expert that stays."""
+    stays = kept.stays & (kept.ids == kept.before)
+    gone = (kept.before >= 0) & ~stays
+    most = torch.full((kept.experts,), torch.inf, dtype=torch.float64)
+    least = most.scatter_reduce(0, kept.before[stays], keys.double()[stays], "amin")
+    wrong = gone & (keys > least[kept.before.clamp_min(0)])
+    if bool(wrong.any()):
+        token, k = (int(i) for i in wrong.nonzero()[0])
+        expert = int(kept.before[token, k])
+        raise Violation(
+            f"expert {expert}: expected pair [{token}, {k}] to stay, whose {what} is "
+            f"{abs(float(keys[token, k])):g}, before one whose {what} is "
+            f"{abs(float(least[expert])):g}",
+            None,
+            kept.ids,
+        )
+
+
+def _exchanged(kept: Kept, keys: torch.Tensor) -> Impostors:
+    """A dropped pair in the place of one of the same expert with a larger key."""
+    gone = (kept.before >= 0) & ~kept.stays
+    for token, k in gone.nonzero()[:1].tolist():
+        expert = kept.before[token, k]
+        better = kept.stays & (kept.before == expert) & (keys > keys[token, k])
+        if bool(better.any()):
+            ids = kept.ids.where(~_first(better), -1)
+            ids[token, k] = expert
+            yield "a worse pair instead", ids
+
+
+@requirement(
+    "DISPATCH-25",
+    MUST,
+    "drop_to_capacity",
+    "Ids that are not here MUST take no capacity and lead nowhere afterwards.",
+    reason="Padding that counts as a token pushes real ones out.",
+    sources=("Megatron #1617", "vLLM #38128", "vLLM #42034"),
+    given=capacities(invalid=True),
+    references=CAPACITY,
+)
+def invalid_ids_take_no_capacity(case: Case) -> None:
+    """As DISPATCH-21 among the valid ones, and no id out of an invalid one."""
+    found = _drop(case)
+    expected = found.per_expert(found.before).clamp_max(case["capacity"])
+
+    def rule(ids: torch.Tensor) -> None:
+        kept = found.with_ids(ids)
+        wrong = kept.stays & (kept.before < 0)
+        if bool(wrong.any()):
+            token, k = (int(i) for i in wrong.nonzero()[0])
+            raise Violation(
+                f"expert_ids[{token}, {k}]: expected an id that leads nowhere, got "
+                f"{int(ids[token, k])}",
+                None,
+                ids,
+            )
+        valid = ids.where(kept.before >= 0, -1)
+        equal("pairs per expert", kept.per_expert(valid), expected)
+
+    made = found.ids.where(found.before >= 0, 0)
+    case.judge(rule, found.ids, [("the first expert for invalid ids", made)])
+
+
+@requirement(
+    "DISPATCH-26",
+    MUST,
+    "drop_to_capacity",
+    "Zero tokens MUST give empty weights and ids of shape [0, K].",
+    reason="A rank without tokens is an ordinary batch.",
+    sources=("torchtitan #1166", "DeepSpeed #8155"),
+    given=capacities(invalid=False),
+    references=CAPACITY,
+)
+def zero_tokens_are_dropped_to_nothing(case: Case) -> None:
+    """The same call with the tokens cut away."""
+    top_k, dtype = case["weights"].shape[1], case["weights"].dtype
+    names = ("num_experts", "capacity", "policy")
+    answer = case.call(
+        "drop_to_capacity",
+        weights=case["weights"][:0],
+        expert_ids=case["expert_ids"][:0],
+        **{name: case[name] for name in names},
+    )
+
+    def rule(outputs: Any) -> None:
+        if not isinstance(outputs, list) or len(outputs) != 2:
+            raise Violation("drop_to_capacity: expected 2 results")
+        has_form("weights", outputs[0], (0, top_k), (dtype,))
+        has_form("expert_ids", outputs[1], (0, top_k), IDS)
+
+    one = [torch.zeros(1, top_k, dtype=dtype), torch.zeros(1, top_k, dtype=torch.int64)]
+    case.judge(rule, answer.outputs, [("one token", one)])
+
+
+def _differentiable(operation: str, given: Given) -> Given:
+    """The same inputs, for targets whose outputs of that operation carry gradients."""
+
+    def plans(scope: Scope) -> Plans | None:
+        return given.plans(scope) if operation in scope.capabilities.gradients else None
+
+    return Given(plans, given.build)
+
+
+def _gradient(gradients: Mapping[str, torch.Tensor | None], name: str) -> torch.Tensor:
+    found = gradients[name]
+    if found is None:
+        raise Violation(f"gradient of {name}: expected a tensor, got None")
+    return found
+
+
+def _judge_gradient(case: Case, name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
+    def wrong() -> Impostors:
+        yield from impostors(expected, 2.0)
+
+    case.judge(
+        lambda answer: equal(f"gradient of {name}", answer.double(), expected), found, wrong()
+    )
+
+
+@requirement(
+    "DISPATCH-27",
+    MUST,
+    "dispatch",
+    "The gradient of x MUST be the sum of the gradients of its rows.",
+    reason="A token that was sent to K experts learns from all of them.",
+    sources=("pytorch #160285", "transformers #48687", "torchtitan #2416"),
+    given=_differentiable("dispatch", rows(content="exact")),
+    references=DISPATCH,
+)
+def the_gradient_of_x_adds_up(case: Case) -> None:
+    """Cotangents of small integers, whose sums are exact in every order and dtype."""
+    shape = _dispatch(case)[0].rows.shape
+    cotangent = Content(shape[0]).integers(-2, 2, *shape).double()
+    # Rows are appended at the end and differentiated by nobody.
+    cotangent[int(_counts(case).sum()) :] = 0
+    found, answer = _dispatch(case, wrt=["x"], cotangents={"0": cotangent})
+    token = found.slots[found.known] // found.top_k
+    expected = torch.zeros(case["x"].shape, dtype=torch.float64)
+    expected.index_add_(0, token, cotangent[found.known])
+    _judge_gradient(case, "x", _gradient(answer.gradients, "x"), expected)
+
+
+@requirement(
+    "DISPATCH-28",
+    MUST,
+    "combine",
+    "The gradients of rows and weights MUST be those of the weighted sum.",
+    reason="The router learns through the weights alone, the experts through their rows.",
+    sources=("transformers #48687", "torchtitan #2416", "pytorch #160285"),
+    given=_differentiable("combine", scattered(content="exact")),
+    references=COMBINE,
+)
+def the_gradients_of_a_weighted_sum(case: Case) -> None:
+    """weight · cotangent for a row, row · cotangent for a weight; all of them exact."""
+    tokens, top_k = case["weights"].shape
+    wide = torch.float64 if case["rows"].dtype is torch.float64 else torch.float32
+    weights = case["weights"].to(wide)
+    case.inputs["weights"] = weights
+    cotangent = Content(tokens).integers(-2, 2, tokens, case["rows"].shape[1]).double()
+    found = _combine_gradients(case, cotangent)
+    slot = case["slots"].long()
+    own = cotangent[slot // top_k]
+    _judge_gradient(case, "rows", found[0], weights.double().flatten()[slot][:, None] * own)
+    expected = torch.zeros(tokens * top_k, dtype=torch.float64)
+    expected[slot] = (own * case["rows"].double()).sum(-1)
+    _judge_gradient(case, "weights", found[1], expected.reshape(tokens, top_k))
+
+
+def _combine_gradients(case: Case, cotangent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    given = {name: case[name] for name in ("rows", "slots", "weights")}
+    answer = case.call("combine", **given, wrt=["rows", "weights"], cotangents={"": cotangent})
+    _combined(answer, *cotangent.shape)
+    return _gradient(answer.gradients, "rows"), _gradient(answer.gradients, "weights")
+
+
+@requirement(
+    "DISPATCH-29",
+    MUST,
+    "dispatch",
+    "Where no id is valid the gradient of x MUST be zero, not None.",
+    reason="A rank without tokens of its own still takes part in the reduction of gradients.",
+    sources=("Megatron #4851", "Megatron #1877", "DeepSpeed #5066", "DeepSpeed #4808"),
+    given=_differentiable(
+        "dispatch", Given(lambda scope: _nowhere(rows(invalid=True), scope), build_rows)
+    ),
+    references=DISPATCH,
+)
+def nothing_dispatched_gives_zero_gradients(case: Case) -> None:
+    """All ids lead nowhere."""
+    shape = _dispatch(case)[0].rows.shape
+    _, answer = _dispatch(case, wrt=["x"], cotangents={"0": torch.zeros(shape)})
+    _judge_zero(case, "x", answer)
+
+
+def _nowhere(given: Given, scope: Scope) -> Plans | None:
+    plans = given.plans(scope)
+    return (
+        None
+        if plans is None
+        else plans.map(
+            lambda plan: {
+                **plan,
+                **{name: "all" for name in ("invalid", "missing") if name in plan},
+            }
+        )
+    )
+
+
+def _judge_zero(case: Case, name: str, answer: Answer) -> None:
+    zeros = torch.zeros_like(case[name])
+
+    def rule(found: torch.Tensor | None) -> None:
+        equal(f"gradient of {name}", _gradient({name: found}, name), zeros)
+
+    case.judge(rule, answer.gradients[name], [("None", None), ("ones", torch.ones_like(zeros))])
+
+
+@requirement(
+    "DISPATCH-30",
+    MUST,
+    "combine",
+    "A pair without a row MUST have a zero gradient, also where its weight is NaN or no pair has a "
+    "row.",
+    reason="None breaks the reduction of gradients between ranks, NaN breaks the router.",
+    sources=("Megatron #4851", "DeepSpeed #5066", "TE #3484", "TE #3116", "cosmos-rl #32"),
+    given=_differentiable("combine", _finite_only(scattered(missing=True))),
+    references=COMBINE,
+)
+def pairs_without_a_row_have_zero_gradients(case: Case) -> None:
+    """The weights of missing pairs are NaN; their gradients are zero."""
+    tokens, top_k = case["weights"].shape
+    missing = torch.ones(tokens * top_k, dtype=torch.bool)
+    missing[case["slots"].long()] = False
+    missing = missing.reshape(tokens, top_k)
+    case.inputs["weights"] = case["weights"].masked_fill(missing, torch.nan)
+    case.note("no pair has a row", bool(missing.all()))
+    cotangent = torch.ones(tokens, case["rows"].shape[1])
+    found = _combine_gradients(case, cotangent)[1]
+    zeros = torch.zeros_like(found[missing])
+
+    def rule(answer: torch.Tensor) -> None:
+        equal("gradient of weights without a row", answer, zeros)
+
+    nans = torch.full_like(zeros, torch.nan)
+    case.judge(rule, found[missing], [("NaN", nans), ("ones", torch.ones_like(zeros))])
+
+
+@requirement(
+    "DISPATCH-31",
+    MUST,
+    "dispatch",
+    "Ids that are no [T, K] integers, or not those of x's tokens, MUST raise.",
+    reason="With one token too many in x the last one silently goes nowhere.",
+    sources=("contract: bad arguments", "afd-plugin #301"),
+    given=rows(invalid=False),
+    references=DISPATCH,
+)
+def what_does_not_fit_is_not_dispatched(case: Case) -> None:
+    """Each bad call by itself has to raise."""
+    x, ids = case["x"], case["expert_ids"]
+    good = {"x": x, "expert_ids": ids, "num_experts": case["num_experts"]}
+    must_raise(
+        case,
+        "dispatch",
+        {
+            "a token without ids": good | {"x": torch.cat([x, x[:1]])},
+            "ids without a token": good | {"expert_ids": torch.cat([ids, ids[:1]])},
+            "ids with one dimension": good | {"expert_ids": ids[:, 0]},
+            "ids that are floats": good | {"expert_ids": ids.float()},
+            "x with one dimension": good | {"x": x[:, 0]},
+        },
+    )
+
+
+@requirement(
+    "DISPATCH-32",
+    MUST,
+    "combine",
+    "Slots that are no integers or not one for each row, and weights that are no [T, K], MUST "
+    "raise.",
+    reason="Broadcast instead, one slot takes all rows.",
+    sources=("contract: bad arguments",),
+    given=scattered(missing=False),
+    references=COMBINE,
+)
+def what_does_not_fit_is_not_combined(case: Case) -> None:
+    """Each bad call by itself has to raise."""
+    slots = case["slots"]
+    good = {"rows": case["rows"], "slots": slots, "weights": case["weights"]}
+    must_raise(
+        case,
+        "combine",
+        {
+            "a slot too many": good | {"slots": torch.cat([slots, slots[:1]])},
+            "slots with two dimensions": good | {"slots": slots[:, None]},
+            "slots that are floats": good | {"slots": slots.float()},
+            "weights with one dimension": good | {"weights": case["weights"][:, 0]},
+            "rows with one dimension": good | {"rows": case["rows"][:, 0]},
+        },
+    )
+
+
+@requirement(
+    "DISPATCH-33",
+    MUST,
+    "drop_to_capacity",
+    "A policy that there is not, a negative capacity and weights of another shape MUST raise.",
+    reason="A misspelt policy that falls through to the other one is found by nobody.",
+    sources=("Megatron #812", "Megatron #815", "contract: bad arguments"),
+    given=capacities(invalid=False),
+    references=CAPACITY,
+)
+def what_cannot_be_dropped_raises(case: Case) -> None:
+    """Each bad call by itself has to raise."""
+    names = ("weights", "expert_ids", "num_experts", "capacity", "policy")
+    good = {name: case[name] for name in names}
+    weights = case["weights"]
+    must_raise(
+        case,
+        "drop_to_capacity",
+        {
+            "a policy that there is not": good | {"policy": case["policy"] + "s"},
+            "an empty policy": good | {"policy": ""},
+            "a negative capacity": good | {"capacity": -1},
+            "weights of another shape": good | {"weights": torch.cat([weights, weights[:1]])},
+        },
+    )
+
+
+@requirement(
+    "DISPATCH-34",
+    MAY,
+    "dispatch",
+    "Rows whose slot is T·K MAY be appended to reach a static shape.",
+    reason="A graph that is captured once needs shapes that do not depend on the routing.",
+    sources=("contract: static shapes", "SGLang #30895", "SGLang #25852"),
+    given=rows(),
+    references=DISPATCH,
+)
+def rows_may_be_appended(case: Case) -> None:
+    """How often it was so; never judged."""
+    found, _ = _dispatch(case)
+    case.note("rows appended", bool((found.slots == len(found.owner)).any()))
+    case.note("no row appended", not bool((found.slots == len(found.owner)).any()))

@@ -1,0 +1,143 @@
+"""Targets with a planted fault, for the tests that go through the command line."""
+
+import os
+import signal
+import sys
+import time
+
+import torch
+from moe_conformance import Capabilities, Target
+from moe_conformance.targets import Reference
+
+
+class BiasedWeights(Reference):
+    """Weights are gathered from the scores that the bias was added to."""
+
+    def route(self, logits, config, bias=None, token_ids=None):
+        weights, ids = super().route(logits, config, bias, token_ids)
+        if bias is not None and config.hash_table is None:
+            weights = weights + bias.to(weights.dtype)[ids]
+        return weights, ids
+
+
+class LastTokenDropped(Reference):
+    """The last token's output is zero."""
+
+    def experts(self, x, experts, weights, expert_ids, config, expert_map=None):
+        out = super().experts(x, experts, weights, expert_ids, config, expert_map).clone()
+        out[-1:] = 0
+        return out
+
+
+class OneBlockTooMany(Reference):
+    """`padded_length` counts one padded block that is not there."""
+
+    def align(self, expert_ids, block_size, num_experts, expert_map=None, drop_invalid=False):
+        slots, experts, length = super().align(
+            expert_ids, block_size, num_experts, expert_map, drop_invalid
+        )
+        missing = torch.full((block_size,), expert_ids.numel(), dtype=torch.int32)
+        slots = torch.cat([slots[: int(length)], missing, slots[int(length) :]])
+        return slots, torch.cat([experts, experts.new_full((1,), -1)]), length + block_size
+
+
+class GateAndUpSwapped(Reference):
+    """The first half of gate_up is taken for up."""
+
+    def experts(self, x, experts, weights, expert_ids, config, expert_map=None):
+        if config.gated:
+            first, second = experts.gate_up.chunk(2, 1)
+            bias = experts.gate_up_bias
+            if bias is not None:
+                bias = torch.cat(bias.chunk(2, 1)[::-1], 1)
+            experts = type(experts)(
+                torch.cat([second, first], 1), experts.down, bias, experts.down_bias
+            )
+        return super().experts(x, experts, weights, expert_ids, config, expert_map)
+
+
+class AllZeros(Reference):
+    """The output of the experts is zero."""
+
+    def experts(self, x, experts, weights, expert_ids, config, expert_map=None):
+        return torch.zeros_like(x)
+
+
+class Nothing(Target):
+    """Declares nothing and provides nothing."""
+
+    name, version = "nothing", "0"
+
+
+class NoDtype(Reference):
+    """Provides every operation, for no dtype at all."""
+
+    capabilities = Capabilities(dtypes=())
+
+
+class OnlyOneExpert(Reference):
+    """Declares so little that no case could fail: one expert, always weighted 1."""
+
+    capabilities = Capabilities(max_experts=1, operations=("route",), ties="lowest")
+
+
+class _OnThreeTokens(Reference):
+    capabilities = Capabilities(operations=("route", "z_loss"))
+
+    def route(self, logits, config, bias=None, token_ids=None):
+        if len(logits) >= 3:
+            self.misbehave()
+        return super().route(logits, config, bias, token_ids)
+
+    def misbehave(self):
+        raise RuntimeError("three tokens are too many")
+
+
+class Raises(_OnThreeTokens):
+    """Raises on three tokens or more."""
+
+
+class Exits(_OnThreeTokens):
+    """Calls sys.exit on three tokens or more."""
+
+    def misbehave(self):
+        sys.exit(0)
+
+
+class Interrupts(_OnThreeTokens):
+    """Raises KeyboardInterrupt on three tokens or more."""
+
+    def misbehave(self):
+        raise KeyboardInterrupt
+
+
+class KillsItself(_OnThreeTokens):
+    """Ends its process on three tokens or more."""
+
+    def misbehave(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Hangs(_OnThreeTokens):
+    """Does not come back on three tokens or more."""
+
+    def misbehave(self):
+        time.sleep(3600)
+
+
+class Flips(Reference):
+    """Every third call is wrong."""
+
+    calls = 0
+
+    def route(self, logits, config, bias=None, token_ids=None):
+        weights, ids = super().route(logits, config, bias, token_ids)
+        Flips.calls += 1
+        return (weights * 2 if Flips.calls % 3 == 0 else weights), ids
+
+
+class CannotBeMade(Reference):
+    """Its constructor raises."""
+
+    def __init__(self):
+        raise OSError("the library's shared object is missing")

@@ -1,0 +1,201 @@
+"""The command line as a user meets it: verdicts, exit codes, replays, and sentences."""
+
+import json
+
+import pytest
+
+
+def statuses(report, target):
+    """The status of each requirement in a target's report."""
+    found = json.loads((report / f"planted.py_{target}" / "report.json").read_text())
+    return found, {each["id"]: each["status"] for each in found["requirements"]}
+
+
+@pytest.mark.parametrize(
+    ("target", "requirement"),
+    [
+        ("BiasedWeights", "GATE-03"),
+        ("LastTokenDropped", "EXPERT-02"),
+        ("OneBlockTooMany", "ALIGN-03"),
+        ("GateAndUpSwapped", "EXPERT-04"),
+        ("AllZeros", "EXPERT-01"),
+    ],
+)
+def test_a_planted_fault_fails_the_right_requirement(
+    moespec, planted, tmp_path, target, requirement
+):
+    done = moespec(
+        "check", planted(target), "--requirement", requirement, "--report", tmp_path / "r"
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    report, found = statuses(tmp_path / "r", target)
+    assert found == {requirement: "fail"}
+    assert report["verdict"] == "fails"
+    assert requirement in done.stdout
+    assert "moespec replay" in done.stdout
+    [case] = (tmp_path / "r" / f"planted.py_{target}" / "cases").iterdir()
+    assert len((case / "repro.py").read_text().splitlines()) <= 20
+
+    again = moespec("replay", case)
+    assert again.returncode == 1, again.stdout + again.stderr
+    assert "the same bytes as the plan builds" in again.stdout
+    assert "now:      the same" in again.stdout
+    assert "NOT" not in again.stdout
+    assert "failed in 1 of 1 runs" in again.stdout
+
+    mended = moespec("replay", case, "--target", "reference")
+    assert mended.returncode == 0, mended.stdout + mended.stderr
+
+
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [
+        ("Raises", "crash"),
+        ("Exits", "crash"),
+        ("Interrupts", "crash"),
+        ("KillsItself", "crash"),
+        ("Hangs", "timeout"),
+    ],
+)
+def test_a_target_that_misbehaves_costs_its_case(moespec, planted, tmp_path, target, status):
+    done = moespec(
+        "check", planted(target), "--operation", "route", "--profile", "smoke",
+        "--timeout", "2", "--report", tmp_path, "--seed", "3",
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    report, found = statuses(tmp_path, target)
+    assert found["GATE-01"] == status
+    # The rest of the suite ran: zero tokens are fewer than three.
+    assert found["GATE-19"] == "pass"
+    assert "inconclusive" not in set(found.values())
+
+
+@pytest.mark.parametrize("target", ["Nothing", "NoDtype", "OnlyOneExpert"])
+def test_a_target_that_declares_too_little_is_inconclusive(moespec, planted, tmp_path, target):
+    done = moespec("check", planted(target), "--profile", "smoke", "--report", tmp_path)
+    assert done.returncode == 11, done.stdout + done.stderr
+    report, _ = statuses(tmp_path, target)
+    assert report["verdict"] == "inconclusive"
+
+
+def test_an_answer_that_flips_is_a_failure(moespec, planted, tmp_path):
+    done = moespec(
+        "check", planted("Flips"), "--requirement", "GATE-06", "--report", tmp_path, "--seed", "1"
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    [case] = (tmp_path / "planted.py_Flips" / "cases").iterdir()
+    again = moespec("replay", case)
+    assert "of 10 runs" in again.stdout
+
+
+def test_several_targets_end_in_one_line_each_and_the_worst_code(moespec, planted, tmp_path):
+    done = moespec(
+        "check", "reference", planted("AllZeros"), "--requirement", "EXPERT-01",
+        "--report", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "reference: conforms" in done.stdout
+    assert "index.html" in done.stdout.splitlines()[-1]
+    for name in ("index.json", "index.html", "junit.xml", "reference/report.html"):
+        assert (tmp_path / name).is_file(), name
+
+
+def test_the_same_seed_gives_the_same_report(moespec, planted, tmp_path):
+    reports = []
+    for run in ("one", "two"):
+        moespec(
+            "check", planted("BiasedWeights"), "--operation", "route", "--profile", "smoke",
+            "--seed", "11", "--report", tmp_path / run,
+        )  # fmt: skip
+        report, _ = statuses(tmp_path / run, "BiasedWeights")
+        report.pop("timing")
+        reports.append(json.dumps(report).replace(str(tmp_path / run), "REPORT"))
+    assert reports[0] == reports[1]
+
+
+BAD = [
+    (["check", "no-such-target"], 2, ["target", "expected", "no-such-target"]),
+    (["check", "no_such_file.py:X"], 2, ["target", "expected", "no_such_file.py"]),
+    (["check", "json:NoSuchClass"], 2, ["target", "expected", "NoSuchClass"]),
+    (["check", "transformers/no-such-model"], 2, ["target", "mixtral-eager", "no-such-model"]),
+    (["check", "no_such_package:X"], 10, ["no_such_package", "ModuleNotFoundError"]),
+    (["check", "reference", "--requirement", "GATE-99"], 2, ["--requirement", "GATE-01", "GATE-99"]),
+    (["check", "reference", "--operation", "rout"], 2, ["--operation", "route", "'rout'"]),
+    (["check", "reference", "--profile", "quick"], 2, ["--profile", "smoke", "quick"]),
+    (["check", "reference", "--device", "tpu"], 2, ["--device", "cpu", "tpu"]),
+    (["check", "reference", "--dtype", "int4"], 2, ["--dtype", "float32", "int4"]),
+    (["check", "reference", "--examples", "0"], 2, ["--examples"]),
+    (["check"], 2, ["TARGET"]),
+    (["replay", "no-such-case"], 2, ["case", "expected", "no-such-case"]),
+    (["explain", "GATE-99"], 2, ["requirement", "expected", "GATE-99"]),
+    (["init", "target.txt"], 2, ["FILE", "expected", "target.txt"]),
+    (["requirements", "--concept", "gates"], 2, ["--concept", "gating", "gates"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "words"), BAD, ids=lambda v: str(v)[:40])
+def test_bad_input_gets_one_clear_sentence(moespec, tmp_path, arguments, code, words):
+    done = moespec(*arguments, cwd=tmp_path)
+    said = done.stdout + done.stderr
+    assert done.returncode == code, said
+    assert "Traceback" not in said
+    for word in words:
+        assert word in said
+
+
+def test_a_target_that_cannot_be_made_is_not_judged(moespec, planted, tmp_path):
+    done = moespec("check", planted("CannotBeMade"), "--report", tmp_path)
+    assert done.returncode == 10
+    assert "the library's shared object is missing" in done.stdout
+
+
+def test_the_skeleton_runs_as_it_is(moespec, tmp_path):
+    file = tmp_path / "mine.py"
+    assert moespec("init", file).returncode == 0
+    assert moespec("init", file).returncode == 2
+    assert len(file.read_text().splitlines()) <= 60
+    done = moespec(
+        "check", f"{file}:MyMoE", "--profile", "smoke", "--seed", "0", "--report", tmp_path / "r"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_explain_says_why_and_shows_the_property(moespec):
+    done = moespec("explain", "GATE-03")
+    assert done.returncode == 0, done.stderr
+    for word in ("vLLM #12002", "def the_bias_never_weighs", "gating.py"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize("what", ["requirements", "faults", "targets"])
+def test_tables_are_there_for_machines(moespec, what):
+    done = moespec(what, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)
+
+
+def test_the_suite_runs_under_pytest(planted):
+    import subprocess
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--pyargs", "moe_conformance", "-q", "-p",
+         "no:cacheprovider", "--target", planted("BiasedWeights"), "--moespec-profile", "smoke",
+         "-k", "GATE"],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout
+    assert "GATE-03" in done.stdout
+    assert "moespec replay" in done.stdout
+
+
+def test_the_plugin_is_light():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, moe_conformance.plugin;"
+        "print([m for m in ('torch', 'hypothesis') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr

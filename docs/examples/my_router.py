@@ -1,0 +1,29 @@
+"""A sigmoid router with a selection bias, and one mistake."""
+
+from moe_conformance import Capabilities, Target
+
+
+class MyRouter(Target):
+    name, version = "my-router", "0.1"
+    capabilities = Capabilities(
+        routing={
+            "score": ("sigmoid",),
+            "order": ("score_then_topk",),
+            "renormalize": (True,),
+            "renormalize_single": (True,),
+            "norm": ("sum",),
+            "epsilon_mode": ("add",),
+            "num_groups": (1,),
+            "hash_table": (False,),
+        },
+    )
+
+    # --8<-- [start:route]
+    def route(self, logits, config, bias=None, token_ids=None):
+        scores = logits.sigmoid()
+        if bias is not None:
+            scores = scores + bias
+        weights, expert_ids = scores.topk(config.top_k)
+        weights = weights / (weights.sum(-1, keepdim=True) + config.epsilon)
+        return weights * config.scale, expert_ids
+    # --8<-- [end:route]
