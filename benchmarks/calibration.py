@@ -43,7 +43,11 @@ def main() -> int:
                    "worst_rms_of_limit": 0.0, "marginal": 0, "accused": 0}  # fmt: skip
             for id in REQUIREMENTS:
                 result = run_requirement(
-                    requirement_named(id), scope, executor, Effort(options.cases, 1, 0.0), options.seed
+                    requirement_named(id),
+                    scope,
+                    executor,
+                    Effort(options.cases, 1, 0.0),
+                    options.seed,
                 )
                 row["cases"] += result.cases
                 row["worst_z"] = max(row["worst_z"], round(result.worst, 3))
@@ -60,7 +64,7 @@ def main() -> int:
         "cases": sum(row["cases"] for row in rows),
         "accused": sum(row["accused"] for row in rows),
         "rows": rows,
-        "command": f"python benchmarks/calibration.py --cases {options.cases} --seed {options.seed}",
+        "command": " ".join(["python", *sys.argv]),
         "date": datetime.date.today().isoformat(),
         "commit": subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False

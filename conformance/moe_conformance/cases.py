@@ -91,7 +91,26 @@ class SavedCase:
         }
 
 
-def save_case(root: Path, failure: Failure, scope: Scope, target: str, about: dict[str, Any]) -> Path:
+def case_name(failure: Failure) -> str:
+    """The folder under `cases/` that a counterexample is saved in: `<id>-<hash of its inputs>`."""
+    return f"{failure.requirement.id}-{digest(failure.inputs)}"
+
+
+def folder_of(name: str) -> str:
+    """The folder of a target's report under the run's, by the target's name.
+
+    >>> folder_of("transformers/mixtral-grouped_mm")
+    'transformers_mixtral-grouped_mm'
+    >>> folder_of("path/to/file.py:Class")
+    'file.py_Class'
+    """
+    last = name.rsplit("/", 1)[-1] if ":" in name else name
+    return "".join(c if c.isalnum() or c in "._-" else "_" for c in last)
+
+
+def save_case(
+    root: Path, failure: Failure, scope: Scope, target: str, about: dict[str, Any]
+) -> Path:
     """Write a failure's files into `root`/<id>-<hash> and return that folder.
 
     Args:
@@ -103,7 +122,7 @@ def save_case(root: Path, failure: Failure, scope: Scope, target: str, about: di
     """
     tensors: Tensors = {}
     violation = failure.violation
-    name = f"{failure.requirement.id}-{digest(failure.inputs)}"
+    name = case_name(failure)
     # The inputs are built anew: a property may replace some of them while it runs.
     inputs = failure.requirement.given.build(failure.plan)
     content = {
@@ -168,7 +187,9 @@ def load_case(path: str | Path) -> SavedCase:
             ),
             plan=content["plan"],
             inputs=decode(content["inputs"], tensors),
-            sessions=[(session, answers) for session, answers in decode(content["sessions"], tensors)],
+            sessions=[
+                (session, answers) for session, answers in decode(content["sessions"], tensors)
+            ],
             expected=decode(content["expected"], tensors),
             actual=decode(content["actual"], tensors),
             message=content["message"],

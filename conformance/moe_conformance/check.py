@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from moe_conformance import worker
-from moe_conformance.cases import save_case
+from moe_conformance.cases import folder_of, save_case
 from moe_conformance.executor import (
     TargetLost,
     WorkerExecutor,
@@ -159,6 +159,14 @@ def check(options: Options, notify: Notify) -> list[Outcome]:
     """
     options.selected()
     names, outcomes = expand(options.targets)
+    folders = {folder_of(name): name for name in reversed(names)}
+    for name in names:
+        other = folders[folder_of(name)]
+        if other != name:
+            raise UsageError(
+                f"TARGET: expected names that differ in file or class, got '{other}' and '{name}'; "
+                f"give each a --report of its own"
+            )
     processes = min(len(names), os.cpu_count() or 1)
     if processes <= 1:
         outcomes += [check_target(name, options, notify) for name in names]
@@ -195,7 +203,6 @@ def _in_parallel(
 def _judge(news: Any) -> None:
     global _queue
     _queue = news
-    torch.set_num_threads(1)
 
 
 def _check_in_process(name: str, options: Options) -> Outcome:
@@ -204,6 +211,9 @@ def _check_in_process(name: str, options: Options) -> Outcome:
 
 def check_target(name: str, options: Options, notify: Notify) -> Outcome:
     """Run the suite on one target and write its report."""
+    # The oracle's tensors are small; a second thread costs more than it gains, and the target may
+    # want the other cores.
+    torch.set_num_threads(1)
     began = time.perf_counter()
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     chosen = options.selected()
@@ -229,7 +239,7 @@ def check_target(name: str, options: Options, notify: Notify) -> Outcome:
         return Outcome(name, None, 2, str(error))
     finally:
         executor.close()
-    directory = options.report / directory_name(name)
+    directory = options.report / folder_of(name)
     about = {"machine": machine, "suite": suite(), "seed": options.seed}
     for result in results:
         if result.failure is not None:
@@ -288,12 +298,6 @@ def scope_of(executor: WorkerExecutor, options: Options) -> Scope:
     )
 
 
-def directory_name(target: str) -> str:
-    """A target's name as one folder name."""
-    name = target.rsplit("/", 1)[-1] if ":" in target else target
-    return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
-
-
 def machine_of(executor: WorkerExecutor, device: str) -> dict[str, Any]:
     """What the run ran on."""
     return {
@@ -316,7 +320,10 @@ def _commit() -> str | None:
     here = Path(__file__).parent
     try:
         found = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
+            ["git", "-C", str(here), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -39,7 +39,7 @@ def check(
         list[str],
         typer.Argument(
             metavar="TARGET...",
-            help="path/to/file.py:Class, package.module:Class, or a name that `moespec targets` lists.",
+            help="path/to/file.py:Class, package.module:Class, or a name from `moespec targets`.",
         ),
     ],
     profile: Annotated[str, typer.Option(help="smoke, cpu or full.")] = "cpu",
@@ -79,12 +79,14 @@ def check(
         raise _fail("interrupted; no report was written") from None
     reports = [outcome.report for outcome in outcomes if outcome.report is not None]
     if reports:
-        console.print(table(reports))
+        console.print(table(reports, options.report))
     for outcome in outcomes:
         if outcome.message:
             console.print(f"{outcome.target}: {outcome.message}", style="bold red", markup=False)
     for each in reports:
-        console.print(last_line(each), markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            last_line(each, options.report), markup=False, highlight=False, soft_wrap=True
+        )
     if reports:
         console.print(f"report: {options.report / 'index.html'}", highlight=False, soft_wrap=True)
     raise typer.Exit(exit_code(outcomes))
@@ -336,7 +338,11 @@ def compare(
     except ValueError as error:
         raise _fail(error) from None
     for kind in ("regressed", "fixed", "new", "gone"):
-        print(f"{kind}: {', '.join(map(str, found[kind])) or 'none'}")
+        print(f"{kind}: {len(found[kind])}")
+        for each in found[kind]:
+            print(
+                f"  {each['target']} {each['id']}: {each['old']} -> {each['new']} {each['message']}"
+            )
     raise typer.Exit(1 if found["regressed"] else 0)
 
 

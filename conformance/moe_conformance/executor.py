@@ -187,4 +187,3 @@ def forkserver() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["moe_conformance.check"])
     return context
-

@@ -11,6 +11,7 @@ token that says how many independent errors there effectively are in its row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from moe_reference.config import ExpertsConfig, ExpertWeights
 from moe_reference.experts import experts as reference_experts
 
+from moe_conformance.codec import replace_tensors
 from moe_conformance.precision import TINY, UNIT, Arithmetic
 
 FUNCTION_ULPS = 4.0
@@ -59,10 +61,8 @@ def experts_oracle(
         expert_map: [E] or None.
         arithmetic: what is rounded, and where.
     """
-    wide = ExpertWeights(*(None if t is None else t.double() for t in _tensors(experts)))  # type: ignore[arg-type]
-    value = reference_experts(
-        x.double(), wide, weights.double(), expert_ids, config, expert_map
-    )
+    wide = replace_tensors(experts, lambda _, tensor: tensor.double())
+    value = reference_experts(x.double(), wide, weights.double(), expert_ids, config, expert_map)
     local = local_ids(expert_ids, len(experts.gate_up), expert_map)
     tokens, hidden = value.shape
     variance = torch.zeros_like(value)
@@ -213,7 +213,7 @@ def activation_parts(
         return gate * torch.sigmoid(config.alpha * gate), up.clamp(-limit, limit) + 1
     if name == "swiglu_limit":
         return F.silu(gate.clamp(max=limit)), up.clamp(-limit, limit)
-    functions = {
+    functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "silu": F.silu,
         "gelu": F.gelu,
         "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
@@ -235,7 +235,3 @@ def local_ids(
         known = known & (mapped >= 0) & (mapped < num_local)
         ids = mapped
     return ids.where(known, -1)
-
-
-def _tensors(experts: ExpertWeights) -> tuple[torch.Tensor | None, ...]:
-    return experts.gate_up, experts.down, experts.gate_up_bias, experts.down_bias

@@ -7,7 +7,7 @@ None has a tolerance of its own: the bound or the standard deviation comes with 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,9 +87,12 @@ def equal(what: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
         raise Violation(_where(what, wrong, actual, expected), expected, actual)
 
 
-def within(
-    what: str, actual: torch.Tensor, expected: torch.Tensor, bound: torch.Tensor
-) -> None:
+def equals(what: str, expected: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    """`equal` as a rule."""
+    return lambda actual: equal(what, actual, expected)
+
+
+def within(what: str, actual: torch.Tensor, expected: torch.Tensor, bound: torch.Tensor) -> None:
     """No further from the expected value than `bound`, element by element."""
     _same_nonfinite(what, actual, expected)
     error = (actual.double() - expected).abs()
@@ -208,10 +211,14 @@ def _where(
 ) -> str:
     places = wrong.nonzero()
     if z is not None:
-        place = tuple(int(i) for i in torch.unravel_index(z.nan_to_num(torch.inf).argmax(), z.shape))
+        place = tuple(
+            int(i) for i in torch.unravel_index(z.nan_to_num(torch.inf).argmax(), z.shape)
+        )
     else:
         place = tuple(int(i) for i in places[0])
-    text = f"{what}{_index(place)}: expected {_number(expected[place])}, got {_number(actual[place])}"
+    text = (
+        f"{what}{_index(place)}: expected {_number(expected[place])}, got {_number(actual[place])}"
+    )
     if bound is not None:
         text += f" (off by {_number((actual[place].double() - expected[place]).abs())}, "
         text += f"at most {_number(bound.expand_as(expected)[place])})"

@@ -24,7 +24,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from moe_conformance.codec import digest
+from moe_conformance.cases import case_name, folder_of
 from moe_conformance.inputs import experts, routing
 from moe_conformance.pages import FAILING, NOT_RUN, page, replay, words
 from moe_conformance.preview import preview, preview_inputs, worst_place
@@ -154,24 +154,6 @@ def breadth(
     }
 
 
-def case_name(failure: Failure) -> str:
-    """The folder under `cases/` that a counterexample is saved in: `<id>-<hash of its calls>`."""
-    sessions = [session for session, _ in failure.sessions]
-    return f"{failure.requirement.id}-{digest(sessions)}"
-
-
-def folder_of(name: str) -> str:
-    """The folder of a target under the report's: its name, a slash being a folder of its own.
-
-    >>> folder_of("transformers/mixtral-grouped_mm")
-    'transformers/mixtral-grouped_mm'
-    >>> folder_of("../my moe.py:Class")
-    'my-moe.py-Class'
-    """
-    parts = [re.sub(r"[^\w.-]+", "-", part).strip("-.") for part in name.split("/")]
-    return "/".join(part for part in parts if part) or "target"
-
-
 def write_target(directory: Path, report: Report) -> None:
     """Write `report.json` and `report.html` of one target.
 
@@ -227,7 +209,7 @@ def write_matrix(reports: Sequence[Report], out: Path) -> Path:
     """Write `matrix.html`: requirements by targets.
 
     Args:
-        reports: one per column.
+        reports: from `read_report`; one column for each, an index gives one for each target.
         out: the folder to write it in; made if missing.
 
     Returns:
@@ -236,6 +218,7 @@ def write_matrix(reports: Sequence[Report], out: Path) -> Path:
     Raises:
         ValueError: there are no reports.
     """
+    reports = [each for read in reports for each in reports_in(read)]
     if not reports:
         raise ValueError("reports: expected at least one, got none")
     known = {each["id"]: each for report in reports for each in report["requirements"]}
@@ -426,6 +409,7 @@ def _entry(result: Result) -> dict[str, Any]:
         "vacuous": result.vacuous,
         "marginal": result.marginal,
         "worst": float(f"{result.worst:.4g}"),
+        "worst_rms": float(f"{result.worst_rms:.4g}"),
         "drawn": dict(sorted(result.drawn.items())),
         "counterexample": counterexample,
         "replay": None if counterexample is None else replay(counterexample),

@@ -154,6 +154,7 @@ class _Search:
         found = Failure(self.requirement, plan, case.inputs, violation, case.sessions)
         if self.failure is None:
             self.failed_at = time.perf_counter()
+            self.result.cases += 1
         elif self.failure.violation.kind != violation.kind or found.size > self.failure.size:
             return
         self.failure = found

@@ -22,7 +22,7 @@ def inline_scope(executor: InlineExecutor, dtypes: tuple[str, ...] = DTYPES) -> 
     """The scope of a target that is called in this process."""
     capabilities = capabilities_of(executor)
     kept = tuple(dtype for dtype in dtypes if dtype in capabilities.dtypes)
-    return Scope(capabilities, tuple(executor.description["operations"]), dtypes=kept)
+    return Scope(capabilities, type(executor.target).operations(), dtypes=kept)
 
 
 def catch(fault: Fault, effort: Effort, seed: int) -> list[Result]:
@@ -87,7 +87,9 @@ def _false_alarms(
     for requirement in chosen:
         result = run_requirement(requirement, scope, executor, effort, seed)
         if result.status not in ("pass", "marginal", "observed", "not_provided", "unsupported"):
-            alarms.append({"id": requirement.id, "status": result.status, "message": result.message})
+            alarms.append(
+                {"id": requirement.id, "status": result.status, "message": result.message}
+            )
     return alarms
 
 

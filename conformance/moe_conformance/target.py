@@ -88,6 +88,7 @@ class Capabilities:
         layer: the same for `LayerConfig`, and for `shared` and `shared_gate` (with and without).
         align: the same for `drop_invalid`, `expert_map`, `invalid_ids`.
         router_dtype: what the router computes in.
+        min_experts: smallest E.
         max_experts: largest E; None has no limit.
         max_top_k: largest K; None has no limit.
         hidden_multiple: H must be a multiple of this.
@@ -117,6 +118,7 @@ class Capabilities:
     layer: Choices | Sequence[Choices] = field(default_factory=dict)
     align: Choices | Sequence[Choices] = field(default_factory=dict)
     router_dtype: str = "float32"
+    min_experts: int = 1
     max_experts: int | None = None
     max_top_k: int | None = None
     hidden_multiple: int = 1

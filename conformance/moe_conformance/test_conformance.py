@@ -10,8 +10,8 @@ import pytest
 
 def test_requirement(moespec_requirement: Any, moespec_target: Any) -> None:
     """The target does what the requirement says."""
-    from moe_conformance.cases import save_case
-    from moe_conformance.check import directory_name, suite
+    from moe_conformance.cases import folder_of, save_case
+    from moe_conformance.check import suite
     from moe_conformance.runner import effort_for, run_requirement
 
     executor, scope, options = moespec_target
@@ -23,7 +23,7 @@ def test_requirement(moespec_requirement: Any, moespec_target: Any) -> None:
         return
     text = f"{moespec_requirement.sentence}\n{result.status}: {result.message}"
     if result.failure is not None:
-        root = Path("moespec-report") / directory_name(options.targets[0]) / "cases"
+        root = Path("moespec-report") / folder_of(options.targets[0]) / "cases"
         about = {"suite": suite(), "seed": options.seed}
         saved = save_case(root, result.failure, scope, options.targets[0], about)
         text += f"\nreplay: moespec replay {saved}"

@@ -62,7 +62,8 @@ def _pairwise(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def _split(parts: int) -> Product:
     def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         pieces = [
-            _plain(x, y) for x, y in zip(a.tensor_split(parts, 1), b.tensor_split(parts, 1), strict=True)
+            _plain(x, y)
+            for x, y in zip(a.tensor_split(parts, 1), b.tensor_split(parts, 1), strict=True)
         ]
         return torch.stack(pieces).sum(0)
 

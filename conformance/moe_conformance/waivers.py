@@ -1,4 +1,4 @@
-"""Known failures that a run may end with: named, explained, dated, and checked to be still there."""
+"""Known failures that a run may end with: named, explained, dated, checked to be still there."""
 
 from __future__ import annotations
 

@@ -29,6 +29,8 @@ from moe_conformance.target import Target, Unsupported
 
 ENTRY_POINTS = "moespec.targets"
 DETERMINISTIC = "deterministic algorithms"
+FILL = "fill_uninitialized_memory"
+"""A switch of torch.utils.deterministic that its type information does not know."""
 
 _loaded: dict[str, Target] = {}
 
@@ -55,7 +57,12 @@ def start(log: str) -> None:
 
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(0)), daemon=True).start()
+        threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+
+
+def _follow(parent: Any) -> None:
+    parent.join()
+    os._exit(0)
 
 
 def find(name: str) -> Callable[[], Target] | Mapping[str, Callable[[], Target]]:
@@ -243,8 +250,8 @@ def _run_call(
     result = None
     try:
         if poisoned:
-            # Fresh memory is filled with NaN: what a target never wrote shows up in what it returns.
-            torch.utils.deterministic.fill_uninitialized_memory = True
+            # Fresh memory is filled with NaN, so what a target never wrote shows in its result.
+            setattr(torch.utils.deterministic, FILL, True)
             torch.use_deterministic_algorithms(True, warn_only=True)
         result = getattr(target, call["operation"])(**given)
         if wrt:
@@ -269,7 +276,9 @@ def _run_call(
     changed_state = _restore(state)
     answer["state"] = [s for s in changed_state if not (poisoned and s == DETERMINISTIC)]
     answer["changed"] = [
-        path for (path, old), (_, new) in zip(before, walk(given), strict=True) if not _same(old, new)
+        path
+        for (path, old), (_, new) in zip(before, walk(given), strict=True)
+        if not _same(old, new)
     ]
     return answer, given, result
 
@@ -308,7 +317,9 @@ def lay_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
     if layout == "transposed":
         if tensor.ndim < 2:
             return tensor.clone()
-        return tensor.transpose(-1, -2).clone(memory_format=torch.contiguous_format).transpose(-1, -2)
+        return (
+            tensor.transpose(-1, -2).clone(memory_format=torch.contiguous_format).transpose(-1, -2)
+        )
     *lead, last = tensor.shape
     if layout == "strided":
         wide = tensor.new_full((*lead, 2 * last), poison)

@@ -63,7 +63,7 @@ def test_a_target_that_misbehaves_costs_its_case(moespec, planted, tmp_path, tar
         "--timeout", "2", "--report", tmp_path, "--seed", "3",
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
-    report, found = statuses(tmp_path, target)
+    _, found = statuses(tmp_path, target)
     assert found["GATE-01"] == status
     # The rest of the suite ran: zero tokens are fewer than three.
     assert found["GATE-19"] == "pass"
@@ -119,7 +119,11 @@ BAD = [
     (["check", "json:NoSuchClass"], 2, ["target", "expected", "NoSuchClass"]),
     (["check", "transformers/no-such-model"], 2, ["target", "mixtral-eager", "no-such-model"]),
     (["check", "no_such_package:X"], 10, ["no_such_package", "ModuleNotFoundError"]),
-    (["check", "reference", "--requirement", "GATE-99"], 2, ["--requirement", "GATE-01", "GATE-99"]),
+    (
+        ["check", "reference", "--requirement", "GATE-99"],
+        2,
+        ["--requirement", "GATE-01", "GATE-99"],
+    ),
     (["check", "reference", "--operation", "rout"], 2, ["--operation", "route", "'rout'"]),
     (["check", "reference", "--profile", "quick"], 2, ["--profile", "smoke", "quick"]),
     (["check", "reference", "--device", "tpu"], 2, ["--device", "cpu", "tpu"]),

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from moe_conformance import pages
 from moe_conformance import report as reports
 from moe_conformance.case import routed
+from moe_conformance.cases import save_case
 from moe_conformance.executor import InlineExecutor, capabilities_of
 from moe_conformance.inputs.given import Content, Given, Scope
 from moe_conformance.judge import Violation, close, equal, impostors, within
@@ -251,6 +252,16 @@ def test_a_preview_shows_the_place_that_is_wrong():
     assert sum(cell["shade"] for row in tables[1]["rows"] for cell in row["cells"]) == 4
 
 
+def test_folders_are_those_that_a_run_writes(tmp_path):
+    for name in ("reference", "transformers/mixtral", "to/my file.py:MyMoE", "package.module:X"):
+        assert "/" not in reports.folder_of(name)
+    description, results = _results(("fail",))
+    failure = results[0].failure
+    scope = Scope(Small.capabilities, tuple(description["operations"]))
+    saved = save_case(tmp_path, failure, scope, "small", {})
+    assert saved.name == reports.case_name(failure)
+
+
 @pytest.mark.parametrize("value", [torch.tensor(3), torch.empty(0, 4), torch.empty(2, 0, 3)])
 def test_a_preview_takes_scalars_and_nothing(value):
     shown = preview("value", value)
@@ -405,8 +416,8 @@ def test_index_and_junit_tell_what_became_of_each_requirement(report, tmp_path):
     assert index["verdict"] == "fails"
     assert index["seed"] == 7
     assert [each["report"] for each in index["targets"]] == [
-        "good/one/report.json",
-        "small-b-target/b/report.json",
+        "good_one/report.json",
+        "small__b_target__b_/report.json",
     ]
     first, second = ElementTree.parse(tmp_path / "junit.xml").getroot()
     assert first.attrib["name"] == "good/one"
@@ -578,7 +589,7 @@ def test_compare_pairs_the_targets_of_two_runs_by_name(report):
 
 
 def test_a_matrix_has_a_row_for_each_requirement_and_a_column_for_each_report(report, tmp_path):
-    path = reports.write_matrix([_conforming(), report], tmp_path / "new")
+    path = reports.write_matrix([{"reports": [_conforming(), report]}], tmp_path / "new")
     text = path.read_text(encoding="utf-8")
     assert path == tmp_path / "new" / "matrix.html"
     assert text.count('<tr class="requirement"') == len(REQUIREMENTS)
@@ -605,7 +616,7 @@ def test_the_terminal_shows_what_is_broken_and_how_to_run_it_again(report, tmp_p
     assert "2/19" in plain
     for name in ("fail", "crash"):
         case = _entry(report, name)["counterexample"]
-        assert f"moespec replay {tmp_path}/small-b-target/b/{case}" in plain
+        assert f"moespec replay {tmp_path}/small__b_target__b_/{case}" in plain
     assert REQUIREMENTS["pass"].id not in plain
     assert "moespec replay cases/" in _printed(reports.table([report]))
 
@@ -615,6 +626,6 @@ def test_the_last_line_counts_waivers_and_names_the_page(tmp_path):
     report = _report(("pass",), extra=[waived])
     line = reports.last_line(report, tmp_path)
     assert "conforms with waivers (1 waived); breadth: 2/19 operations, " in line
-    assert line.endswith(f"report: {tmp_path}/small-b-target/b/report.html")
+    assert line.endswith(f"report: {tmp_path}/small__b_target__b_/report.html")
     assert "2/" in line
     assert "report:" not in reports.last_line(report)

@@ -2,9 +2,12 @@
 
 Stages, and what each gains:
 
-1. `dispatch`: one stable sort of the T·K ids gives the order of the rows, one gather moves them.
-   Its backward adds a token's K gradients up in float32, whatever the dtype of the rows.
+1. `dispatch_torch`: one stable sort of the T·K ids gives the order of the rows, one gather moves
+   them. Its backward adds a token's K gradients up in float32, whatever the dtype of the rows.
 2. `combine_torch`: packed rows times their weights are added to their tokens in float32.
+3. `dispatch_triton`: the order comes from the tile table's kernel, which needs no sort.
+4. `combine_triton`: one kernel gathers the K rows of a token and adds them up in registers. No
+   atomics, so the same bits every time, and no weighted copy of the rows.
 
 Dimension key: T tokens, H hidden size, E experts, K experts per token, S rows that go somewhere.
 """
@@ -15,7 +18,17 @@ import torch
 from moe_reference.checks import FLOATS, IDS, check_count, check_tensor
 from torch.autograd.function import once_differentiable
 
-from moe_optimized.alignment import local_ids, sort_slots
+from moe_optimized.alignment import local_ids, sort_slots, tile_table
+from moe_optimized.interpreter import (
+    COMPILED,
+    INTERPRETED,
+    jit,
+    launch,
+    narrow,
+    needs_widening,
+    power_of_two,
+    tl,
+)
 
 
 def dispatch(
@@ -37,21 +50,35 @@ def dispatch(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype or shape.
     """
-    check_tensor("x", x, ("T", "H"), FLOATS)
-    check_tensor("expert_ids", expert_ids, (x.shape[0], "K"), IDS)
-    check_count("num_experts", num_experts)
-    local = local_ids(expert_ids, num_experts)
-    order, ends = sort_slots(local, num_experts)
-    counts = ends.diff(prepend=ends.new_zeros(1))
-    K = expert_ids.shape[1]
-    if not x.is_cuda:
-        slots = order[: int(counts.sum())]
-        return spread(x, slots, K), counts, slots.clone()
-    here = local.flatten()[order] >= 0
-    rows = spread(x, order, K).masked_fill(~here[:, None], 0.0)
-    return rows, counts, torch.where(here, order, order.numel())
+    run = dispatch_triton if COMPILED and x.is_cuda else dispatch_torch
+    return run(x, expert_ids, num_experts)
 
 
+def dispatch_torch(
+    x: torch.Tensor, expert_ids: torch.Tensor, num_experts: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `dispatch`, in whole-tensor torch operations."""
+    check_dispatch(x, expert_ids, num_experts)
+    order, ends = sort_slots(local_ids(expert_ids, num_experts), num_experts)
+    return _move(x, expert_ids, order, ends)
+
+
+def dispatch_triton(
+    x: torch.Tensor, expert_ids: torch.Tensor, num_experts: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `dispatch`, with the order from the tile table's kernel; torch moves the rows."""
+    check_dispatch(x, expert_ids, num_experts)
+    if num_experts == 0:
+        return dispatch_torch(x, expert_ids, num_experts)
+    place = tile_table(expert_ids, 1, num_experts).place.long()
+    here = place >= 0
+    order = place.new_full((place.numel() + 1,), place.numel())
+    slots = torch.arange(place.numel(), device=place.device)
+    order.scatter_(0, torch.where(here, place, place.numel()), torch.where(here, slots, -1))
+    return _move(x, expert_ids, order[:-1], num_experts)
+
+
+def _move(
 def combine(rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Add each token's weighted rows up in float32 (float64 for float64 rows).
 

@@ -12,15 +12,21 @@ Both give the results of `moe_reference.gating.route`; ties go to the lowest exp
 Dimension key: T tokens, E experts, K experts per token, G groups.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from moe_reference.checks import FLOATS, IDS, check_tensor
 from moe_reference.config import RoutingConfig
+from torch.autograd.function import once_differentiable
 
 from moe_optimized.interpreter import COMPILED, INTERPRETED, jit, launch, power_of_two, tl
 
-_MASKED = -(1 << 31)
-_NAN = _MASKED + 1
+# Selection keys below that of -inf: a lane without an expert or one that was chosen already, an
+# expert of a group that was not chosen, a NaN.
+_TAKEN = -(1 << 31)
+_MASKED = _TAKEN + 1
+_NAN = _TAKEN + 2
 
 
 def route(
@@ -83,9 +89,8 @@ def route_triton(
 
     The gradient is computed by torch operations from the saved logits and ids.
     """
+    check_tensor("logits", logits, ("T", "E"), FLOATS[1:])
     _check(logits, config, bias, token_ids)
-    if logits.dtype is torch.float64:
-        raise TypeError("logits: expected dtype float32, bfloat16 or float16, got float64")
     return _Route.apply(logits, bias, token_ids, config)
 
 
@@ -225,3 +230,256 @@ def _factor(config: RoutingConfig) -> float:
     if config.scale_when == "not_renormalized" and _renormalizes(config):
         return 1.0
     return config.scale
+
+
+class _Route(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        bias: torch.Tensor | None,
+        token_ids: torch.Tensor | None,
+        config: RoutingConfig,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, expert_ids = _launch(logits, bias, token_ids, config)
+        ctx.save_for_backward(logits, expert_ids)
+        ctx.config = config
+        ctx.mark_non_differentiable(expert_ids)
+        return weights, expert_ids
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad: torch.Tensor, _: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None, None]:
+        logits, expert_ids = ctx.saved_tensors
+        with torch.enable_grad():
+            wide = logits.detach().float().requires_grad_()
+            scores = None
+            if ctx.config.order == "score_then_topk":
+                scores = _score(wide, ctx.config)
+            weights = _weigh(wide, scores, expert_ids, ctx.config)
+            (wide_grad,) = torch.autograd.grad(weights, wide, grad)
+        return wide_grad.to(logits.dtype), None, None, None
+
+
+def _launch(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    token_ids: torch.Tensor | None,
+    config: RoutingConfig,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    T, E = logits.shape
+    K = config.top_k
+    weights = logits.new_empty((T, K), dtype=torch.float32)
+    expert_ids = logits.new_empty((T, K), dtype=torch.int64)
+    # A group starts at a power of two, so that a row is [groups, members] and a row of experts.
+    limited = config.num_groups > config.topk_groups and config.hash_table is None
+    groups = config.num_groups if limited else 1
+    block_g, block_m = power_of_two(groups), power_of_two(E // groups)
+    block_t, num_warps = _rows_per_program(T, block_g * block_m)
+    hashed = config.hash_table is not None
+    table = config.hash_table.to(logits.device) if hashed else expert_ids
+    launch(
+        route_topk_kernel,
+        (-(-T // block_t),),
+        logits,
+        logits if bias is None else bias,
+        table,
+        token_ids.to(logits.device) if hashed else expert_ids,
+        weights,
+        expert_ids,
+        T,
+        logits.stride(0),
+        logits.stride(1),
+        0 if bias is None else bias.stride(0),
+        table.stride(0),
+        table.stride(1),
+        token_ids.stride(0) if hashed else 0,
+        float(config.epsilon),
+        float(_factor(config)),
+        SCORE=config.score,
+        SCORE_FIRST=config.order == "score_then_topk",
+        HAS_BIAS=bias is not None,
+        HASHED=hashed,
+        RENORMALIZE=_renormalizes(config),
+        SQUARES=config.norm == "l2",
+        CLAMP=config.epsilon_mode == "clamp",
+        GROUPS=groups,
+        MEMBERS=E // groups,
+        TOPK_GROUPS=config.topk_groups if limited else 1,
+        SUMMED=_summed_experts(config),
+        ZERO_FILL=config.mask_fill == "zero",
+        TOP_K=K,
+        TAKEN=_TAKEN,
+        MASKED=_MASKED,
+        NAN=_NAN,
+        BLOCK_T=block_t,
+        BLOCK_G=block_g,
+        BLOCK_M=block_m,
+        BLOCK_K=power_of_two(K),
+        num_warps=num_warps,
+    )
+    return weights, expert_ids
+
+
+def _rows_per_program(T: int, lanes: int) -> tuple[int, int]:
+    """Rows of a program and its warps: reductions inside one warp need no shared memory."""
+    if INTERPRETED:
+        return min(power_of_two(T), max(1, 16384 // lanes)), 4
+    if lanes > 512:
+        return 1, 4
+    return (min(4, 512 // lanes) if T >= 1024 else 1), 1
+
+
+@jit
+def score_block(x, SCORE: tl.constexpr):
+    """The score function along the lanes of [BLOCK_T, lanes]; lanes of -inf are no experts."""
+    if SCORE == "softmax":
+        shifted = tl.exp(x - tl.max(x, 1)[:, None])
+        return shifted / tl.sum(shifted, 1)[:, None]
+    else:
+        # The exponential of a number that is never positive cannot overflow.
+        z = tl.exp(-tl.abs(x))
+        if SCORE == "sigmoid":
+            return tl.where(x >= 0, 1.0, z) / (1.0 + z)
+        else:
+            # log(1 + z) = 2 artanh(z / (2 + z)), whose argument is at most 1/3: eight terms give
+            # all of float32, where the logarithm of 1 + z would lose a small z.
+            s = z / (2.0 + z)
+            s2 = s * s
+            series = 1.0 / 13 + s2 * (1.0 / 15)
+            series = 1.0 / 9 + s2 * (1.0 / 11 + s2 * series)
+            series = 1.0 / 5 + s2 * (1.0 / 7 + s2 * series)
+            series = 1.0 + s2 * (1.0 / 3 + s2 * series)
+            root = tl.sqrt(2.0 * s * series + tl.where(x > 0, x, 0.0))
+            return tl.where(x < -40.0, tl.exp(x * 0.5), root)
+
+
+@jit
+def order_key(x, NAN: tl.constexpr):
+    """Int32 keys in the order of float32 `x`; equal zeros, and NaN below -inf."""
+    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
+    keys = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return tl.where(x != x, NAN, keys)
+
+
+@jit
+def route_topk_kernel(
+    logits_ptr,
+    bias_ptr,
+    table_ptr,
+    token_ids_ptr,
+    weights_ptr,
+    ids_ptr,
+    num_tokens,
+    stride_lt,
+    stride_le,
+    stride_be,
+    stride_vt,
+    stride_vk,
+    stride_it,
+    epsilon,
+    factor,
+    SCORE: tl.constexpr,
+    SCORE_FIRST: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HASHED: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    SQUARES: tl.constexpr,
+    CLAMP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    TOPK_GROUPS: tl.constexpr,
+    SUMMED: tl.constexpr,
+    ZERO_FILL: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TAKEN: tl.constexpr,
+    MASKED: tl.constexpr,
+    NAN: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Weights and ids of BLOCK_T tokens; a row is BLOCK_G groups of BLOCK_M lanes."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    in_rows = rows < num_tokens
+    lanes = tl.arange(0, BLOCK_G * BLOCK_M)
+    experts = (lanes // BLOCK_M) * MEMBERS + lanes % BLOCK_M
+    in_experts = (lanes // BLOCK_M < GROUPS) & (lanes % BLOCK_M < MEMBERS)
+
+    offsets = rows[:, None] * stride_lt + experts.to(tl.int64)[None, :] * stride_le
+    mask = in_rows[:, None] & in_experts[None, :]
+    values = tl.load(logits_ptr + offsets, mask=mask, other=float("-inf")).to(tl.float32)
+    if SCORE_FIRST:
+        values = score_block(values, SCORE)
+
+    if HASHED:
+        token_ids = tl.load(token_ids_ptr + rows * stride_it, mask=in_rows, other=0).to(tl.int64)
+    else:
+        selection = values
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + experts * stride_be, mask=in_experts, other=0.0)
+            selection = selection + bias.to(tl.float32)[None, :]
+        keys = tl.where(in_experts[None, :], order_key(selection, NAN), TAKEN)
+
+        if TOPK_GROUPS < GROUPS:
+            known = (selection == selection) & in_experts[None, :]
+            members = tl.where(known, selection, float("-inf"))
+            members = tl.reshape(members, (BLOCK_T, BLOCK_G, BLOCK_M))
+            totals = tl.zeros((BLOCK_T, BLOCK_G), tl.float32)
+            places = tl.arange(0, BLOCK_M)[None, None, :]
+            for _ in range(SUMMED):
+                totals += tl.max(members, 2)
+                best = tl.argmax(members, 2)
+                members = tl.where(places == best[:, :, None], float("-inf"), members)
+
+            groups = tl.arange(0, BLOCK_G)[None, :]
+            group_keys = tl.where(groups < GROUPS, order_key(totals, NAN), TAKEN)
+            chosen_groups = tl.zeros((BLOCK_T, BLOCK_G), tl.int32)
+            for _ in range(TOPK_GROUPS):
+                hit = groups == tl.argmax(group_keys, 1)[:, None]
+                chosen_groups = tl.where(hit, 1, chosen_groups)
+                group_keys = tl.where(hit, TAKEN, group_keys)
+            allowed = tl.broadcast_to(chosen_groups[:, :, None], (BLOCK_T, BLOCK_G, BLOCK_M))
+            allowed = tl.reshape(allowed, (BLOCK_T, BLOCK_G * BLOCK_M))
+            fill = 0 if ZERO_FILL else MASKED
+            keys = tl.where((allowed == 0) & in_experts[None, :], fill, keys)
+
+    columns = tl.arange(0, BLOCK_K)[None, :]
+    chosen = tl.full((BLOCK_T, BLOCK_K), float("-inf"), tl.float32)
+    for k in range(TOP_K):
+        if HASHED:
+            entry = table_ptr + token_ids * stride_vt + k * stride_vk
+            expert = tl.load(entry, mask=in_rows, other=0).to(tl.int32)
+            hit = (experts[None, :] == expert[:, None]) & in_experts[None, :]
+        else:
+            lane = tl.argmax(keys, 1)
+            hit = lanes[None, :] == lane[:, None]
+            expert = (lane // BLOCK_M) * MEMBERS + lane % BLOCK_M
+            keys = tl.where(hit, TAKEN, keys)
+        value = tl.sum(tl.where(hit, values, 0.0), 1)
+        chosen = tl.where(columns == k, value[:, None], chosen)
+        tl.store(ids_ptr + rows * TOP_K + k, expert.to(tl.int64), mask=in_rows)
+
+    if not SCORE_FIRST:
+        chosen = score_block(chosen, SCORE)
+    chosen = tl.where(columns < TOP_K, chosen, 0.0)
+    if RENORMALIZE:
+        if SQUARES:
+            # Scaled by the greatest, so that squares of small scores do not underflow.
+            greatest = tl.max(chosen, 1)
+            usable = (greatest > 0) & (greatest < float("inf"))
+            greatest = tl.where(usable, greatest, 1.0)
+            scaled = chosen / greatest[:, None]
+            norm = greatest * tl.sqrt(tl.sum(scaled * scaled, 1))
+        else:
+            norm = tl.sum(chosen, 1)
+        if CLAMP:
+            norm = tl.where(norm < epsilon, epsilon, norm)
+        else:
+            norm = norm + epsilon
+        chosen = chosen / norm[:, None]
+    out = weights_ptr + rows[:, None] * TOP_K + columns
+    tl.store(out, chosen * factor, mask=in_rows[:, None] & (columns < TOP_K))

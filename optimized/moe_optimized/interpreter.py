@@ -34,6 +34,7 @@ try:
     import triton.language as tl
 except ImportError:
     triton = None
+    # Kernels name nothing else of it before they are launched.
     tl = SimpleNamespace(constexpr=object)
 
 HAS_TRITON: bool = triton is not None

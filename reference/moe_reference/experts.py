@@ -11,8 +11,8 @@ with $U_e$ the rows of gate and up, $D_e$ the rows of down, $a$ the activation a
 biases. The weight multiplies the output, $c_e$ included. With `weight_on` = input it multiplies x
 instead, $f_e(w_{tk} x_t)$, and no bias: for a non-linear expert that is another function.
 
-Three ways to compute it: pair by pair (`experts`, the definition), stage by stage on rows sorted by
-expert (`experts_grouped`), and on a batch with the same number of rows for every expert
+Three ways to compute it: expert by expert (`experts`, the definition), stage by stage on rows
+sorted by expert (`experts_grouped`), and on a batch with the same number of rows for every expert
 (`experts_batched`).
 
 Dimension key: T tokens, H hidden size, I intermediate size, J = 2I (I without a gate), E experts,
@@ -24,6 +24,7 @@ here*: the pair contributes nothing, whatever its weight, and gets a gradient of
 """
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,7 @@ from moe_reference.config import ExpertsConfig, ExpertWeights
 from moe_reference.dispatch import accumulation_dtype, combine, dispatch, inclusive_offsets
 from moe_reference.layouts import LAYOUTS as LAYOUTS
 from moe_reference.layouts import Layout as Layout
+from moe_reference.layouts import check_weights
 from moe_reference.layouts import from_layout as from_layout
 from moe_reference.layouts import from_separate as from_separate
 from moe_reference.layouts import infer_transposed as infer_transposed
@@ -190,13 +192,15 @@ def grouped_product(
     Returns:
         [S, B], the dtype of rows.
     """
-    products = [rows.new_zeros(0, matrices.shape[1])]
-    start = 0
-    for e, end in enumerate(ends.tolist()):
-        bias = None if biases is None else biases[e].to(rows)
-        products.append(F.linear(rows[start:end], matrices[e].to(rows), bias))
-        start = end
-    return torch.cat(products)
+    groups = pairwise([0, *ends.tolist()])
+    own_biases = [None] * len(matrices) if biases is None else biases.to(rows).unbind(0)
+    products = [
+        F.linear(rows[start:end], matrix, bias)
+        for (start, end), matrix, bias in zip(
+            groups, matrices.to(rows).unbind(0), own_biases, strict=True
+        )
+    ]
+    return torch.cat([rows.new_zeros(0, matrices.shape[1]), *products])
 
 
 def init_experts(
@@ -254,17 +258,8 @@ def check_experts(
     """
     if not isinstance(experts, ExpertWeights):
         raise TypeError(f"{name}: expected ExpertWeights, got {type(experts).__name__}")
-    H = x.shape[-1]
-    check_tensor(
-        f"{name}.down", experts.down, ("E" if num_experts is None else num_experts, H, "I")
-    )
-    E, _, I = experts.down.shape
-    J = 2 * I if config.gated else I
-    check_tensor(f"{name}.gate_up", experts.gate_up, (E, J, H))
-    if experts.gate_up_bias is not None:
-        check_tensor(f"{name}.gate_up_bias", experts.gate_up_bias, (E, J))
-    if experts.down_bias is not None:
-        check_tensor(f"{name}.down_bias", experts.down_bias, (E, H))
+    E = "E" if num_experts is None else num_experts
+    check_weights(experts, config.gated, E, x.shape[-1], f"{name}.")
 
 
 def check_routing(x: torch.Tensor, weights: torch.Tensor, expert_ids: torch.Tensor) -> None:

@@ -141,7 +141,7 @@ def _select(selection_TE: torch.Tensor, config: RoutingConfig) -> torch.Tensor:
         # As published by DeepSeek-V2: a masked expert beats an allowed one of negative score.
         selection_TE = selection_TE.masked_fill(masked_TE, 0.0)
         masked_TE = torch.zeros_like(masked_TE)
-    return _descending(selection_TE, masked_TE)[:, : config.top_k]
+    return _descending(selection_TE, masked_TE)[:, : config.top_k].contiguous()
 
 
 def _outside_best_groups(selection_TE: torch.Tensor, config: RoutingConfig) -> torch.Tensor:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from moe_reference.alignment import local_ids
-from moe_reference.checks import IDS, check_tensor
+from moe_reference.checks import FLOATS, IDS, check_tensor
 from moe_reference.config import (
     BalanceConfig,
     ExpertsConfig,
@@ -183,25 +183,25 @@ def moe_infer(
     order = ids_TK.flatten().argsort(stable=True)
     weights_TK = weights.to(accumulation_dtype(x)).where(here_TK, 0.0)
 
-    sorted_SH = x.to(accumulation_dtype(x))[order // K]
+    sorted_SH = x.to(accumulation_dtype(x))[order // max(K, 1)]
     if config.weight_on == "input":
         sorted_SH = sorted_SH * weights_TK.flatten()[order, None]
         weights_TK = torch.ones_like(weights_TK)
-    chunks = sorted_SH.split(count_tokens(ids_TK, E + 1).tolist())
+    *chunks, nobodys = sorted_SH.split(count_tokens(ids_TK, E + 1).tolist())
     outputs = [
         feed_forward(chunk, one, config)
-        for chunk, one in zip(chunks, one_by_one(experts), strict=False)
+        for chunk, one in zip(chunks, one_by_one(experts), strict=True)
     ]
-    outputs.append(torch.zeros_like(chunks[E]))
-    pairs_TKH = torch.cat(outputs)[inverse_permutation(order)].view(T, K, x.shape[1])
+    out_SH = torch.cat([*outputs, torch.zeros_like(nobodys)])
+    pairs_TKH = out_SH[inverse_permutation(order)].view(T, K, x.shape[1])
     return (weights_TK[:, :, None] * pairs_TKH).sum(dim=1).to(x.dtype)
 
 
 def _with_sequence_length(balance: BalanceConfig, L: int) -> BalanceConfig:
     """Losses that are taken per sequence take those of x unless they are told otherwise."""
-    if balance.sequence_length is not None or L == 0:
+    if balance.sequence_length is not None:
         return balance
-    return dataclasses.replace(balance, sequence_length=L)
+    return dataclasses.replace(balance, sequence_length=max(L, 1))
 
 
 def _check_arguments(
@@ -217,6 +217,8 @@ def _check_arguments(
         check_tensor("token_ids", token_ids, (N, L), IDS)
     if padding_mask is not None:
         check_tensor("padding_mask", padding_mask, (N, L), (torch.bool,))
+    if config.router_dtype not in (None, *FLOATS):
+        raise TypeError(f"router_dtype: expected a float dtype or None, got {config.router_dtype}")
     check_tensor("parameters.router", parameters.router, ("E", H))
     E = len(parameters.router)
     for name in ("router_bias", "selection_bias"):

@@ -85,7 +85,8 @@ def from_layout(
         check_tensor("gate_up", gate_up, ("E", "H", "J"))
         check_tensor("down", down, ("E", "I", "H"))
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
-    _check_shapes(layout, gate_up, down, gate_up_bias, down_bias, gated)
+    check_weights(ExpertWeights(gate_up, down, gate_up_bias, down_bias), gated)
+    _check_order(layout, down.shape[2], gated)
     if gated:
         gate_up = _halves_together(gate_up, layout)
         gate_up_bias = None if gate_up_bias is None else _halves_together(gate_up_bias, layout)
@@ -105,9 +106,10 @@ def to_layout(
     >>> to_layout(LAYOUTS["gpt-oss"], experts)[0].flatten().tolist()
     [0.0, 2.0, 1.0, 3.0]
     """
+    check_weights(experts, gated)
     gate_up, down = experts.gate_up, experts.down
     gate_up_bias, down_bias = experts.gate_up_bias, experts.down_bias
-    _check_shapes(layout, gate_up, down, gate_up_bias, down_bias, gated)
+    _check_order(layout, down.shape[2], gated)
     if gated:
         gate_up = _halves_apart(gate_up, layout)
         gate_up_bias = None if gate_up_bias is None else _halves_apart(gate_up_bias, layout)
@@ -212,7 +214,7 @@ def infer_transposed(gate_up: torch.Tensor, down: torch.Tensor, gated: bool = Tr
 
 def _halves_together(rows: torch.Tensor, layout: Layout) -> torch.Tensor:
     """[E, 2I, ...] in a layout's order of rows to gate before up."""
-    W = layout.interleave or rows.shape[1] // 2
+    W = layout.interleave or max(rows.shape[1] // 2, 1)
     runs = rows.unflatten(1, (-1, 2, W))
     if layout.up_first:
         runs = runs.flip(2)
@@ -221,30 +223,38 @@ def _halves_together(rows: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 def _halves_apart(rows: torch.Tensor, layout: Layout) -> torch.Tensor:
     """[E, 2I, ...] with the gate before up to a layout's order of rows."""
-    W = layout.interleave or rows.shape[1] // 2
+    W = layout.interleave or max(rows.shape[1] // 2, 1)
     runs = rows.unflatten(1, (2, -1, W)).transpose(1, 2)
     if layout.up_first:
         runs = runs.flip(2)
     return runs.flatten(1, 3)
 
 
-def _check_shapes(
-    layout: Layout,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    gate_up_bias: torch.Tensor | None,
-    down_bias: torch.Tensor | None,
+def check_weights(
+    experts: ExpertWeights,
     gated: bool,
+    num_experts: int | str = "E",
+    hidden_size: int | str = "H",
+    prefix: str = "",
 ) -> None:
-    check_tensor("down", down, ("E", "H", "I"))
-    E, H, I = down.shape
-    check_count("down's intermediate size", I, 1)
+    """Raise unless the weights fit each other, and the sizes where they are given.
+
+    Raises:
+        TypeError: a weight is not a float tensor.
+        ValueError: a weight has the wrong shape.
+    """
+    check_tensor(f"{prefix}down", experts.down, (num_experts, hidden_size, "I"))
+    E, H, I = experts.down.shape
     J = 2 * I if gated else I
-    check_tensor("gate_up", gate_up, (E, J, H))
-    if gate_up_bias is not None:
-        check_tensor("gate_up_bias", gate_up_bias, (E, J))
-    if down_bias is not None:
-        check_tensor("down_bias", down_bias, (E, H))
+    check_tensor(f"{prefix}gate_up", experts.gate_up, (E, J, H))
+    if experts.gate_up_bias is not None:
+        check_tensor(f"{prefix}gate_up_bias", experts.gate_up_bias, (E, J))
+    if experts.down_bias is not None:
+        check_tensor(f"{prefix}down_bias", experts.down_bias, (E, H))
+
+
+def _check_order(layout: Layout, I: int, gated: bool) -> None:
+    """Raise unless I rows of gate and up can stand in a layout's order."""
     if not gated and (layout.interleave or layout.up_first):
         raise ValueError(f"layout: expected no order of gate and up without a gate, got {layout}")
     if layout.interleave and I % layout.interleave != 0:

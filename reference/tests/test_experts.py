@@ -61,7 +61,7 @@ def activated_by_hand(name, gate, up, alpha, limit):
 
 def one_hot_experts(x, weights, routed_weights, ids, config):
     """Every expert on every pair, and a one-hot choice among them: [T, K, E] by einsum."""
-    E, H, I = weights.down.shape
+    E, _, I = weights.down.shape
     choice = (ids[..., None] == torch.arange(E)).to(x)
     routed = routed_weights.where(choice.sum(-1) > 0, 0.0)
     x_pairs = x[:, None, :].expand(-1, ids.shape[1], -1)

@@ -443,6 +443,7 @@ def test_strides_do_not_matter_and_arguments_stay_as_they_are(score):
         assert torch.equal(logits, before)
         assert torch.equal(bias, bias_before)
         assert got[0].data_ptr() != logits.data_ptr()
+        assert all(part.is_contiguous() for part in got)
 
 
 # Gradients.

@@ -183,7 +183,8 @@ def test_zero_tokens(shape):
     parameters.router.requires_grad_()
     x = torch.zeros(*shape, 4, dtype=torch.float64, requires_grad=True)
     config = LayerConfig(ROUTING, balance=BalanceConfig("deepseek_sequence"))
-    result = layer(x, parameters, config, padding_mask=torch.ones(shape, dtype=torch.bool))
+    real = torch.ones(shape, dtype=torch.bool)
+    result = layer(x, parameters, config, padding_mask=real, training=True)
     assert result.output.shape == (*shape, 4)
     assert (result.expert_ids.shape, result.tokens_per_expert.tolist()) == ((0, 2), [0] * 6)
     result.output.sum().backward()
@@ -338,6 +339,11 @@ def given(**fields):
         (lambda: layer(X, given(shared=PARAMETERS.experts), CONFIG), ValueError, "shared.down"),
         (lambda: layer(X, given(shared_gate=X[0]), CONFIG), ValueError, "parameters.shared_gate"),
         (lambda: layer(X, given(shared=None), CONFIG), ValueError, "shared_gate: expected None"),
+        (
+            lambda: layer(X, PARAMETERS, LayerConfig(ROUTING, router_dtype=torch.int32)),
+            TypeError,
+            "router_dtype: expected a float dtype or None",
+        ),
         (
             lambda: layer(X, PARAMETERS, LayerConfig(RoutingConfig(top_k=7))),
             ValueError,

@@ -172,11 +172,6 @@ PLAIN = Layout()
             "layout: expected no order",
         ),
         (lambda: to_layout(PLAIN, ExpertWeights(GATE_UP, DOWN), False), ValueError, r"\[2, 3, 5\]"),
-        (
-            lambda: to_layout(PLAIN, ExpertWeights(DOWN.mT[:, :0], DOWN[:, :, :0])),
-            ValueError,
-            "down",
-        ),
         (lambda: to_separate(ExpertWeights(GATE_UP[:, :3], DOWN)), ValueError, "gate_up: expected"),
         (lambda: from_separate(GATE_UP, GATE_UP[:1], DOWN), ValueError, "up: expected shape"),
         (lambda: from_separate(GATE_UP, GATE_UP, DOWN), ValueError, "gate_up: expected shape"),

@@ -1,0 +1,1 @@
+"""What the properties are tried on, one file per kind of input."""

@@ -84,7 +84,9 @@ class Content:
 
     def distinct(self, rows: int, size: int, count: int) -> torch.Tensor:
         """`count` distinct integers below `size` in each of `rows` rows, int64."""
-        return torch.from_numpy(np.argsort(self._random.random((rows, size)), axis=1)[:, :count].copy())
+        return torch.from_numpy(
+            np.argsort(self._random.random((rows, size)), axis=1)[:, :count].copy()
+        )
 
 
 def seeds() -> st.SearchStrategy[int]:
@@ -111,7 +113,9 @@ def sizes(largest: int, *blocks: int, least: int = 1) -> st.SearchStrategy[int]:
     )
     small = st.integers(least, min(largest, least + 5))
     anywhere = st.integers(least, largest)
-    return st.one_of(small, anywhere, st.sampled_from(edges)) if edges else st.one_of(small, anywhere)
+    return (
+        st.one_of(small, anywhere, st.sampled_from(edges)) if edges else st.one_of(small, anywhere)
+    )
 
 
 def torch_dtype(name: str) -> torch.dtype:

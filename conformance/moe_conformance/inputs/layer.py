@@ -105,16 +105,19 @@ def _plans(
     hidden = expert_inputs.multiples(32 if small else 48, capabilities.hidden_multiple)
     inner = expert_inputs.multiples(24 if small else 40, capabilities.intermediate_multiple)
 
+    fewest = min(8, capabilities.min_experts)
+
     @st.composite
     def plan(draw: st.DrawFn) -> Plan:
         drawn = {name: draw(st.sampled_from(values)) for name, values in choices.items()}
         routing = {
-            name: draw(st.sampled_from(values)) for name, values in draw(st.sampled_from(routings)).items()
+            name: draw(st.sampled_from(values))
+            for name, values in draw(st.sampled_from(routings)).items()
         }
         bias = routing.pop("selection_bias")
         routing.pop("hash_table")
         groups = routing["num_groups"]
-        per_group = draw(st.integers(2, 4)) if groups > 1 else draw(st.integers(1, 8))
+        per_group = draw(st.integers(2, 4)) if groups > 1 else draw(st.integers(fewest, 8))
         experts_ = min(groups * per_group, capabilities.max_experts or groups * per_group)
         routing["topk_groups"] = draw(st.integers(1, groups))
         reachable = min(experts_ // groups * routing["topk_groups"], 4, capabilities.max_top_k or 4)
@@ -192,7 +195,9 @@ def build_layer(plan: Plan) -> Inputs:
         router=made(experts, hidden, std=hidden**-0.5),
         experts=expert_weights(experts, inner, width),
         router_bias=made(experts, std=1.0) if plan["router_bias"] else None,
-        selection_bias=content.normal(experts, std=0.3).to(wide) if plan["selection_bias"] else None,
+        selection_bias=content.normal(experts, std=0.3).to(wide)
+        if plan["selection_bias"]
+        else None,
         shared=shared,
         shared_gate=made(1, hidden, std=hidden**-0.5) if plan["shared_gate"] else None,
     )

@@ -112,7 +112,8 @@ def _plans(
     capabilities = scope.capabilities
     most = min(largest, capabilities.max_experts or largest, 64 if scope.interpreted else largest)
     tokens = 12 if scope.interpreted else 40
-    if not scope.dtypes or most < 1:
+    least = capabilities.min_experts
+    if not scope.dtypes or most < least:
         return None
 
     @st.composite
@@ -121,13 +122,17 @@ def _plans(
         has_bias, has_table = config.pop("selection_bias"), config.pop("hash_table")
         grouped = config["num_groups"] > 1
         if grouped:
-            per_group = draw(st.integers(2, max(2, min(32, most // config["num_groups"]))))
+            fewest = max(2, -(-least // config["num_groups"]))
+            most_per_group = max(fewest, min(32, most // config["num_groups"]))
+            per_group = draw(st.integers(fewest, most_per_group))
             experts = per_group * config["num_groups"]
             config["topk_groups"] = draw(st.integers(1, config["num_groups"]))
             reachable = per_group * config["topk_groups"]
         else:
-            edges = [size for size in (*EXPERTS, capabilities.max_experts or 1) if size <= most]
-            experts = draw(st.one_of(st.integers(1, min(most, 9)), st.sampled_from(edges)))
+            known = (*EXPERTS, least, capabilities.max_experts or least)
+            edges = [size for size in known if least <= size <= most]
+            few = st.integers(least, max(least, min(most, 9)))
+            experts = draw(st.one_of(few, st.sampled_from(edges)))
             reachable = experts
             config["topk_groups"] = 1
             config["group_score"], config["mask_fill"] = choices["group_score"][0], "-inf"

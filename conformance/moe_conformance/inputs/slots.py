@@ -123,7 +123,7 @@ def _align_plans(
         drawn = _draw_ids(draw, scope, loads, choices["invalid_ids"], *least)
         experts, local = drawn["experts"], None
         if draw(st.sampled_from(choices["expert_map"])):
-            some = st.integers(1, max(1, experts - 1))
+            some = st.integers(max(1, experts // 3), max(1, experts - 1))
             local = draw(st.one_of(some, some, some, st.sampled_from((experts, 0))))
         return {
             **drawn,
@@ -251,23 +251,29 @@ def spread(
 
 
 def batched(
-    *, loads: tuple[str, ...] = COUNTS, block_sizes: tuple[int, ...] = BLOCK_SIZES
+    *,
+    loads: tuple[str, ...] = COUNTS,
+    block_sizes: tuple[int, ...] = BLOCK_SIZES,
+    least_tokens: int = 1,
 ) -> Given:
     """Inputs of `align_batched` inside the declaration.
 
     Args:
         loads: how many rows the experts have.
         block_sizes: to draw from, as far as they are declared.
+        least_tokens: smallest capacity.
     """
 
     def plans(scope: Scope) -> Plans | None:
         sized = _block_sizes(scope, block_sizes)
-        return _batched_plans(scope, sized, loads) if sized else None
+        return _batched_plans(scope, sized, loads, least_tokens) if sized else None
 
     return Given(plans, build_batched)
 
 
-def _batched_plans(scope: Scope, block_sizes: tuple[int, ...], loads: tuple[str, ...]) -> Plans:
+def _batched_plans(
+    scope: Scope, block_sizes: tuple[int, ...], loads: tuple[str, ...], least: int
+) -> Plans:
     most = min(scope.capabilities.max_experts or 257, 16 if scope.interpreted else 257)
     edges = [e for e in (*EXPERTS, most) if e <= most]
 
@@ -277,7 +283,7 @@ def _batched_plans(scope: Scope, block_sizes: tuple[int, ...], loads: tuple[str,
         largest = min(33 if scope.interpreted else 130, max(3, 2048 // experts))
         return {
             "experts": experts,
-            "max_tokens": draw(sizes(largest, 16, 64)),
+            "max_tokens": draw(sizes(largest, 16, 64, least=least)),
             "block_size": draw(st.sampled_from(block_sizes)),
             "load": draw(st.sampled_from(loads)),
             "ids": draw(st.sampled_from(scope.capabilities.id_dtypes)),

@@ -693,7 +693,7 @@ def padding_follows_the_slots(case: Case) -> None:
     "With an `expert_map` blocks of local experts MUST carry the map's local row.",
     reason="The weights of a rank hold its own experts only; a global id reads past them.",
     sources=(A7, "SGLang #28170", "flashinfer #1469", "aiter #2447"),
-    given=slots(mapped=True, least_experts=2),
+    given=slots(mapped=True, invalid=False, least_experts=2, loads=SEVERAL),
     references=ALIGN,
 )
 def blocks_carry_local_rows(case: Case) -> None:
@@ -1154,7 +1154,7 @@ def an_empty_buffer_needs_no_block(case: Case) -> None:
     "Where the target is declared deterministic, an expert's rows MUST ascend.",
     reason="Atomic counters order them differently from run to run.",
     sources=("vLLM #53440", "FlagGems #6492"),
-    given=deterministic(batched(loads=("uniform", "half empty", "full"))),
+    given=deterministic(batched(loads=("uniform", "full"), least_tokens=3)),
     references=BATCHED,
 )
 def batched_rows_ascend(case: Case) -> None:

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from moe_conformance.case import FLOATS, IDS, Answer, Case, parts
 from moe_conformance.inputs.given import Content, Given, Inputs, Plan, Plans, Scope, torch_dtype
 from moe_conformance.inputs.slots import (
-    build_rows,
     build_scattered,
     capacities,
     rows,
@@ -32,7 +31,7 @@ CROWDED = ("skewed", "one expert", "duplicates")
 
 DISPATCH = ("dispatch.dispatch",)
 COMBINE = ("dispatch.combine",)
-CAPACITY = ("dispatch.drop_to_capacity",)
+CAPACITY = ("capacity.drop_to_capacity",)
 
 
 @dataclass(frozen=True)
@@ -574,6 +573,16 @@ def _build_absorbing(plan: Plan) -> Inputs:
     return inputs
 
 
+def _all(given: Given, **fixed: Any) -> Given:
+    """The same inputs, with these entries in every plan."""
+
+    def plans(scope: Scope) -> Plans | None:
+        found = given.plans(scope)
+        return None if found is None else found.map(lambda plan: {**plan, **fixed})
+
+    return Given(plans, given.build)
+
+
 def _finite_only(given: Given) -> Given:
     """The same inputs, for targets that take NaN and infinity."""
     return Given(
@@ -616,7 +625,7 @@ def pairs_without_a_row_contribute_nothing(case: Case) -> None:
     "A token none of whose pairs has a row MUST get zeros.",
     reason="An output that is allocated and not cleared returns what was in memory.",
     sources=("vllm-ascend #9992", "pytorch #193633", "torchtitan #1237", "TE #3484"),
-    given=scattered(missing=True),
+    given=_all(scattered(missing=True), missing="tokens"),
     references=COMBINE,
 )
 def tokens_without_rows_get_zeros(case: Case) -> None:
@@ -1094,9 +1103,7 @@ def _combine_gradients(case: Case, cotangent: torch.Tensor) -> tuple[torch.Tenso
     "Where no id is valid the gradient of x MUST be zero, not None.",
     reason="A rank without tokens of its own still takes part in the reduction of gradients.",
     sources=("Megatron #4851", "Megatron #1877", "DeepSpeed #5066", "DeepSpeed #4808"),
-    given=_differentiable(
-        "dispatch", Given(lambda scope: _nowhere(rows(invalid=True), scope), build_rows)
-    ),
+    given=_differentiable("dispatch", _all(rows(invalid=True), invalid="all")),
     references=DISPATCH,
 )
 def nothing_dispatched_gives_zero_gradients(case: Case) -> None:
@@ -1104,20 +1111,6 @@ def nothing_dispatched_gives_zero_gradients(case: Case) -> None:
     shape = _dispatch(case)[0].rows.shape
     _, answer = _dispatch(case, wrt=["x"], cotangents={"0": torch.zeros(shape)})
     _judge_zero(case, "x", answer)
-
-
-def _nowhere(given: Given, scope: Scope) -> Plans | None:
-    plans = given.plans(scope)
-    return (
-        None
-        if plans is None
-        else plans.map(
-            lambda plan: {
-                **plan,
-                **{name: "all" for name in ("invalid", "missing") if name in plan},
-            }
-        )
-    )
 
 
 def _judge_zero(case: Case, name: str, answer: Answer) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from moe_reference.config import ExpertsConfig, ExpertWeights
+from moe_reference.config import ExpertsConfig
 
 from moe_conformance.case import Answer, Case
-from moe_conformance.codec import walk
+from moe_conformance.codec import replace_tensors, walk
 from moe_conformance.experts_oracle import Spread, experts_oracle, local_ids
 from moe_conformance.inputs.experts import expert_inputs
 from moe_conformance.inputs.given import Content, Given, Scope
@@ -116,8 +116,8 @@ def _narrow(given: Given) -> Given:
     MUST,
     "experts",
     "Where no operation rounds, the output MUST be exact.",
-    reason="Inputs are chosen so that every order of summation gives the same bits: what differs is "
-    "an index, a row, a weight or stale memory, and never rounding.",
+    reason="Inputs are chosen so that every order of summation gives the same bits: what differs "
+    "is an index, a row, a weight or stale memory, and never rounding.",
     sources=("BLIS testsuite", "aiter #4451"),
     given=_narrow(
         expert_inputs(
@@ -242,8 +242,8 @@ def a_weight_on_the_input_is_applied_once(case: Case) -> None:
     "experts",
     "Biases MUST be added to each product, and the output bias MUST be multiplied by the routing "
     "weight with the output.",
-    reason="An output bias added once per token, or unweighted, is right only where the weights add "
-    "up to 1.",
+    reason="An output bias added once per token, or unweighted, is right only where the weights "
+    "add up to 1.",
     sources=("gpt-oss model code", "torchtitan #2258"),
     given=expert_inputs(bias=(True,), expert_map=(False,), invalid_ids=(False,)),
     references=("experts.experts",),
@@ -253,7 +253,9 @@ def biases_are_part_of_the_expert(case: Case) -> None:
     experts = case["experts"]
     none = {"gate_up_bias": None, "down_bias": None}
     others = {
-        f"without {name}": oracle_of(case, experts=dataclasses.replace(experts, **{name: None})).value
+        f"without {name}": oracle_of(
+            case, experts=dataclasses.replace(experts, **{name: None})
+        ).value
         for name in none
         if bool(getattr(experts, name).any())
     }
@@ -265,8 +267,8 @@ def biases_are_part_of_the_expert(case: Case) -> None:
     "EXPERT-07",
     MUST,
     "experts",
-    "A pair whose id is below 0, at or above the number of experts, or mapped to -1 MUST contribute "
-    "nothing, whatever its weight.",
+    "A pair whose id is below 0, at or above the number of experts, or mapped to -1 MUST "
+    "contribute nothing, whatever its weight.",
     reason="Such ids mark padding and experts of other ranks; as an index -1 is the last expert, "
     "and NaN times 0 is NaN.",
     sources=("vLLM #42034", "aiter #4636", "SGLang #12701", "transformers #40545"),
@@ -278,7 +280,9 @@ def ids_that_are_not_here_contribute_nothing(case: Case) -> None:
     local = local_ids(case["expert_ids"], len(case["experts"].gate_up), case["expert_map"])
     gone = local < 0
     output = output_of(
-        case.call("experts", **arguments(case, weights=case["weights"].masked_fill(gone, torch.nan))),
+        case.call(
+            "experts", **arguments(case, weights=case["weights"].masked_fill(gone, torch.nan))
+        ),
         case["x"],
     )
     spread = oracle_of(case)
@@ -335,7 +339,9 @@ def equal_ids_in_a_row_are_both_counted(case: Case) -> None:
     case.inputs["expert_ids"] = ids
     once = case["weights"].clone()
     once[:, -1] = 0
-    judge_output(case, output, oracle_of(case), {"counted once": oracle_of(case, weights=once).value})
+    judge_output(
+        case, output, oracle_of(case), {"counted once": oracle_of(case, weights=once).value}
+    )
 
 
 @requirement(
@@ -390,7 +396,9 @@ def gradients_are_those_of_the_weighted_sum(case: Case) -> None:
     for path, gradient in found.items():
         if gradient is None:
             raise Violation(f"gradient of {path}: expected a tensor, got None")
-        has_form(f"gradient of {path}", gradient, tuple(expected[path].shape), (_dtype(given, path),))
+        has_form(
+            f"gradient of {path}", gradient, tuple(expected[path].shape), (_dtype(given, path),)
+        )
 
         def rule(answer: torch.Tensor, path: str = path) -> None:
             within(f"gradient of {path}", answer, expected[path], bound[path])
@@ -466,17 +474,15 @@ def _expected_gradients(
 
 
 def _wide(given: dict[str, Any]) -> dict[str, Any]:
-    def leaf(t: torch.Tensor | None) -> torch.Tensor | None:
-        return None if t is None else t.detach().double().requires_grad_(True)
+    def leaf(t: torch.Tensor) -> torch.Tensor:
+        return t.detach().double().requires_grad_(True)
 
     experts = given["experts"]
     return given | {
         "x": leaf(given["x"]),
         "weights": leaf(given["weights"]),
-        "experts": ExpertWeights(
-            leaf(experts.gate_up), leaf(experts.down), leaf(experts.gate_up_bias), leaf(experts.down_bias)  # type: ignore[arg-type]
-        ),
-    }  # fmt: skip
+        "experts": replace_tensors(experts, lambda _, tensor: leaf(tensor)),
+    }
 
 
 def _gradient_sizes(given: dict[str, Any], relative: float) -> dict[str, torch.Tensor]:
@@ -512,7 +518,10 @@ def _gradient_sizes(given: dict[str, Any], relative: float) -> dict[str, torch.T
         bias = torch.zeros(gate_up.shape[1]).double()
         out_bias = torch.zeros(down.shape[1]).double()
         if experts.gate_up_bias is not None:
-            bias, out_bias = experts.gate_up_bias[expert].double(), experts.down_bias[expert].double()
+            bias, out_bias = (
+                experts.gate_up_bias[expert].double(),
+                experts.down_bias[expert].double(),
+            )
         pre, signed = pre + bias.abs(), signed + bias
         leaf = signed.requires_grad_(True)
         gate, up = leaf.chunk(2, -1) if config.gated else (leaf, torch.ones_like(leaf))
@@ -583,12 +592,8 @@ def nothing_routed_gives_zero_gradients(case: Case) -> None:
         if gradient is None:
             raise Violation(f"gradient of {path}: expected a tensor, got None")
         idle = gradient[1:]
-        zero = torch.zeros_like(idle)
-        case.judge(
-            lambda answer, path=path, zero=zero: equal(f"gradient of {path}, experts 1 …", answer, zero),
-            idle,
-            [("ones", torch.ones_like(idle))] if idle.numel() else [("ones", torch.ones(1, *idle.shape[1:]))],
-        )
+        rule = equals(f"gradient of {path}, from expert 1 on", torch.zeros_like(idle))
+        case.judge(rule, idle, [("ones", torch.ones(max(1, len(idle)), *idle.shape[1:]))])
 
 
 @requirement(
@@ -638,10 +643,15 @@ def the_output_is_linear_in_the_weights(case: Case) -> None:
     first, second = case.session([once, twice])
     output = output_of(first, case["x"])
     doubled = output_of(second, case["x"])
-    normal = output.abs() >= 2.0**-100 if output.dtype is not torch.float16 else output.abs() >= 2**-12
+    normal = (
+        output.abs() >= 2.0**-100 if output.dtype is not torch.float16 else output.abs() >= 2**-12
+    )
     expected = (2 * output).where(normal, doubled)
-    case.judge(lambda answer: equal("output for 2 × weights", answer, expected), doubled,
-               [("not doubled", output.where(normal, doubled))] if bool(normal.any()) else [])  # fmt: skip
+    case.judge(
+        lambda answer: equal("output for twice the weights", answer, expected),
+        doubled,
+        [("not doubled", output.where(normal, doubled))] if bool(normal.any()) else [],
+    )
 
 
 def _batched(given: Given) -> Given:
@@ -687,10 +697,16 @@ def batched_rows_are_each_experts_own(case: Case) -> None:
     real = torch.arange(capacity) < counts[:, None]
     poisoned = x.masked_fill(~real[..., None], torch.nan)
     answer = case.call(
-        "experts_batched", x=poisoned, tokens_per_expert=counts, experts=experts, config=case["config"]
+        "experts_batched",
+        x=poisoned,
+        tokens_per_expert=counts,
+        experts=experts,
+        config=case["config"],
     )
     output = output_of(answer, x)
-    ids = torch.arange(local).repeat_interleave(capacity)[:, None].masked_fill(~real.view(-1, 1), -1)
+    ids = (
+        torch.arange(local).repeat_interleave(capacity)[:, None].masked_fill(~real.view(-1, 1), -1)
+    )
     weights = torch.ones(local * capacity, 1)
     spread = experts_oracle(
         x.reshape(-1, hidden), experts, weights, ids, case["config"], None, arithmetic_of(case, x)
@@ -699,7 +715,11 @@ def batched_rows_are_each_experts_own(case: Case) -> None:
 
     def rule(rows: torch.Tensor) -> Closeness:
         gone = ~real.view(-1)
-        equal("rows past the count", rows[gone].double(), torch.zeros(int(gone.sum()), hidden).double())
+        equal(
+            "rows past the count",
+            rows[gone].double(),
+            torch.zeros(int(gone.sum()), hidden).double(),
+        )
         return close("output", rows, spread.value, spread.sigma, spread.freedom)
 
     case.note("an expert without rows", bool((counts == 0).any()))
@@ -723,7 +743,9 @@ def renaming_the_experts_changes_nothing(case: Case) -> None:
     """Weights moved one row on, ids with them."""
     experts, ids = case["experts"], case["expert_ids"]
     count = len(experts.gate_up)
-    moved = dataclasses.replace(experts, gate_up=experts.gate_up.roll(1, 0), down=experts.down.roll(1, 0))
+    moved = dataclasses.replace(
+        experts, gate_up=experts.gate_up.roll(1, 0), down=experts.down.roll(1, 0)
+    )
     renamed = ((ids + 1) % count).to(ids.dtype)
     output = output_of(
         case.call("experts", **arguments(case, experts=moved, expert_ids=renamed)), case["x"]

@@ -498,7 +498,7 @@ class _BadCall:
 def _bad_calls(logits: torch.Tensor, config: RoutingConfig) -> list[_BadCall]:
     experts = logits.shape[1]
     plain = RoutingConfig(config.top_k, config.score, config.order)
-    bad = [
+    bad: list[tuple[str, dict[str, Any]]] = [
         ("top_k > E", {"config": dataclasses.replace(plain, top_k=experts + 1)}),
         ("logits with one dimension", {"logits": logits[0], "config": plain}),
         ("a bias of another length", {"config": plain, "bias": torch.zeros(experts + 1)}),
@@ -608,7 +608,11 @@ def the_router_gets_its_gradient(case: Case) -> None:
 
 
 def _gradient_bound(
-    oracle: RoutingOracle, weights: torch.Tensor, cotangent: torch.Tensor, ids: torch.Tensor, dtype: str
+    oracle: RoutingOracle,
+    weights: torch.Tensor,
+    cotangent: torch.Tensor,
+    ids: torch.Tensor,
+    dtype: str,
 ) -> torch.Tensor:
     """A bound on the error of the gradient by the logits.
 

@@ -1,4 +1,4 @@
-"""Requirements on `layer`: the router's product, the routed experts and the shared one, together."""
+"""Requirements on `layer`: the router's product, the routed experts, the shared one, together."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from moe_reference.config import LayerConfig, LayerWeights
 
 from moe_conformance.case import Answer, Case
+from moe_conformance.codec import replace_tensors
 from moe_conformance.experts_oracle import Spread, expert_spread, experts_oracle
 from moe_conformance.inputs.given import Given
 from moe_conformance.inputs.layer import layer_inputs
@@ -71,7 +72,9 @@ def _routing(case: Case) -> RoutingOracle:
     )
 
 
-def _routed_as(case: Case, fields: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _routed_as(
+    case: Case, fields: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Ids and weights to judge the output on, and rows where they are certain.
 
     They are the target's own where it gives them away. Where it does not, they are the oracle's,
@@ -126,17 +129,7 @@ def _shared(
     x: torch.Tensor, parameters: LayerWeights, config: LayerConfig, arithmetic: Arithmetic
 ) -> tuple[torch.Tensor, torch.Tensor]:
     assert parameters.shared is not None
-    wide = type(parameters.shared)(
-        *(
-            None if t is None else t.double()  # type: ignore[arg-type]
-            for t in (
-                parameters.shared.gate_up,
-                parameters.shared.down,
-                parameters.shared.gate_up_bias,
-                parameters.shared.down_bias,
-            )
-        )
-    )
+    wide = replace_tensors(parameters.shared, lambda _, tensor: tensor.double())
     plain = dataclasses.replace(config.experts, weight_on="output")
     rows = expert_spread(x.double(), wide, 0, torch.ones(len(x)).double(), plain, arithmetic)
     value, variance = rows.value, rows.variance + arithmetic.variance(rows.value)
@@ -165,7 +158,9 @@ def _judge(
     case.note("a row left to rounding", not bool(sure.all()))
 
     def rule(output: torch.Tensor) -> Closeness:
-        return close("output", output[kept], spread.value[kept], spread.sigma[kept], spread.freedom[kept])
+        return close(
+            "output", output[kept], spread.value[kept], spread.sigma[kept], spread.freedom[kept]
+        )
 
     def wrong() -> Iterator[tuple[str, torch.Tensor]]:
         if not bool(kept.any()):
@@ -315,7 +310,9 @@ def counts_are_those_of_the_reported_ids(case: Case) -> None:
     def rule(answer: torch.Tensor) -> None:
         equal("tokens_per_expert", answer.double(), expected.double())
 
-    case.judge(rule, counts, [("all zeros", torch.zeros_like(expected)), ("one more", expected + 1)])
+    case.judge(
+        rule, counts, [("all zeros", torch.zeros_like(expected)), ("one more", expected + 1)]
+    )
 
 
 @requirement(
@@ -382,16 +379,18 @@ def the_router_learns_from_the_output(case: Case) -> None:
     given = {name: case[name] for name in NAMES}
     # Narrow routers saturate: logits of a few units keep every score's slope well above zero.
     call = case.planned(
-        "layer", wrt=["parameters.router"], cotangents={"output": torch.ones_like(case["x"])}, **given
+        "layer",
+        wrt=["parameters.router"],
+        cotangents={"output": torch.ones_like(case["x"])},
+        **given,
     )
     answer = case.session([call])[0]
     fields = _fields(answer, case["x"])
     gradient = answer.gradients["parameters.router"]
-    if case["config"].routing.order == "topk_then_score" and case["config"].routing.top_k == 1:
-        if case["config"].routing.score == "softmax":
-            case.vacuous.append("softmax over one logit is constant")
-    if len(case["parameters"].router) == 1 and case["config"].routing.score == "softmax":
-        case.vacuous.append("softmax over one expert is constant")
+    routing = case["config"].routing
+    over = routing.top_k if routing.order == "topk_then_score" else len(case["parameters"].router)
+    if routing.score == "softmax" and over == 1:
+        case.vacuous.append("softmax over one logit is constant")
     if not bool(fields["output"].any()):
         case.vacuous.append("the output is zero")
 

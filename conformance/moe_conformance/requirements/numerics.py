@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from moe_conformance.inputs.given import Content, Given, Inputs, Plan, Plans, Sc
 from moe_conformance.inputs.layer import layer_inputs
 from moe_conformance.inputs.routing import routing
 from moe_conformance.inputs.slots import rows, scattered, slots
-from moe_conformance.judge import Closeness, Violation, close, equal, impostors
+from moe_conformance.judge import Closeness, Violation, close, equal, equals, impostors
 from moe_conformance.registry import ANY, MUST, requirement
 from moe_conformance.requirements.experts import arguments, oracle_of, output_of, rule_of
 
@@ -46,7 +47,7 @@ def any_operation(*names: str) -> Given:
         for name in wanted:
             found = GIVEN[name].plans(scope) if name in scope.operations else None
             if found is not None:
-                possible.append(found.map(lambda plan, name=name: {**plan, "operation": name}))
+                possible.append(found.map(functools.partial(_named, name)))
         return st.one_of(possible) if possible else None
 
     def build(plan: Plan) -> Inputs:
@@ -54,6 +55,10 @@ def any_operation(*names: str) -> Given:
         return {**GIVEN[plan["operation"]].build(rest), "operation": plan["operation"]}
 
     return Given(plans, build)
+
+
+def _named(operation: str, plan: Plan) -> Plan:
+    return {**plan, "operation": operation}
 
 
 def _given(case: Case) -> dict[str, Any]:
@@ -67,7 +72,9 @@ def _none(what: str, found: list[str]) -> None:
 
 def _judge_none(case: Case, what: str, found: list[str]) -> None:
     case.note(f"operation {case['operation']}")
-    case.judge(lambda answer: _none(f"{case['operation']} {what}", answer), found, [("one", ["one"])])
+    case.judge(
+        lambda answer: _none(f"{case['operation']} {what}", answer), found, [("one", ["one"])]
+    )
 
 
 @requirement(
@@ -313,7 +320,7 @@ def a_token_alone_gets_the_same_bits(case: Case) -> None:
         alone = output_of(case.call("experts", **arguments(case, **one)), one["x"])
         expected = whole[token : token + 1]
         case.judge(
-            lambda answer, expected=expected: equal("output of a token alone", answer, expected),
+            equals("output of a token alone", expected),
             alone,
             impostors(expected),
         )
@@ -367,7 +374,10 @@ def strides_do_not_matter(case: Case) -> None:
 def the_width_of_an_id_does_not_matter(case: Case) -> None:
     """The same call with either width."""
     narrow, wide = (
-        output_of(case.call("experts", **arguments(case, expert_ids=case["expert_ids"].to(dtype))), case["x"])
+        output_of(
+            case.call("experts", **arguments(case, expert_ids=case["expert_ids"].to(dtype))),
+            case["x"],
+        )
         for dtype in (torch.int32, torch.int64)
     )
     expected = oracle_of(case)

@@ -106,7 +106,12 @@ class Reference(Target):
         return dispatch.combine(rows, slots, weights)
 
     def drop_to_capacity(
-        self, weights: Tensor, expert_ids: Tensor, num_experts: int, capacity: int, policy: str
+        self,
+        weights: Tensor,
+        expert_ids: Tensor,
+        num_experts: int,
+        capacity: int,
+        policy: dispatch.Policy,
     ) -> tuple[Tensor, Tensor]:
         """See `moe_reference.dispatch.drop_to_capacity`."""
         return dispatch.drop_to_capacity(weights, expert_ids, num_experts, capacity, policy)
@@ -140,5 +145,3 @@ class Reference(Target):
     ) -> LayerOutput:
         """See `moe_reference.layer.layer`."""
         return layer.layer(x, parameters, config, token_ids, padding_mask, training)
-
-
