@@ -82,7 +82,8 @@ def check(
         console.print(table(reports, options.report))
     for outcome in outcomes:
         if outcome.message:
-            console.print(f"{outcome.target}: {outcome.message}", style="bold red", markup=False)
+            said = f"{outcome.target}: {outcome.message}"
+            console.print(said, style="bold red", markup=False, soft_wrap=True)
     for each in reports:
         console.print(
             last_line(each, options.report), markup=False, highlight=False, soft_wrap=True

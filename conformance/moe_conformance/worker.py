@@ -416,9 +416,13 @@ def _restore(state: dict[str, Any]) -> list[str]:
         for name, value in state.items()
         if not (torch.equal(value, now[name]) if name == "random state" else value == now[name])
     ]
-    torch.set_default_dtype(state["default dtype"])
-    torch.set_grad_enabled(state["grad mode"])
-    torch.set_num_threads(state["threads"])
-    torch.use_deterministic_algorithms(state[DETERMINISTIC])
-    torch.random.set_rng_state(state["random state"])
+    restore = {
+        "default dtype": torch.set_default_dtype,
+        "grad mode": torch.set_grad_enabled,
+        "threads": torch.set_num_threads,
+        DETERMINISTIC: torch.use_deterministic_algorithms,
+        "random state": torch.random.set_rng_state,
+    }
+    for name in changed:
+        restore[name](state[name])
     return changed

@@ -1,10 +1,12 @@
-"""Runs the `moespec` command as a user does."""
+"""Runs the `moespec` command: as a user does, or inside this process, which is quicker."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from moe_conformance.cli import app
+from typer.testing import CliRunner
 
 HERE = Path(__file__).parent
 
@@ -27,5 +29,18 @@ def moespec():
             timeout=timeout,
             **options,
         )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def inside():
+    """Run the command in this process; gives its exit code and all that it printed."""
+
+    def run(*arguments):
+        done = CliRunner().invoke(app, list(map(str, arguments)))
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        return done.exit_code, done.output
 
     return run

@@ -70,9 +70,9 @@ class Nothing(Target):
 
 
 class NoDtype(Reference):
-    """Provides every operation, for no dtype at all."""
+    """Provides a router, for no dtype at all."""
 
-    capabilities = Capabilities(dtypes=())
+    capabilities = Capabilities(dtypes=(), operations=("route",))
 
 
 class OnlyOneExpert(Reference):
@@ -81,45 +81,45 @@ class OnlyOneExpert(Reference):
     capabilities = Capabilities(max_experts=1, operations=("route",), ties="lowest")
 
 
-class _OnThreeTokens(Reference):
-    capabilities = Capabilities(operations=("route", "z_loss"))
+class _OnNaN(Reference):
+    capabilities = Capabilities(operations=("route",))
 
     def route(self, logits, config, bias=None, token_ids=None):
-        if len(logits) >= 3:
+        if bool(torch.isnan(logits).any()):
             self.misbehave()
         return super().route(logits, config, bias, token_ids)
 
     def misbehave(self):
-        raise RuntimeError("three tokens are too many")
+        raise RuntimeError("not a number")
 
 
-class Raises(_OnThreeTokens):
-    """Raises on three tokens or more."""
+class Raises(_OnNaN):
+    """Raises on NaN."""
 
 
-class Exits(_OnThreeTokens):
-    """Calls sys.exit on three tokens or more."""
+class Exits(_OnNaN):
+    """Calls sys.exit on NaN."""
 
     def misbehave(self):
         sys.exit(0)
 
 
-class Interrupts(_OnThreeTokens):
-    """Raises KeyboardInterrupt on three tokens or more."""
+class Interrupts(_OnNaN):
+    """Raises KeyboardInterrupt on NaN."""
 
     def misbehave(self):
         raise KeyboardInterrupt
 
 
-class KillsItself(_OnThreeTokens):
-    """Ends its process on three tokens or more."""
+class KillsItself(_OnNaN):
+    """Ends its process on NaN."""
 
     def misbehave(self):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-class Hangs(_OnThreeTokens):
-    """Does not come back on three tokens or more."""
+class Hangs(_OnNaN):
+    """Does not come back on NaN."""
 
     def misbehave(self):
         time.sleep(3600)

@@ -1,6 +1,8 @@
 """The command line as a user meets it: verdicts, exit codes, replays, and sentences."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -22,7 +24,7 @@ def statuses(report, target):
     ],
 )
 def test_a_planted_fault_fails_the_right_requirement(
-    moespec, planted, tmp_path, target, requirement
+    moespec, inside, planted, tmp_path, target, requirement
 ):
     done = moespec(
         "check", planted(target), "--requirement", requirement, "--report", tmp_path / "r"
@@ -36,15 +38,15 @@ def test_a_planted_fault_fails_the_right_requirement(
     [case] = (tmp_path / "r" / f"planted.py_{target}" / "cases").iterdir()
     assert len((case / "repro.py").read_text().splitlines()) <= 20
 
-    again = moespec("replay", case)
-    assert again.returncode == 1, again.stdout + again.stderr
-    assert "the same bytes as the plan builds" in again.stdout
-    assert "now:      the same" in again.stdout
-    assert "NOT" not in again.stdout
-    assert "failed in 1 of 1 runs" in again.stdout
+    code, said = inside("replay", case)
+    assert code == 1, said
+    assert "the same bytes as the plan builds" in said
+    assert "now:      the same" in said
+    assert "NOT" not in said
+    assert "failed in 1 of 1 runs" in said
 
-    mended = moespec("replay", case, "--target", "reference")
-    assert mended.returncode == 0, mended.stdout + mended.stderr
+    code, said = inside("replay", case, "--target", "reference")
+    assert code == 0, said
 
 
 @pytest.mark.parametrize(
@@ -57,35 +59,35 @@ def test_a_planted_fault_fails_the_right_requirement(
         ("Hangs", "timeout"),
     ],
 )
-def test_a_target_that_misbehaves_costs_its_case(moespec, planted, tmp_path, target, status):
-    done = moespec(
+def test_a_target_that_misbehaves_costs_its_case(inside, planted, tmp_path, target, status):
+    code, said = inside(
         "check", planted(target), "--operation", "route", "--profile", "smoke",
-        "--timeout", "2", "--report", tmp_path, "--seed", "3",
+        "--timeout", "5", "--report", tmp_path, "--seed", "3",
     )  # fmt: skip
-    assert done.returncode == 1, done.stdout + done.stderr
+    assert code == 1, said
     _, found = statuses(tmp_path, target)
-    assert found["GATE-01"] == status
-    # The rest of the suite ran: zero tokens are fewer than three.
-    assert found["GATE-19"] == "pass"
-    assert "inconclusive" not in set(found.values())
+    # Only what hands it NaN is lost.
+    assert {id for id, each in found.items() if each == status} == {"GATE-02", "GATE-15"}
+    assert found["GATE-01"] == found["GATE-19"] == "pass"
+    assert set(found.values()) <= {status, "pass", "unsupported", "not_provided"}
 
 
 @pytest.mark.parametrize("target", ["Nothing", "NoDtype", "OnlyOneExpert"])
-def test_a_target_that_declares_too_little_is_inconclusive(moespec, planted, tmp_path, target):
-    done = moespec("check", planted(target), "--profile", "smoke", "--report", tmp_path)
-    assert done.returncode == 11, done.stdout + done.stderr
+def test_a_target_that_declares_too_little_is_inconclusive(inside, planted, tmp_path, target):
+    code, said = inside("check", planted(target), "--profile", "smoke", "--report", tmp_path)
+    assert code == 11, said
     report, _ = statuses(tmp_path, target)
     assert report["verdict"] == "inconclusive"
 
 
-def test_an_answer_that_flips_is_a_failure(moespec, planted, tmp_path):
-    done = moespec(
+def test_an_answer_that_flips_is_a_failure(inside, planted, tmp_path):
+    code, said = inside(
         "check", planted("Flips"), "--requirement", "GATE-06", "--report", tmp_path, "--seed", "1"
     )
-    assert done.returncode == 1, done.stdout + done.stderr
+    assert code == 1, said
     [case] = (tmp_path / "planted.py_Flips" / "cases").iterdir()
-    again = moespec("replay", case)
-    assert "of 10 runs" in again.stdout
+    code, said = inside("replay", case)
+    assert "of 10 runs" in said
 
 
 def test_several_targets_end_in_one_line_each_and_the_worst_code(moespec, planted, tmp_path):
@@ -100,10 +102,10 @@ def test_several_targets_end_in_one_line_each_and_the_worst_code(moespec, plante
         assert (tmp_path / name).is_file(), name
 
 
-def test_the_same_seed_gives_the_same_report(moespec, planted, tmp_path):
+def test_the_same_seed_gives_the_same_report(inside, planted, tmp_path):
     reports = []
     for run in ("one", "two"):
-        moespec(
+        inside(
             "check", planted("BiasedWeights"), "--operation", "route", "--profile", "smoke",
             "--seed", "11", "--report", tmp_path / run,
         )  # fmt: skip
@@ -138,19 +140,19 @@ BAD = [
 
 
 @pytest.mark.parametrize(("arguments", "code", "words"), BAD, ids=lambda v: str(v)[:40])
-def test_bad_input_gets_one_clear_sentence(moespec, tmp_path, arguments, code, words):
-    done = moespec(*arguments, cwd=tmp_path)
-    said = done.stdout + done.stderr
-    assert done.returncode == code, said
+def test_bad_input_gets_one_clear_sentence(inside, tmp_path, monkeypatch, arguments, code, words):
+    monkeypatch.chdir(tmp_path)
+    came, said = inside(*arguments)
+    assert came == code, said
     assert "Traceback" not in said
     for word in words:
         assert word in said
 
 
-def test_a_target_that_cannot_be_made_is_not_judged(moespec, planted, tmp_path):
-    done = moespec("check", planted("CannotBeMade"), "--report", tmp_path)
-    assert done.returncode == 10
-    assert "the library's shared object is missing" in done.stdout
+def test_a_target_that_cannot_be_made_is_not_judged(inside, planted, tmp_path):
+    code, said = inside("check", planted("CannotBeMade"), "--report", tmp_path)
+    assert code == 10
+    assert "the library's shared object is missing" in said
 
 
 def test_the_skeleton_runs_as_it_is(moespec, tmp_path):
@@ -164,24 +166,21 @@ def test_the_skeleton_runs_as_it_is(moespec, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_explain_says_why_and_shows_the_property(moespec):
-    done = moespec("explain", "GATE-03")
-    assert done.returncode == 0, done.stderr
+def test_explain_says_why_and_shows_the_property(inside):
+    code, said = inside("explain", "GATE-03")
+    assert code == 0
     for word in ("vLLM #12002", "def the_bias_never_weighs", "gating.py"):
-        assert word in done.stdout
+        assert word in said
 
 
 @pytest.mark.parametrize("what", ["requirements", "faults", "targets"])
-def test_tables_are_there_for_machines(moespec, what):
-    done = moespec(what, "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)
+def test_tables_are_there_for_machines(inside, what):
+    code, said = inside(what, "--json")
+    assert code == 0
+    assert json.loads(said)
 
 
 def test_the_suite_runs_under_pytest(planted):
-    import subprocess
-    import sys
-
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "--pyargs", "moe_conformance", "-q", "-p",
          "no:cacheprovider", "--target", planted("BiasedWeights"), "--moespec-profile", "smoke",
@@ -194,9 +193,6 @@ def test_the_suite_runs_under_pytest(planted):
 
 
 def test_the_plugin_is_light():
-    import subprocess
-    import sys
-
     code = (
         "import sys, moe_conformance.plugin;"
         "print([m for m in ('torch', 'hypothesis') if m in sys.modules])"

@@ -122,7 +122,7 @@ def align_triton(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `align`, in one Triton kernel up to 4096 slots and in three beyond."""
     size = _check(expert_ids, block_size, num_experts, expert_map)
-    num_blocks = -(-size // block_size)
+    num_blocks = _ceil(size, block_size)
     sorted_slots = expert_ids.new_empty(size, dtype=torch.int32)
     block_experts = expert_ids.new_empty(num_blocks, dtype=torch.int32)
     padded_length = expert_ids.new_empty(1, dtype=torch.int32)
@@ -210,7 +210,7 @@ def _place(
     slots, block_experts = buffers[:2]
     numel = ids.numel()
     chunk = min(_CHUNK, power_of_two(numel, least=128))
-    chunks = max(1, -(-numel // chunk))
+    chunks = max(1, _ceil(numel, chunk))
     # One more bin than experts holds the ids that are not here. At least 128, a thread each.
     bins = power_of_two(num_experts + 1, least=128)
     has_map = expert_map is not None
@@ -233,8 +233,11 @@ def _place(
             BLOCK_E=16,
         )
     block_e = min(power_of_two(num_experts), 64) if INTERPRETED else 1
-    programs = -(-num_experts // block_e)
+    programs = max(1, _ceil(num_experts, block_e))
+    size = slots.numel() if padded else 0
     fill = 1024
+    fill_steps = _ceil(max(size, block_experts.numel()), fill * programs * chunks)
+    block_steps = _ceil(_ceil(numel, block_size), 64 * chunks)
     launch(
         align_place_kernel,
         (programs, chunks),
@@ -244,10 +247,10 @@ def _place(
         *buffers,
         *sizes,
         block_size,
-        slots.numel() if padded else 0,
+        size,
         block_experts.numel(),
-        -(-max(slots.numel() if padded else 0, block_experts.numel()) // (fill * programs * chunks)),
-        -(-(-(-numel // block_size)) // (64 * chunks)),
+        fill_steps,
+        block_steps,
         MAP_BLOCKS=has_map and not drop_invalid,
         CHUNKED=chunks > 1,
         PADDED=padded,
@@ -273,7 +276,7 @@ def align_batched_triton(
     block_r = min(power_of_two(height, least=16), 1024)
     launch(
         align_batched_kernel,
-        (max(1, -(-E // block_e)), max(1, -(-height // block_r))),
+        (max(1, _ceil(E, block_e)), max(1, _ceil(height, block_r))),
         tokens_per_expert.contiguous(),
         sorted_rows,
         block_experts,
@@ -308,7 +311,7 @@ def _fill(
     # Past the buffer several slots meet; only the sentinel that is cut off below stands there.
     sorted_slots.scatter_(0, place, torch.where(here, slots, sentinel).to(torch.int32))
 
-    num_blocks = -(-size // block_size)
+    num_blocks = _ceil(size, block_size)
     if counts.numel() == 0:
         block_experts = counts.new_full((num_blocks,), -1, dtype=torch.int32)
         return sorted_slots[:size].clone(), block_experts, counts.new_zeros(1, dtype=torch.int32)
@@ -397,7 +400,7 @@ def _check_batched(tokens_per_expert: torch.Tensor, max_tokens: int, block_size:
     check_count("max_tokens", max_tokens)
     check_count("block_size", block_size, 1)
     check_tokens(tokens_per_expert, max_tokens)
-    return _check_size(tokens_per_expert.numel() * -(-max_tokens // block_size) * block_size)
+    return _check_size(tokens_per_expert.numel() * _ceil(max_tokens, block_size) * block_size)
 
 
 def check_tokens(tokens_per_expert: torch.Tensor, capacity: int) -> None:
@@ -409,6 +412,10 @@ def check_tokens(tokens_per_expert: torch.Tensor, capacity: int) -> None:
                 f"tokens_per_expert: expected counts from 0 to {capacity}, "
                 f"got {low if low < 0 else high}"
             )
+
+
+def _ceil(n: int, divisor: int) -> int:
+    return -(-n // divisor)
 
 
 def _check_size(size: int) -> int:

@@ -58,27 +58,42 @@ def dispatch_torch(
     x: torch.Tensor, expert_ids: torch.Tensor, num_experts: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `dispatch`, in whole-tensor torch operations."""
-    check_dispatch(x, expert_ids, num_experts)
+    _check_dispatch(x, expert_ids, num_experts)
     order, ends = sort_slots(local_ids(expert_ids, num_experts), num_experts)
-    return _move(x, expert_ids, order, ends)
+    return _move(x, expert_ids.shape[1], order, ends)
 
 
 def dispatch_triton(
     x: torch.Tensor, expert_ids: torch.Tensor, num_experts: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `dispatch`, with the order from the tile table's kernel; torch moves the rows."""
-    check_dispatch(x, expert_ids, num_experts)
-    if num_experts == 0:
-        return dispatch_torch(x, expert_ids, num_experts)
-    place = tile_table(expert_ids, 1, num_experts).place.long()
-    here = place >= 0
-    order = place.new_full((place.numel() + 1,), place.numel())
-    slots = torch.arange(place.numel(), device=place.device)
-    order.scatter_(0, torch.where(here, place, place.numel()), torch.where(here, slots, -1))
-    return _move(x, expert_ids, order[:-1], num_experts)
+    """As `dispatch`, with the order from the tile table's kernel; torch copies the rows."""
+    _check_dispatch(x, expert_ids, num_experts)
+    # Tiles of one row: the table's experts are those of the rows.
+    table = tile_table(expert_ids, 1, num_experts)
+    keys = torch.where(table.experts < 0, num_experts, table.experts)
+    experts = torch.arange(num_experts, dtype=torch.int32, device=x.device)
+    ends = torch.searchsorted(keys, experts, right=True)
+    return _move(x, expert_ids.shape[1], table.order.long(), ends)
+
+
+def _check_dispatch(x: torch.Tensor, expert_ids: torch.Tensor, num_experts: int) -> None:
+    check_tensor("x", x, ("T", "H"), FLOATS)
+    check_tensor("expert_ids", expert_ids, (x.shape[0], "K"), IDS)
+    check_count("num_experts", num_experts)
 
 
 def _move(
+    x: torch.Tensor, K: int, order: torch.Tensor, ends: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    counts = ends.diff(prepend=ends.new_zeros(1))
+    if not x.is_cuda:
+        slots = order[: int(counts.sum())].clone()
+        return spread(x, slots, K), counts, slots
+    here = torch.arange(order.numel(), device=x.device) < counts.sum()
+    rows = spread(x, torch.where(here, order, 0), K)
+    return torch.where(here[:, None], rows, 0.0), counts, torch.where(here, order, order.numel())
+
+
 def combine(rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Add each token's weighted rows up in float32 (float64 for float64 rows).
 
@@ -94,12 +109,13 @@ def combine(rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> t
         TypeError, ValueError: an argument of the wrong dtype or shape. Slots are checked on a CPU
             only; on a GPU those outside [0, T·K] belong to nobody.
     """
-    return combine_torch(rows, slots, weights)
+    fast = COMPILED and rows.is_cuda and rows.dtype is not torch.float64
+    return (combine_triton if fast else combine_torch)(rows, slots, weights)
 
 
 def combine_torch(rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """As `combine`, in whole-tensor torch operations."""
-    check_combine(rows, slots, weights)
+    _check_combine(rows, slots, weights)
     T, K = weights.shape
     wide = accumulation_dtype(rows)
     somebodys = (slots >= 0) & (slots < T * K)
@@ -110,8 +126,18 @@ def combine_torch(rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor
     return gather_sum(weighted, slots, T, K).to(rows.dtype)
 
 
-def check_combine(rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> None:
-    """Raise on arguments that `combine` cannot take."""
+def combine_triton(rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """As `combine`, in one Triton kernel; float64 is not supported.
+
+    The gradient is computed by torch operations: a gather of the output's gradient, no sums over
+    more than a row.
+    """
+    check_tensor("rows", rows, ("S", "H"), FLOATS[1:])
+    _check_combine(rows, slots, weights)
+    return _Combine.apply(rows, slots.long(), weights)
+
+
+def _check_combine(rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> None:
     check_tensor("rows", rows, ("S", "H"), FLOATS)
     check_tensor("slots", slots, (rows.shape[0],), IDS)
     check_tensor("weights", weights, ("T", "K"), FLOATS)
@@ -128,15 +154,14 @@ def accumulation_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
-def gather_sum(rows: torch.Tensor, slots: torch.Tensor, T: int, K: int) -> torch.Tensor:
-    """The sum of each token's rows, [T, H] from [S, H], in the dtype of the rows."""
-    out = rows.new_zeros(T, rows.shape[1])
-    return out.index_add(0, slots // max(K, 1), rows)
-
-
 def spread(x: torch.Tensor, slots: torch.Tensor, K: int) -> torch.Tensor:
     """The token of each slot, [S, H] from x [T, H]; gradients are added up in float32."""
     return _Spread.apply(x, slots, K)
+
+
+def gather_sum(rows: torch.Tensor, slots: torch.Tensor, T: int, K: int) -> torch.Tensor:
+    """The sum of each token's rows, [T, H] from [S, H], in the dtype of the rows."""
+    return _GatherSum.apply(rows, slots, T, K)
 
 
 class _Spread(torch.autograd.Function):
@@ -150,5 +175,146 @@ class _Spread(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (slots,) = ctx.saved_tensors
-        total = gather_sum(grad.to(accumulation_dtype(grad)), slots, ctx.T, ctx.K)
+        total = _sum_rows(grad.to(accumulation_dtype(grad)), slots, ctx.T, ctx.K)
         return total.to(grad.dtype), None, None
+
+
+class _GatherSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, slots: torch.Tensor, T: int, K: int) -> torch.Tensor:
+        ctx.save_for_backward(slots)
+        ctx.K = K
+        return _sum_rows(rows, slots, T, K)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (slots,) = ctx.saved_tensors
+        return grad.index_select(0, slots // max(ctx.K, 1)), None, None, None
+
+
+def _sum_rows(rows: torch.Tensor, slots: torch.Tensor, T: int, K: int) -> torch.Tensor:
+    if COMPILED and rows.is_cuda and rows.dtype is not torch.float64:
+        # index_add is atomic on a GPU: its sums change from run to run.
+        return sum_places(rows, places_of(slots, T * K), None, T, K, rows.dtype)
+    return rows.new_zeros(T, rows.shape[1]).index_add_(0, slots // max(K, 1), rows)
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(rows, slots, weights)
+        T, K = weights.shape
+        return sum_places(rows, places_of(slots, T * K), weights, T, K, rows.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:
+        rows, slots, weights = ctx.saved_tensors
+        T, K = weights.shape
+        somebodys = (slots >= 0) & (slots < T * K)
+        if T * K == 0:
+            return torch.zeros_like(rows), None, torch.zeros_like(weights)
+        known = torch.where(somebodys, slots, 0)
+        row_grads = grad.float()[known // K]
+        to_rows = row_grads * weights.float().flatten()[known][:, None]
+        to_rows = torch.where(somebodys[:, None], to_rows, 0.0)
+        to_weights = weights.new_zeros(T * K + 1, dtype=torch.float32)
+        products = (row_grads * rows.float()).sum(1)
+        to_weights.scatter_(0, torch.where(somebodys, slots, T * K), products)
+        to_weights = to_weights[:-1].view(T, K)
+        return to_rows.to(rows.dtype), None, to_weights.to(weights.dtype)
+
+
+def places_of(slots: torch.Tensor, num_slots: int) -> torch.Tensor:
+    """Where each slot's row stands, [T·K] int32, -1 for a slot that has none."""
+    places = slots.new_full((num_slots + 1,), -1, dtype=torch.int32)
+    index = torch.where((slots >= 0) & (slots < num_slots), slots, num_slots)
+    places.scatter_(0, index, torch.arange(slots.numel(), dtype=torch.int32, device=slots.device))
+    return places[:-1]
+
+
+def sum_places(
+    rows: torch.Tensor,
+    places: torch.Tensor,
+    weights: torch.Tensor | None,
+    T: int,
+    K: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The kernel of `combine`.
+
+    Args:
+        rows: [S, H].
+        places: [T·K], int32, the row of each slot or -1.
+        weights: [T, K], or None for a plain sum.
+        T: tokens.
+        K: rows of a token.
+        dtype: of the result.
+
+    Returns:
+        [T, H].
+    """
+    H = rows.shape[1]
+    out = rows.new_empty((T, H), dtype=dtype)
+    if INTERPRETED:
+        block_t, block_h = min(power_of_two(T), 64), min(power_of_two(H), 1024)
+    else:
+        block_t, block_h = 1, min(power_of_two(H, least=128), 1024)
+    launch(
+        combine_rows_kernel,
+        (-(-T // block_t), -(-H // block_h)),
+        rows,
+        places,
+        places if weights is None else weights.contiguous(),
+        out,
+        T,
+        H,
+        K,
+        rows.stride(0),
+        rows.stride(1),
+        WEIGH=weights is not None,
+        ROUND_BITS=needs_widening(dtype),
+        BLOCK_T=block_t,
+        BLOCK_H=block_h,
+    )
+    return out
+
+
+@jit
+def combine_rows_kernel(
+    rows_ptr,
+    places_ptr,
+    weights_ptr,
+    out_ptr,
+    num_tokens,
+    width,
+    top_k,
+    stride_rs,
+    stride_rh,
+    WEIGH: tl.constexpr,
+    ROUND_BITS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """The weighted sum of the rows of BLOCK_T tokens, BLOCK_H columns of them."""
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    in_tokens = tokens < num_tokens
+    in_columns = (columns < width)[None, :]
+    total = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
+    for k in range(0, top_k):
+        places = tl.load(places_ptr + tokens * top_k + k, mask=in_tokens, other=-1).to(tl.int64)
+        here = places >= 0
+        offsets = places[:, None] * stride_rs + columns.to(tl.int64)[None, :] * stride_rh
+        rows = tl.load(rows_ptr + offsets, mask=here[:, None] & in_columns, other=0.0)
+        rows = rows.to(tl.float32)
+        if WEIGH:
+            weights = tl.load(weights_ptr + tokens * top_k + k, mask=here, other=0.0)
+            rows = rows * weights.to(tl.float32)[:, None]
+        total += rows
+    out = out_ptr + tokens[:, None] * width + columns[None, :]
+    total = narrow(total, out_ptr.dtype.element_ty, ROUND_BITS)
+    tl.store(out, total, mask=in_tokens[:, None] & in_columns)

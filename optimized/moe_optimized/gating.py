@@ -476,10 +476,8 @@ def route_topk_kernel(
             norm = greatest * tl.sqrt(tl.sum(scaled * scaled, 1))
         else:
             norm = tl.sum(chosen, 1)
-        if CLAMP:
-            norm = tl.where(norm < epsilon, epsilon, norm)
-        else:
-            norm = norm + epsilon
+        # tl.maximum would turn a NaN into epsilon.
+        norm = tl.where(norm < epsilon, epsilon, norm) if CLAMP else norm + epsilon
         chosen = chosen / norm[:, None]
     out = weights_ptr + rows[:, None] * TOP_K + columns
     tl.store(out, chosen * factor, mask=in_rows[:, None] & (columns < TOP_K))

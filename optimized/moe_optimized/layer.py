@@ -1,9 +1,10 @@
 """A whole MoE layer: router product, routing, experts, shared expert.
 
-The routed and the shared output are added in float32 and rounded once, with either way to compute
-the routed one:
+The routed and the shared output are added in float32 and rounded once. The shared expert is an
+expert of its own that every token is sent to, with its gate and scale as the weight. Stages:
 
-1. `layer_torch`: grouped products. This is what a CPU user gets.
+1. `layer_torch`: routing and grouped products in torch. This is what a CPU user gets.
+2. `layer_triton`: the kernels of `gating` and `experts` around the router's product.
 
 Auxiliary losses are not computed here: `balance_loss` is always None.
 
@@ -12,6 +13,7 @@ K experts per token.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +22,9 @@ from moe_reference.config import LayerConfig, LayerOutput, LayerWeights
 
 from moe_optimized.alignment import sort_slots
 from moe_optimized.dispatch import accumulation_dtype
-from moe_optimized.experts import activate, check_weights, linear, sum_of_experts
-from moe_optimized.gating import route_torch
+from moe_optimized.experts import check_weights, sum_of_experts, sum_of_experts_triton
+from moe_optimized.gating import route_torch, route_triton
+from moe_optimized.interpreter import COMPILED
 
 
 def layer(
@@ -50,7 +53,9 @@ def layer(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype or shape, or a balance loss asked for.
     """
-    return layer_torch(x, parameters, config, token_ids, padding_mask, training)
+    fast = COMPILED and x.is_cuda and x.dtype is not torch.float64
+    run = layer_triton if fast else layer_torch
+    return run(x, parameters, config, token_ids, padding_mask, training)
 
 
 def layer_torch(
@@ -64,6 +69,22 @@ def layer_torch(
     """As `layer`, in whole-tensor torch operations."""
     _check(x, parameters, config, token_ids, padding_mask, training)
     return _run(x, parameters, config, token_ids, padding_mask, route_torch, sum_of_experts)
+
+
+def layer_triton(
+    x: torch.Tensor,
+    parameters: LayerWeights,
+    config: LayerConfig,
+    token_ids: torch.Tensor | None = None,
+    padding_mask: torch.Tensor | None = None,
+    training: bool = False,
+) -> LayerOutput:
+    """As `layer`, in Triton kernels and one product of torch, the router's; no float64."""
+    check_tensor("x", x, ("N", "L", "H"), FLOATS[1:])
+    _check(x, parameters, config, token_ids, padding_mask, training)
+    # The routing kernel computes in float32, which a router in float64 asks not to.
+    route = route_torch if config.router_dtype is torch.float64 else route_triton
+    return _run(x, parameters, config, token_ids, padding_mask, route, sum_of_experts_triton)
 
 
 def _run(
@@ -81,7 +102,7 @@ def _run(
     weights, expert_ids = route(logits, config.routing, parameters.selection_bias, flat_ids)
     total = run_experts(tokens, parameters.experts, weights, expert_ids, config.experts)
     if parameters.shared is not None:
-        total = total + _shared_output(tokens, parameters, config)
+        total = total + _shared_output(tokens, parameters, config, run_experts)
 
     E = parameters.router.shape[0]
     counted = expert_ids
@@ -114,20 +135,20 @@ def _router_logits(
 
 
 def _shared_output(
-    tokens: torch.Tensor, parameters: LayerWeights, config: LayerConfig
+    tokens: torch.Tensor,
+    parameters: LayerWeights,
+    config: LayerConfig,
+    run_experts: Callable[..., torch.Tensor],
 ) -> torch.Tensor:
-    shared = parameters.shared
+    T = tokens.shape[0]
     wide = accumulation_dtype(tokens)
-    pre = linear(tokens, shared.gate_up[0]).to(wide)
-    if shared.gate_up_bias is not None:
-        pre = pre + shared.gate_up_bias[0].to(wide)
-    hidden = activate(pre, config.experts).to(tokens.dtype)
-    out = linear(hidden, shared.down[0]).to(wide)
-    if shared.down_bias is not None:
-        out = out + shared.down_bias[0].to(wide)
+    weights = tokens.new_full((T, 1), config.shared_scale, dtype=wide)
     if parameters.shared_gate is not None:
-        out = out * torch.sigmoid(linear(tokens, parameters.shared_gate).to(wide))
-    return out * config.shared_scale
+        gate = F.linear(tokens.to(wide), parameters.shared_gate.to(wide))
+        weights = weights * torch.sigmoid(gate)
+    everyone = torch.zeros(T, 1, dtype=torch.int64, device=tokens.device)
+    how = replace(config.experts, weight_on="output")
+    return run_experts(tokens, parameters.shared, weights, everyone, how)
 
 
 def _check(

@@ -1,12 +1,21 @@
 """The fast implementations as targets of the conformance suite."""
 
+from dataclasses import replace
+
 import torch
 from moe_conformance.target import Capabilities, Target, Unsupported
-from moe_reference.config import ExpertsConfig, ExpertWeights, LayerConfig, LayerOutput
-from moe_reference.config import LayerWeights, RoutingConfig
+from moe_reference.config import (
+    ExpertsConfig,
+    ExpertWeights,
+    LayerConfig,
+    LayerOutput,
+    LayerWeights,
+    RoutingConfig,
+)
 
 from moe_optimized import alignment, dispatch, gating, layer
 from moe_optimized import experts as _experts
+from moe_optimized.interpreter import INTERPRETED, require_triton
 
 _VERSION = "0.1.0"
 
@@ -15,10 +24,18 @@ _GROUPED_ROUNDING = (
     # of both products are rounded.
     "pre_activation",
     "expert_output",
-    # Its inputs have one dtype: x's.
+    # Its two inputs have one dtype, x's.
     "activation",
     "expert_input",
     # The shared expert's products round like the others.
+    "shared_output",
+)
+
+_KERNEL_ROUNDING = (
+    # The kernels round where a result goes to memory: between the two products, and before the
+    # gather that weighs and adds up in float32.
+    "activation",
+    "expert_output",
     "shared_output",
 )
 
@@ -113,3 +130,111 @@ class Optimized(Target):
         if config.balance is not None:
             raise Unsupported("balance: expected None, got a BalanceConfig")
         return layer.layer(x, parameters, config, token_ids, padding_mask, training)
+
+
+class OptimizedTriton(Optimized):
+    """The kernels themselves: compiled on a GPU, in Triton's interpreter without one.
+
+    Raises:
+        ImportError: when it is constructed where Triton is not installed.
+    """
+
+    name = "optimized-triton"
+    capabilities = replace(
+        Optimized.capabilities,
+        devices=("cpu",) if INTERPRETED else ("cuda",),
+        # Tensor cores have no float64 product that tl.dot would use, and the kernels accumulate in
+        # float32.
+        dtypes=("float32", "bfloat16", "float16"),
+        rounding_points=_KERNEL_ROUNDING,
+        interpreted=INTERPRETED,
+    )
+
+    def __init__(self) -> None:
+        require_triton()
+
+    def route(
+        self,
+        logits: torch.Tensor,
+        config: RoutingConfig,
+        bias: torch.Tensor | None = None,
+        token_ids: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `moe_optimized.gating.route_triton`."""
+        _refuse_float64("logits", logits)
+        return gating.route_triton(logits, config, bias, token_ids)
+
+    def align(
+        self,
+        expert_ids: torch.Tensor,
+        block_size: int,
+        num_experts: int,
+        expert_map: torch.Tensor | None = None,
+        drop_invalid: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `moe_optimized.alignment.align_triton`."""
+        return alignment.align_triton(expert_ids, block_size, num_experts, expert_map, drop_invalid)
+
+    def align_batched(
+        self, tokens_per_expert: torch.Tensor, max_tokens: int, block_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `moe_optimized.alignment.align_batched_triton`."""
+        return alignment.align_batched_triton(tokens_per_expert, max_tokens, block_size)
+
+    def dispatch(
+        self, x: torch.Tensor, expert_ids: torch.Tensor, num_experts: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `moe_optimized.dispatch.dispatch_triton`."""
+        _refuse_float64("x", x)
+        return dispatch.dispatch_triton(x, expert_ids, num_experts)
+
+    def combine(
+        self, rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """See `moe_optimized.dispatch.combine_triton`."""
+        _refuse_float64("rows", rows)
+        return dispatch.combine_triton(rows, slots, weights)
+
+    def experts(
+        self,
+        x: torch.Tensor,
+        experts: ExpertWeights,
+        weights: torch.Tensor,
+        expert_ids: torch.Tensor,
+        config: ExpertsConfig,
+        expert_map: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `moe_optimized.experts.experts_triton`."""
+        _refuse_float64("x", x)
+        return _experts.experts_triton(x, experts, weights, expert_ids, config, expert_map)
+
+    def experts_batched(
+        self,
+        x: torch.Tensor,
+        tokens_per_expert: torch.Tensor,
+        experts: ExpertWeights,
+        config: ExpertsConfig,
+    ) -> torch.Tensor:
+        """See `moe_optimized.experts.experts_batched_triton`."""
+        _refuse_float64("x", x)
+        return _experts.experts_batched_triton(x, tokens_per_expert, experts, config)
+
+    def layer(
+        self,
+        x: torch.Tensor,
+        parameters: LayerWeights,
+        config: LayerConfig,
+        token_ids: torch.Tensor | None = None,
+        padding_mask: torch.Tensor | None = None,
+        training: bool = False,
+    ) -> LayerOutput:
+        """See `moe_optimized.layer.layer_triton`."""
+        _refuse_float64("x", x)
+        if config.balance is not None:
+            raise Unsupported("balance: expected None, got a BalanceConfig")
+        return layer.layer_triton(x, parameters, config, token_ids, padding_mask, training)
+
+
+def _refuse_float64(name: str, tensor: torch.Tensor) -> None:
+    if isinstance(tensor, torch.Tensor) and tensor.dtype is torch.float64:
+        raise Unsupported(f"{name}: expected float32, bfloat16 or float16, got float64")

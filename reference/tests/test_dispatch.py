@@ -72,6 +72,9 @@ def test_combine_is_rounded_once():
     # 256 + 1 + 1 is 258 in bfloat16, but 256 where every step is rounded.
     rows = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)
     assert combine(rows, torch.arange(3), torch.ones(1, 3)).item() == 258.0
+    # Each product alone would be rounded down, and so would their sum be then.
+    weights = torch.tensor([[1 + 2**-8 - 2**-12, 2**-8]])
+    assert combine(torch.ones_like(rows[:2]), torch.arange(2), weights).item() == 1 + 2**-7
 
 
 def test_the_gradient_of_a_token_is_rounded_once():
@@ -211,6 +214,9 @@ def test_ties_in_weight_go_to_the_lowest_token_and_nan_comes_last():
     ids = torch.zeros(4, 1, dtype=torch.int64)
     weights = torch.tensor([[math.nan], [0.5], [0.5], [0.1]])
     assert drop_to_capacity(weights, ids, 1, 1, "probs")[1].flatten().tolist() == [-1, 0, -1, -1]
+    ties, many = torch.full((5000, 1), 0.5), torch.zeros(5000, 1, dtype=torch.int64)
+    kept = drop_to_capacity(ties, many, 1, 2500, "probs")[1].flatten() == 0
+    assert torch.equal(kept, torch.arange(5000) < 2500)
     kept, _ = drop_to_capacity(weights, ids, 1, 3, "probs")
     assert kept.flatten().tolist() == pytest.approx([0.0, 0.5, 0.5, 0.1])
 

@@ -302,9 +302,11 @@ def test_an_empty_batch(shape):
     config = ExpertsConfig()
     weights = random_experts(shape[0], 5, 2, config)
     counts = torch.zeros(shape[0], dtype=torch.int64)
-    x = torch.zeros(shape, dtype=torch.bfloat16)
+    x = torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True)
     output = experts_batched(x, counts, weights, config)
     assert (output.shape, output.dtype) == (shape, torch.bfloat16)
+    output.sum().backward()
+    assert torch.equal(x.grad, torch.zeros_like(x))
 
 
 def test_initial_weights_have_the_fan_in_of_one_expert():

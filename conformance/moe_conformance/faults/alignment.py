@@ -152,7 +152,7 @@ class LastTileOfSlotsUnread(Arranged):
         return super().lay(read, room, block_size, sentinel)
 
 
-@fault("local-row-0-dropped", catches=("ALIGN-01",))
+@fault("local-row-0-dropped", catches=("ALIGN-11",))
 class LocalRow0Dropped(Around):
     """With `drop_invalid` a slot is kept where its local row is > 0 instead of >= 0."""
 
@@ -399,7 +399,7 @@ class OthersAlwaysDropped(Around):
         return replace(given, drop_invalid=True)
 
 
-@fault("drop-invalid-ignored", catches=("ALIGN-11",), thread="vLLM #19590")
+@fault("drop-invalid-ignored", catches=("ALIGN-11", "ALIGN-03"), thread="vLLM #19590")
 class DropInvalidIgnored(Around):
     """`drop_invalid` is taken and never looked at."""
 

@@ -588,7 +588,7 @@ class PairsMoveUp(Capped):
     def after(
         self, weights: Tensor, ids: Tensor, before: Tensor, experts: int
     ) -> tuple[Tensor, Tensor]:
-        order = (ids < 0).to(torch.int8).argsort(-1, stable=True)
+        order = (ids < 0).to(torch.int8).argsort(dim=-1, stable=True)
         return weights.gather(1, order), ids.gather(1, order)
 
 

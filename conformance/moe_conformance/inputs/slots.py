@@ -27,7 +27,7 @@ from moe_conformance.inputs.given import (
 BLOCK_SIZES = (1, 2, 4, 7, 16, 64, 128)
 """Block sizes where the target declares none: 1, tiles of kernels, one that is no power of two."""
 
-EXPERTS = (1, 2, 3, 5, 8, 31, 33, 60, 64, 72, 128, 255, 256, 257, 384)
+EXPERTS = (1, 2, 3, 5, 8, 31, 33, 60, 64, 72, 128, 160, 255, 256, 257, 384)
 """Numbers of experts: those of published models, one off powers of two, and beyond one byte."""
 
 LOADS = ("uniform", "skewed", "half empty", "one expert", "duplicates", "full blocks")
@@ -156,7 +156,9 @@ def _draw_ids(
     most = min(capabilities.max_experts or EXPERTS[-1], 33 if scope.interpreted else EXPERTS[-1])
     edges = [e for e in (*EXPERTS, most) if least <= e <= most]
     few = st.integers(least, min(most, 9))
-    experts = draw(st.one_of(few, st.sampled_from(edges)))
+    # Around and beyond one byte often enough for a fault there to be found.
+    many = [e for e in edges if e > 128] or edges
+    experts = draw(st.one_of(few, st.sampled_from(edges), st.sampled_from(many)))
     top_k = draw(st.integers(least_k, min(experts, capabilities.max_top_k or 16, 16)))
     largest = 33 if scope.interpreted else 130
     return {

@@ -752,7 +752,7 @@ def blocks_of_other_ranks_carry_minus_one(case: Case) -> None:
     "ALIGN-11",
     MUST,
     "align",
-    "With `drop_invalid` slots of experts that live elsewhere MUST be in no block, and no block "
+    "With `drop_invalid` the slots of local experts and no others MUST be in blocks, and no block "
     "before `padded_length` carries -1.",
     reason="The kernel then needs no test for -1, and reads before the first expert if there is "
     "one.",
@@ -760,10 +760,11 @@ def blocks_of_other_ranks_carry_minus_one(case: Case) -> None:
     given=slots(mapped=True, dropped=True, least_experts=2),
     references=ALIGN,
 )
-def dropped_slots_are_in_no_block(case: Case) -> None:
-    """No slot that is not local, and no -1."""
+def local_slots_alone_are_in_blocks(case: Case) -> None:
+    """Every local slot once, no slot that is not local, and no -1."""
 
     def rule(task: Task, blocks: Blocks) -> None:
+        _once(task, blocks)
         _absent(task, blocks)
         negative = (blocks.carried < 0) & (blocks.carried != NOTHING)
         if bool(negative.any()):

@@ -14,7 +14,16 @@ from moe_conformance.codec import replace_tensors, walk
 from moe_conformance.experts_oracle import Spread, experts_oracle, local_ids
 from moe_conformance.inputs.experts import expert_inputs
 from moe_conformance.inputs.given import Content, Given, Scope
-from moe_conformance.judge import Closeness, Violation, close, equal, has_form, impostors, within
+from moe_conformance.judge import (
+    Closeness,
+    Violation,
+    close,
+    equal,
+    equals,
+    has_form,
+    impostors,
+    within,
+)
 from moe_conformance.precision import UNIT, Arithmetic
 from moe_conformance.registry import MUST, requirement
 

@@ -1,0 +1,242 @@
+"""What the pages say about the code comes from the code: mkdocs fills in markers at build time.
+
+A marker is an HTML comment on a line of its own or inside a table cell:
+
+- `requirements: gating` - the numbered requirements of a concept, each with its property
+- `requirements table` - all ids, levels and sentences
+- `operations table` - all operations and the requirements that speak about them
+- `concepts table` - the concepts and how many requirements each has
+- `presets` - the routing of published models
+- `seen: gating` - real bugs of a concept from docs/data, each with the requirements that cite it
+- `picture: one_token` - a picture drawn by docs/pictures.py from what the reference computes
+- `help: check` - what `moespec check --help` prints
+- `terminal: 1: moespec check …` - runs a command in a folder with docs/examples, shows what it
+  prints, and stops the build unless it ends with that exit code
+
+An unknown marker stops the build.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from dataclasses import MISSING, fields
+from functools import cache
+from pathlib import Path
+
+import pictures
+from mkdocs.exceptions import PluginError
+from mkdocs.utils import get_relative_url
+from moe_conformance.cli import app
+from moe_conformance.pages import source_links
+from moe_conformance.registry import ANY, AREAS, requirements
+from moe_conformance.target import OPERATIONS
+from moe_reference.config import RoutingConfig
+from moe_reference.presets import PRESETS
+from typer.testing import CliRunner
+
+DOCS = Path(__file__).parent
+MARKER = re.compile(r"<!-- (requirements|requirements table|operations table|concepts table|presets"
+                    r"|seen|picture|help|terminal)(?:: (.*?))? -->")  # fmt: skip
+THREAD = re.compile(r"[\w./-]+ #\d+")
+ANY_COMMENT = re.compile(r"<!-- [a-z ]+(?::.*?)? -->")
+
+PAGES = {"gating": "spec/gating.md"}
+"""Concepts with a page of their own; the requirements of the others stand on one page."""
+EVERYTHING = "spec/requirements.md"
+EXAMPLE_REPORT = "example-report"
+
+_reports: list[Path] = []
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Replace the markers of a page."""
+    filled = MARKER.sub(lambda found: _fill(found[1], found[2], page.file), markdown)
+    unknown = ANY_COMMENT.search(filled)
+    if unknown:
+        raise PluginError(f"{page.file.src_uri}: unknown marker {unknown[0]}")
+    return filled
+
+
+def on_post_build(config):
+    """Put the report of the home page's example beside the pages."""
+    for report in _reports:
+        shutil.copytree(report, Path(config.site_dir) / EXAMPLE_REPORT, dirs_exist_ok=True)
+        shutil.rmtree(report.parent)
+    _reports.clear()
+
+
+def _fill(kind, argument, file):
+    if kind == "requirements":
+        return _requirement_blocks(argument)
+    if kind == "requirements table":
+        return _requirements_table(file)
+    if kind == "operations table":
+        return _operations_table(file)
+    if kind == "concepts table":
+        return _concepts_table(file)
+    if kind == "presets":
+        return _presets()
+    if kind == "seen":
+        return _seen(argument, file)
+    if kind == "picture":
+        return getattr(pictures, argument)()
+    if kind == "help":
+        return _fence(_help(argument))
+    code, _, command = argument.partition(": ")
+    return _fence(f"$ {command}\n{_terminal(command, int(code))}")
+
+
+def _fence(text, language="text"):
+    return f"```{language}\n{text.rstrip()}\n```"
+
+
+def _linked(source):
+    pieces = source_links(source)
+    return "".join(f"[{text}]({address})" if address else text for text, address in pieces)
+
+
+def _link(requirement, file):
+    """The id, linked to where the requirement stands in full."""
+    page = PAGES.get(requirement.area, EVERYTHING)
+    anchor = f"#{requirement.id.lower()}"
+    if page == file.src_uri:
+        return f"[{requirement.id}]({anchor})"
+    return f"[{requirement.id}]({get_relative_url(page, file.src_uri)}{anchor})"
+
+
+def _requirement_blocks(area):
+    found = requirements(area)
+    if not found:
+        raise PluginError(f"no requirements of '{area}'; concepts are {', '.join(AREAS.values())}")
+    return "\n\n".join(_block(each) for each in found)
+
+
+def _block(each):
+    title = each.title[0].upper() + each.title[1:]
+    facts = [f"**Why.** {each.reason}"]
+    facts.append("**From.** " + "; ".join(_linked(source) for source in each.sources) + ".")
+    if each.faults:
+        faults = ", ".join(f"`{name}`" for name in each.faults)
+        facts.append(f"**Seeded faults that it has to catch.** {faults}.")
+    operation = "every operation" if each.operation == ANY else f"`{each.operation}`"
+    property_ = _indented(_fence(each.property_source, "python"))
+    return "\n\n".join(
+        [
+            f"### {each.id} · {title} {{ #{each.id.lower()} }}",
+            f'<span class="level">{each.level}</span> · {operation}',
+            each.sentence,
+            *facts,
+            f'??? example "The property"\n\n{property_}',
+        ]
+    )
+
+
+def _indented(text):
+    return "\n".join(f"    {line}".rstrip() for line in text.splitlines())
+
+
+def _cell(text):
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _table(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _requirements_table(file):
+    rows = [
+        [_link(r, file), r.level, f"`{r.operation}`", _cell(r.sentence)] for r in requirements()
+    ]
+    return _table(["id", "level", "operation", "sentence"], rows)
+
+
+def _operations_table(file):
+    rows = []
+    for operation in OPERATIONS:
+        about = [r for r in requirements() if operation in (r.operation, *r.also)]
+        rows.append([f"`{operation}`", ", ".join(_link(r, file) for r in about) or "none yet"])
+    rows.append(["all of them", ", ".join(_link(r, file) for r in requirements()
+                                          if r.operation == ANY)])  # fmt: skip
+    return _table(["operation", "requirements"], rows)
+
+
+def _concepts_table(file):
+    rows = []
+    for prefix, area in AREAS.items():
+        found = requirements(area)
+        page = get_relative_url(PAGES.get(area, EVERYTHING), file.src_uri)
+        name = area.replace("_", " ")
+        ids = f"{found[0].id} to {found[-1].id}" if found else "none yet"
+        rows.append([f"[{name}]({page})" if found else name, f"`{prefix}`", ids])
+    return _table(["concept", "ids begin with", "requirements"], rows)
+
+
+def _presets():
+    defaults = {f.name: f.default for f in fields(RoutingConfig) if f.default is not MISSING}
+    rows = []
+    for name, config in PRESETS.items():
+        changed = [
+            f"{field} = {getattr(config, field)}"
+            for field, default in defaults.items()
+            if field not in ("score", "order", "hash_table") and getattr(config, field) != default
+        ]
+        rows.append(
+            [f"`{name}`", str(config.top_k), config.score, config.order.replace("_", " "),
+             ", ".join(changed) or "-"]
+        )  # fmt: skip
+    return _table(["preset", "K", "score", "order", "what else is not the default"], rows)
+
+
+def _seen(area, file):
+    rows = []
+    for bug in tomllib.loads((DOCS / "data" / f"{area}_bugs.toml").read_text())["bug"]:
+        threads = set(THREAD.findall(bug["threads"]))
+        citing = [r for r in requirements() if threads & set(THREAD.findall(", ".join(r.sources)))]
+        if bool(citing) == ("outside" in bug):
+            raise PluginError(
+                f"{area}_bugs.toml: {bug['threads']}: expected either a requirement that cites it "
+                f"or the field 'outside', got {len(citing)} requirements"
+            )
+        caught = ", ".join(_link(each, file) for each in citing) or bug["outside"]
+        rows.append([_linked(bug["threads"]), _cell(bug["what"]), _cell(bug["shown_by"]), caught])
+    return _table(["thread", "what went wrong", "inputs that show it", "requirement"], rows)
+
+
+@cache
+def _help(command):
+    result = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "96"})
+    if result.exit_code:
+        raise PluginError(f"moespec {command} --help ended with {result.exit_code}")
+    return result.output.replace("Usage: root", "Usage: moespec")
+
+
+@cache
+def _terminal(command, code):
+    folder = Path(tempfile.mkdtemp())
+    shutil.copytree(DOCS / "examples", folder, dirs_exist_ok=True)
+    arguments = shlex.split(command)
+    if arguments[0] != "moespec":
+        raise PluginError(f"expected a moespec command, got '{command}'")
+    ran = subprocess.run(
+        [sys.executable, "-m", "moe_conformance", *arguments[1:]],
+        cwd=folder,
+        env={**os.environ, "COLUMNS": "96", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    if ran.returncode != code:
+        raise PluginError(
+            f"'{command}' ended with {ran.returncode}, not {code}:\n{ran.stdout}{ran.stderr}"
+        )
+    if (folder / "moespec-report").is_dir():
+        _reports.append(folder / "moespec-report")
+    else:
+        shutil.rmtree(folder)
+    return ran.stdout
