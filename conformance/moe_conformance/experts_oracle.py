@@ -20,7 +20,7 @@ from moe_reference.config import ExpertsConfig, ExpertWeights
 from moe_reference.experts import experts as reference_experts
 
 from moe_conformance.codec import replace_tensors
-from moe_conformance.precision import TINY, UNIT, Arithmetic
+from moe_conformance.precision import FLOOR, UNIT, Arithmetic
 
 FUNCTION_ULPS = 4.0
 """Errors of exp, tanh or erf in units of the accumulator: what fast hardware versions document."""
@@ -98,8 +98,8 @@ def experts_oracle(
     if arithmetic.dtype == "float64":
         variance = 2 * variance  # the oracle's own errors are as large
     freedom = 1 / (1 / hidden + trace_squared / trace.square().clamp_min(1e-300))
-    floor = TINY[arithmetic.dtype] / 2
-    return Spread(value, variance.sqrt().clamp_min(floor), freedom.clamp_min(1.0))
+    sigma = variance.sqrt().clamp_min(FLOOR[arithmetic.dtype])
+    return Spread(value, sigma, freedom.clamp_min(1.0))
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,10 @@ TINY = {
 flushed to zero, and the spacing of float16, whose subnormals are used and kept."""
 
 
+FLOOR = {dtype: max(tiny / 2, TINY["float64"] ** 0.5) for dtype, tiny in TINY.items()}
+"""The smallest standard deviation: half of `TINY`, but never so small that its square is 0."""
+
+
 @dataclass(frozen=True)
 class Arithmetic:
     """What one operation may round on inputs of one dtype.

@@ -40,7 +40,8 @@ class RoutingOracle:
         config: the definition.
         bias: [E] or None, float64.
         token_ids: [T] or None.
-        unit: unit roundoff of scores and selection.
+        unit: unit roundoff that scores are evaluated with.
+        score_unit: unit roundoff of the dtype that scores are kept in, and of all that follows.
         weight_unit: unit roundoff that the final weights may be rounded with.
         tiny: absolute error of a result that underflows.
         logit_error: absolute error of the logits themselves, where the target computed them.
@@ -51,6 +52,7 @@ class RoutingOracle:
     bias: torch.Tensor | None
     token_ids: torch.Tensor | None
     unit: float
+    score_unit: float
     weight_unit: float
     tiny: float
     logit_error: torch.Tensor | None = None
@@ -63,7 +65,7 @@ class RoutingOracle:
         bias: torch.Tensor | None = None,
         token_ids: torch.Tensor | None = None,
         points: frozenset[str] = frozenset(),
-        router_dtype: str = "float32",
+        router_dtype: str | None = None,
         logit_error: torch.Tensor | None = None,
         dtype: str | None = None,
     ) -> RoutingOracle:
@@ -72,17 +74,17 @@ class RoutingOracle:
         `dtype` is that of the logits, where they are given here in another one.
         """
         dtype = dtype or str(logits.dtype).removeprefix("torch.")
-        score_dtype = "float64" if dtype == "float64" else router_dtype
-        if "router_scores" in points:
-            score_dtype = dtype
+        evaluated = router_dtype or ("float64" if dtype == "float64" else "float32")
+        score_dtype = dtype if "router_scores" in points else evaluated
         weight_dtype = dtype if "router_weights" in points else score_dtype
         # Two float64 evaluations are compared where the target computes in float64 as well.
-        twice = 2.0 if score_dtype == "float64" else 1.0
+        twice = 2.0 if evaluated == "float64" else 1.0
         return cls(
             logits.double(),
             config,
             None if bias is None else bias.double(),
             token_ids,
+            UNIT[evaluated] * twice,
             UNIT[score_dtype] * twice,
             UNIT[weight_dtype] * twice,
             max(TINY[score_dtype], TINY[weight_dtype]),
@@ -110,7 +112,7 @@ class RoutingOracle:
         if logit_error is not None:
             # No score changes faster, relative to itself, than its own logit and the largest other.
             error = error + value * 2 * logit_error.amax(-1, keepdim=True)
-        return Scored(value, error + self.tiny)
+        return Scored(value, error + value * self.score_unit + self.tiny)
 
     def selection(self) -> Scored:
         """What the experts are ranked by, before groups."""
@@ -122,7 +124,7 @@ class RoutingOracle:
         if self.bias is None:
             return keys
         biased = keys.value + self.bias
-        return Scored(biased, keys.error + self.unit * (keys.value.abs() + self.bias.abs()))
+        return Scored(biased, keys.error + self.score_unit * (keys.value.abs() + self.bias.abs()))
 
     def check_ids(self, ids: torch.Tensor) -> None:
         """Refuse a choice that no rounding within the bounds could have made.
@@ -185,7 +187,7 @@ class RoutingOracle:
         count = best[config.group_score]
         value = value_TGM.topk(count, -1).values.sum(-1)
         # Any member may enter the sum, so each of its terms is off by the largest error at most.
-        error = count * error_TGM.amax(-1) + (count - 1) * self.unit * value.abs()
+        error = count * error_TGM.amax(-1) + (count - 1) * self.score_unit * value.abs()
         ranked = value.sort(dim=-1, descending=True, stable=True)
         last = ranked.values[:, config.topk_groups - 1, None]
         open_groups = torch.zeros_like(value, dtype=torch.bool)
@@ -213,7 +215,7 @@ class RoutingOracle:
 
     def weights(self, ids: torch.Tensor) -> Scored:
         """The weights [T, K] that belong to these ids."""
-        config, u = self.config, self.unit
+        config, u = self.config, self.score_unit
         ids = ids.long()
         if config.order == "topk_then_score":
             error = self.logit_error

@@ -38,7 +38,7 @@ DTYPES: tuple[str, ...] = ("float32", "bfloat16", "float16", "float64")
 
 ROUNDING_POINTS: dict[str, str] = {
     "router_logits": "the router's product is rounded to x's dtype",
-    "router_scores": "the score function is evaluated and rounded in the logits' dtype",
+    "router_scores": "scores are rounded to the logits' dtype, and what follows is computed in it",
     "router_weights": "the routing weights are rounded to the logits' dtype",
     "expert_input": "x times its weight is rounded before the first product (weight_on = input)",
     "pre_activation": "the first product's result is rounded before the activation",
@@ -87,7 +87,8 @@ class Capabilities:
             `expert_map` (with and without) and `invalid_ids` (ids that mean *not here*).
         layer: the same for `LayerConfig`, and for `shared` and `shared_gate` (with and without).
         align: the same for `drop_invalid`, `expert_map`, `invalid_ids`.
-        router_dtype: what the router computes in.
+        router_dtype: what the router computes in, whatever its inputs are; None is the contract's
+            rule, float32, or float64 where the logits are float64.
         min_experts: smallest E.
         max_experts: largest E; None has no limit.
         max_top_k: largest K; None has no limit.
@@ -117,7 +118,7 @@ class Capabilities:
     experts: Choices | Sequence[Choices] = field(default_factory=dict)
     layer: Choices | Sequence[Choices] = field(default_factory=dict)
     align: Choices | Sequence[Choices] = field(default_factory=dict)
-    router_dtype: str = "float32"
+    router_dtype: str | None = None
     min_experts: int = 1
     max_experts: int | None = None
     max_top_k: int | None = None
@@ -146,7 +147,7 @@ class Capabilities:
         _check_known("accumulator", (self.accumulator,), ACCUMULATORS)
         _check_known("ties", (self.ties,), ("lowest", "free"))
         _check_known("logits_through", (self.logits_through,), ("direct", "identity"))
-        _check_known("router_dtype", (self.router_dtype,), DTYPES)
+        _check_known("router_dtype", (self.router_dtype or "float32",), DTYPES)
 
     def alternatives(self, area: str) -> list[dict[str, tuple[Any, ...]]]:
         """The declared choices of `routing`, `experts`, `layer` or `align` as a list."""

@@ -135,6 +135,18 @@ class Around(Reference):
         return aligned
 
 
+class Ids(Around):
+    """`align` of the reference for other ids, where the call is one that it takes."""
+
+    def before(self, given: Call) -> Call:
+        self.right(given)
+        return replace(given, expert_ids=self.read(given.expert_ids, given))
+
+    def read(self, ids: Tensor, given: Call) -> Tensor:
+        """The ids as this target sees them."""
+        return ids
+
+
 @fault("slots-beyond-a-thread-block-lost", catches=("ALIGN-01", "ALIGN-21"))
 class SlotsBeyondAThreadBlockLost(Arranged):
     """Only the first 64 slots of an expert are written, as one thread block has no more places."""
@@ -194,13 +206,11 @@ class ALoneSlotSharesABlock(Arranged):
 class OnePaddedBlockTooMany(Arranged):
     """The padded length is the index of the last block plus two."""
 
-    def result(self, entries: list[int], carried: list[int]) -> Aligned:
-        sorted_, experts, length = super().result(entries, carried)
-        if carried:
-            block = len(entries) // len(carried)
-            more = sorted_.new_full((block,), 2**31 - 1 if not entries else max(entries))
-            return torch.cat([sorted_, more]), torch.cat([experts, experts[-1:]]), length + block
-        return sorted_, experts, length
+    def arrange(self, shares: list[Share], block_size: int, sentinel: int) -> Aligned:
+        sorted_, carried, length = super().arrange(shares, block_size, sentinel)
+        more = sorted_.new_full((block_size,), sentinel)
+        expert = carried[-1:] if len(carried) else carried.new_zeros(1)
+        return torch.cat([sorted_, more]), torch.cat([carried, expert]), length + block_size
 
 
 @fault("full-blocks-get-another", catches=("ALIGN-03", "ALIGN-22"))
@@ -211,7 +221,7 @@ class FullBlocksGetAnother(Arranged):
         return count // block_size + 1 if count else 0
 
 
-@fault("ceil-by-bit-mask", catches=("ALIGN-03", "ALIGN-22"))
+@fault("ceil-by-bit-mask", catches=("ALIGN-03",))
 class CeilByBitMask(Arranged):
     """Counts are rounded up with a bit mask, which takes a power of two for the block size."""
 
@@ -421,60 +431,55 @@ class LocalExpertsTakenForARange(Around):
 
 
 @fault("minus-one-is-the-last-expert", catches=("ALIGN-12",), thread="SGLang #12701")
-class MinusOneIsTheLastExpert(Around):
+class MinusOneIsTheLastExpert(Ids):
     """Negative ids count from the end, as indices do in Python."""
 
-    def before(self, given: Call) -> Call:
-        ids, experts = given.expert_ids, given.num_experts
-        return replace(given, expert_ids=ids.where((ids >= 0) | (ids < -experts), ids + experts))
+    def read(self, ids: Tensor, given: Call) -> Tensor:
+        experts = given.num_experts
+        return ids.where((ids >= 0) | (ids < -experts), ids + experts)
 
 
 @fault("id-e-is-the-last-expert", catches=("ALIGN-12",), thread="transformers #48653")
-class IdEIsTheLastExpert(Around):
+class IdEIsTheLastExpert(Ids):
     """The sentinel E is cut down to the last expert."""
 
-    def before(self, given: Call) -> Call:
-        ids, experts = given.expert_ids, given.num_experts
-        return replace(given, expert_ids=ids.where(ids != experts, experts - 1))
+    def read(self, ids: Tensor, given: Call) -> Tensor:
+        return ids.where(ids != given.num_experts, given.num_experts - 1)
 
 
 @fault("ids-cut-to-32-bits", catches=("ALIGN-12",))
-class IdsCutTo32Bits(Around):
+class IdsCutTo32Bits(Ids):
     """Ids are cast to int32 before they are checked."""
 
-    def before(self, given: Call) -> Call:
-        return replace(given, expert_ids=given.expert_ids.int())
+    def read(self, ids: Tensor, given: Call) -> Tensor:
+        return ids.int()
 
 
 @fault("map-read-at-minus-one", catches=("ALIGN-12",), thread="vLLM #42034")
-class MapReadAtMinusOne(Around):
+class MapReadAtMinusOne(Ids):
     """The map is read at -1, which is the last global expert's local row."""
 
-    def before(self, given: Call) -> Call:
-        ids, last = given.expert_ids, given.num_experts - 1
-        return replace(
-            given, expert_ids=ids if given.expert_map is None else ids.where(ids != -1, last)
-        )
+    def read(self, ids: Tensor, given: Call) -> Tensor:
+        return ids if given.expert_map is None else ids.where(ids != -1, given.num_experts - 1)
 
 
 @fault("a-mask-holds-one-of-two", catches=("ALIGN-13",))
-class AMaskHoldsOneOfTwo(Around):
+class AMaskHoldsOneOfTwo(Ids):
     """Slots are found in a mask of tokens and experts, which holds a repeated id once."""
 
-    def before(self, given: Call) -> Call:
-        ids = given.expert_ids
+    def read(self, ids: Tensor, given: Call) -> Tensor:
         seen = (ids[:, :, None] == ids[:, None, :]).tril(-1).any(-1)
-        return replace(given, expert_ids=ids.where(~seen, -1))
+        return ids.where(~seen, -1)
 
 
 @fault("equal-neighbours-merged", catches=("ALIGN-13",))
-class EqualNeighboursMerged(Around):
+class EqualNeighboursMerged(Ids):
     """An id equal to the one before it in the row is left out."""
 
-    def before(self, given: Call) -> Call:
-        ids = given.expert_ids.clone()
-        ids[:, 1:] = ids[:, 1:].where(ids[:, 1:] != given.expert_ids[:, :-1], -1)
-        return replace(given, expert_ids=ids)
+    def read(self, ids: Tensor, given: Call) -> Tensor:
+        merged = ids.clone()
+        merged[:, 1:] = ids[:, 1:].where(ids[:, 1:] != ids[:, :-1], -1)
+        return merged
 
 
 @fault("slots-in-order-of-atomics", catches=("ALIGN-14", "ALIGN-30"), thread="FlagGems #6492")
@@ -558,22 +563,20 @@ class ABlockOfExpertsTooFew(Arranged):
 
 
 @fault("ids-read-as-one-piece", catches=("ALIGN-18",))
-class IdsReadAsOnePiece(Around):
+class IdsReadAsOnePiece(Ids):
     """Ids are read from their first address on, whatever the strides are."""
 
-    def before(self, given: Call) -> Call:
-        ids = given.expert_ids
-        return replace(given, expert_ids=ids.as_strided(ids.shape, (ids.shape[1], 1)))
+    def read(self, ids: Tensor, given: Call) -> Tensor:
+        return ids.as_strided(ids.shape, (ids.shape[1], 1))
 
 
 @fault("ids-read-in-order-of-memory", catches=("ALIGN-18",))
-class IdsReadInOrderOfMemory(Around):
+class IdsReadInOrderOfMemory(Ids):
     """Ids that lie column by column are numbered column by column."""
 
-    def before(self, given: Call) -> Call:
-        ids = given.expert_ids
+    def read(self, ids: Tensor, given: Call) -> Tensor:
         by_column = not ids.is_contiguous() and ids.stride(0) == 1
-        return replace(given, expert_ids=ids.t().reshape(ids.shape) if by_column else ids)
+        return ids.t().reshape(ids.shape) if by_column else ids
 
 
 def _nothing() -> Aligned:

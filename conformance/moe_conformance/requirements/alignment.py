@@ -237,6 +237,19 @@ def _mixed(task: Task, blocks: Blocks) -> Impostors:
         yield "another expert's slot", blocks.changed(place, int(foreign.nonzero()[0, -1]))
 
 
+def _all_present(task: Task, blocks: Blocks) -> None:
+    owners = task.owners(blocks)
+    found = torch.bincount(owners[owners >= 0], minlength=len(task.carried))
+    missed = (task.counts > 0) & (found == 0)
+    if bool(missed.any()):
+        expert = int(missed.nonzero()[0])
+        raise Violation(
+            f"expert {expert}: expected a block for its {int(task.counts[expert])} slots, got none",
+            None,
+            blocks.slots,
+        )
+
+
 def _exact_length(task: Task, blocks: Blocks) -> None:
     if blocks.length != task.padded:
         raise Violation(
@@ -268,10 +281,12 @@ def _padding(task: Task, blocks: Blocks) -> None:
             None,
             blocks.slots,
         )
-    # A slot's number is no padding either: it stands there once more than it should.
-    free = blocks.slots.numel() - int((task.owner >= 0).sum())
+    # A slot's number is no padding either: it stands there once more than it should. Slots that
+    # should not stand there at all are the business of another requirement, too.
+    slots_ = int((task.owner >= 0).sum() + (known & (task.owners(blocks) < 0)).sum())
+    free = blocks.slots.numel() - slots_
     padded = int((blocks.slots == task.sentinel).sum() + (blocks.slots == NOTHING).sum())
-    if blocks.length == task.padded and padded < free:
+    if padded < free:
         raise Violation(
             f"padding: expected {free} entries that are {task.sentinel}, got {padded}",
             None,
@@ -284,7 +299,8 @@ def _other_padding(task: Task, blocks: Blocks) -> Impostors:
     if bool(pads.any()):
         yield "-1", blocks.changed(pads, -1)
         yield "one more", blocks.changed(pads, task.sentinel + 1)
-        yield "one less", blocks.changed(pads, task.sentinel - 1)
+        if int(task.owner[-1]) >= 0:
+            yield "one less", blocks.changed(pads, task.sentinel - 1)
 
 
 def _carried(task: Task, blocks: Blocks) -> None:
@@ -311,17 +327,12 @@ def _said(value: torch.Tensor) -> str:
 
 
 def _other_experts(task: Task, blocks: Blocks) -> Impostors:
-    every = torch.ones_like(blocks.carried, dtype=torch.bool)
-    if len(blocks.carried):
+    filled = (task.owners(blocks) >= 0).any(-1).nonzero()[:, 0].tolist()
+    if filled:
+        every = torch.ones_like(blocks.carried, dtype=torch.bool)
         yield "one expert further", blocks.carrying(every, blocks.carried + 1)
-        yield (
-            "the last block's cut off",
-            [
-                blocks.outputs[0],
-                blocks.carried[:-1].int(),
-                blocks.length,
-            ],
-        )
+        cut = blocks.carried[: filled[-1]].int()
+        yield "the last block's cut off", [blocks.outputs[0], cut, blocks.length]
 
 
 def _no_empty(task: Task, blocks: Blocks) -> None:
@@ -723,13 +734,13 @@ def _other_local(task: Task, blocks: Blocks) -> Impostors:
     references=ALIGN,
 )
 def blocks_of_other_ranks_carry_minus_one(case: Case) -> None:
-    """Their slots stand once each, in blocks that carry -1."""
+    """Every one of them that has slots has a block, and the block carries -1."""
     outputs, task = _aligned(case)
     elsewhere = (task.owner >= 0) & (task.carried[task.owner.clamp_min(0)] < 0)
     other = Task(task.operation, task.owner.where(elsewhere, -1), task.carried, task.block_size)
 
     def rule(task: Task, blocks: Blocks) -> None:
-        _once(task, blocks)
+        _all_present(task, blocks)
         _carried(task, blocks)
 
     def wrong(task: Task, blocks: Blocks) -> Impostors:
@@ -757,14 +768,14 @@ def blocks_of_other_ranks_carry_minus_one(case: Case) -> None:
     reason="The kernel then needs no test for -1, and reads before the first expert if there is "
     "one.",
     sources=(A7, "vLLM #19590", "aiter #2447", "SGLang #28170"),
-    given=slots(mapped=True, dropped=True, least_experts=2),
+    given=slots(mapped=True, dropped=True, invalid=False, least_experts=2),
     references=ALIGN,
 )
 def local_slots_alone_are_in_blocks(case: Case) -> None:
-    """Every local slot once, no slot that is not local, and no -1."""
+    """A block for every local expert that has slots, no slot that is not local, and no -1."""
 
     def rule(task: Task, blocks: Blocks) -> None:
-        _once(task, blocks)
+        _all_present(task, blocks)
         _absent(task, blocks)
         negative = (blocks.carried < 0) & (blocks.carried != NOTHING)
         if bool(negative.any()):
@@ -863,19 +874,26 @@ def zero_tokens_need_no_block(case: Case) -> None:
     "With block size 1 there MUST be one block for each slot and no padding.",
     reason="Decoding with a token or two runs at the smallest block size.",
     sources=(A7, "aiter #4041"),
-    given=slots(block_sizes=(1,)),
+    given=slots(block_sizes=(1,), mapped=False, invalid=False),
     references=ALIGN,
 )
 def block_size_one_has_no_padding(case: Case) -> None:
-    """The first padded_length entries are the slots themselves."""
+    """padded_length is the number of slots, and none of the entries before it is T·K."""
 
     def rule(task: Task, blocks: Blocks) -> None:
         _exact_length(task, blocks)
-        _once(task, blocks)
+        padding = (blocks.slots == task.sentinel).nonzero()
+        if len(padding):
+            raise Violation(
+                f"sorted entry {int(padding[0, 0])}: expected a slot, got the padding "
+                f"{task.sentinel}",
+                None,
+                blocks.slots,
+            )
 
     def wrong(task: Task, blocks: Blocks) -> Impostors:
         yield from _other_lengths(task, blocks)
-        yield from _not_once(task, blocks)
+        yield "a slot lost", blocks.changed(blocks.slots == blocks.slots[0], task.sentinel)
 
     _judge(case, _aligned(case), rule, wrong)
 
@@ -909,17 +927,31 @@ def buffers_are_int32_and_long_enough(case: Case) -> None:
     references=ALIGN,
 )
 def ids_are_read_by_their_strides(case: Case) -> None:
-    """As ALIGN-01, ALIGN-02 and ALIGN-03, with transposed, strided and offset ids."""
+    """Transposed, strided and offset ids against the same ids in one piece."""
+    outputs, task = _aligned(case)
+    plain = _placed(task.read(_aligned(case, layouts={"expert_ids": "contiguous"})[0]))
 
     def rule(task: Task, blocks: Blocks) -> None:
-        _once(task, blocks)
-        _single(task, blocks)
-        _exact_length(task, blocks)
+        found = _placed(blocks)
+        if not torch.equal(found, plain):
+            raise Violation(
+                f"expected the blocks of the same ids in one piece, {len(plain)} entries, got "
+                f"{len(found)} entries, or others",
+                plain,
+                found,
+            )
 
     def wrong(task: Task, blocks: Blocks) -> Impostors:
         yield from _not_once(task, blocks)
+        yield from _other_experts(task, blocks)
 
-    _judge(case, _aligned(case), rule, wrong)
+    _judge(case, (outputs, task), rule, wrong)
+
+
+def _placed(blocks: Blocks) -> torch.Tensor:
+    """Each entry with what its block carries, in an order that is the same for every legal one."""
+    pairs = blocks.slots * 2**20 + blocks.carried[:, None]
+    return pairs.flatten().sort().values
 
 
 def _undeclared(given: Given) -> Given:

@@ -373,7 +373,7 @@ def closed_groups_stay_closed(case: Case) -> None:
     references=("gating.route",),
 )
 def ties_go_to_the_lowest_id(case: Case) -> None:
-    """Logits from four values far apart: the choice is known without any rounding."""
+    """Logits from three values far apart: the choice is known without any rounding."""
     _, ids = _route(case)
     logits, top_k = case["logits"].double(), case["config"].top_k
     expected = logits.sort(dim=-1, descending=True, stable=True).indices[:, :top_k].sort(-1).values
@@ -391,7 +391,7 @@ def ties_go_to_the_lowest_id(case: Case) -> None:
 
 def _tied(plan: Plan) -> Inputs:
     inputs = build_routing(plan)
-    values = Content(plan["seed"]).integers(-2, 1, *inputs["logits"].shape)
+    values = Content(plan["seed"]).integers(-1, 1, *inputs["logits"].shape)
     inputs["logits"] = values.to(inputs["logits"].dtype)
     return inputs
 
@@ -624,7 +624,7 @@ def _gradient_bound(
     with torch.no_grad():
         scored = oracle.scores(oracle.logits.detach())
         relative = (scored.error / scored.value.clamp_min(oracle.tiny)).amax(-1, keepdim=True)
-        terms = sum(oracle.logits.shape) + 16
+        terms = oracle.logits.shape[1] + 16
         mass = (weights * cotangent).abs()
         own = torch.zeros_like(oracle.logits).scatter_add(1, ids.long(), mass)
         chosen = torch.zeros_like(oracle.logits).scatter(1, ids.long(), 1.0)

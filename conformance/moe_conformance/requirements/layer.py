@@ -15,7 +15,7 @@ from moe_conformance.experts_oracle import Spread, expert_spread, experts_oracle
 from moe_conformance.inputs.given import Given
 from moe_conformance.inputs.layer import layer_inputs
 from moe_conformance.judge import Closeness, Violation, close, equal, has_form, impostors
-from moe_conformance.precision import UNIT, Arithmetic
+from moe_conformance.precision import FLOOR, UNIT, Arithmetic
 from moe_conformance.registry import MUST, requirement
 from moe_conformance.routing_oracle import RoutingOracle
 
@@ -49,11 +49,10 @@ def _routing(case: Case) -> RoutingOracle:
     logits = x @ router.T
     capabilities = case.scope.capabilities
     dtype = str(case["x"].dtype).removeprefix("torch.")
-    router_dtype = capabilities.router_dtype
-    if dtype == "float64":
-        router_dtype = "float64"
-    # A worst case bound: every order of H products, each rounded, in the router's dtype.
-    unit = UNIT["float32"] if router_dtype not in ("float32", "float64") else UNIT[router_dtype]
+    # A worst case bound: every order of H products, each rounded. Where the product is rounded to a
+    # narrower dtype at the end, that is declared as a rounding point.
+    evaluated = capabilities.router_dtype or ("float64" if dtype == "float64" else "float32")
+    unit = min(UNIT[evaluated], UNIT["float32"])
     error = (x.shape[-1] + 1) * unit * (x.abs() @ router.abs().T)
     if parameters.router_bias is not None:
         logits = logits + parameters.router_bias.double()
@@ -66,7 +65,7 @@ def _routing(case: Case) -> RoutingOracle:
         config.routing,
         bias,
         points=frozenset(capabilities.rounding_points),
-        router_dtype=router_dtype,
+        router_dtype=capabilities.router_dtype,
         logit_error=error,
         dtype=dtype,
     )
@@ -120,9 +119,8 @@ def _expected(
         value = value + shared
         variance = variance + shared_variance + arithmetic.variance(value)
     shape = case["x"].shape
-    return Spread(
-        value.reshape(shape), variance.sqrt().reshape(shape), routed.freedom.reshape(shape[:-1])
-    )
+    sigma = variance.sqrt().clamp_min(FLOOR[arithmetic.dtype])
+    return Spread(value.reshape(shape), sigma.reshape(shape), routed.freedom.reshape(shape[:-1]))
 
 
 def _shared(

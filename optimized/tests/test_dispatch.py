@@ -1,0 +1,125 @@
+import pytest
+import torch
+from moe_optimized.dispatch import (
+    combine_torch,
+    combine_triton,
+    dispatch_torch,
+    dispatch_triton,
+    gather_sum,
+    spread,
+)
+from moe_optimized.interpreter import HAS_TRITON, launches
+from moe_reference import dispatch as reference
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
+dispatches = pytest.mark.parametrize(
+    "implementation",
+    [
+        pytest.param(dispatch_torch, id="torch"),
+        pytest.param(dispatch_triton, id="triton", marks=needs_triton),
+    ],
+)
+combines = pytest.mark.parametrize(
+    "implementation",
+    [
+        pytest.param(combine_torch, id="torch"),
+        pytest.param(combine_triton, id="triton", marks=needs_triton),
+    ],
+)
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+# Tokens, experts per token, experts, hidden size.
+SHAPES = [(0, 2, 3, 4), (4, 0, 3, 4), (5, 2, 0, 3), (1, 1, 1, 1), (9, 3, 4, 19), (70, 2, 8, 33)]
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+@dispatches
+@dtypes
+@shapes
+def test_dispatch_agrees_with_the_reference(implementation, shape, dtype, assert_close):
+    T, K, E, H = shape
+    ids = torch.randint(-2, E + 2, (T, K))
+    x = torch.randn(T, H).to(dtype)
+    ours, theirs = (x.clone().requires_grad_() for _ in range(2))
+    rows, counts, slots = implementation(ours, ids, E)
+    expected, expected_counts, expected_slots = reference.dispatch(theirs, ids, E)
+    assert torch.equal(rows, expected)
+    assert torch.equal(counts, expected_counts)
+    assert torch.equal(slots, expected_slots)
+    rows.sum().backward()
+    expected.sum().backward()
+    assert_close(ours.grad, theirs.grad)
+
+
+@combines
+@dtypes
+@shapes
+def test_combine_agrees_with_the_reference(implementation, shape, dtype, assert_close):
+    T, K, E, H = shape
+    ids = torch.randint(-1, E + 1, (T, K))
+    rows, _, slots = reference.dispatch(torch.randn(T, H).to(dtype), ids, E)
+    # Rows of nobody and weights without a row may hold anything, and the order of rows is free.
+    slots = torch.cat([slots, torch.tensor([T * K, T * K])])
+    rows = torch.cat([rows, rows.new_full((2, H), float("nan"))])
+    shuffle = torch.randperm(len(slots))
+    weights = torch.rand(T, K).to(dtype)
+    weights[(ids < 0) | (ids >= E)] = float("nan")
+
+    found = []
+    cotangent = torch.randn(T, H).to(dtype)
+    for run in (implementation, reference.combine):
+        leaves = rows[shuffle].requires_grad_(), weights.clone().requires_grad_()
+        out = run(leaves[0], slots[shuffle], leaves[1])
+        out.backward(cotangent)
+        found.append((out, leaves[0].grad, leaves[1].grad))
+    for actual, expected in zip(*found, strict=True):
+        assert actual.dtype is expected.dtype
+        assert_close(actual, expected)
+
+
+@combines
+def test_combine_takes_any_strides(implementation, assert_close):
+    rows = torch.randn(12, 10)[::2, ::2]
+    slots = torch.randperm(6)
+    weights = torch.rand(2, 3).T.contiguous().T
+    expected = reference.combine(rows, slots, weights)
+    assert_close(implementation(rows, slots, weights), expected)
+    assert_close(implementation(rows.T.contiguous().T, slots, weights), expected)
+
+
+@combines
+def test_combine_refuses_slots_of_nothing(implementation):
+    with pytest.raises(ValueError, match="slots: expected slots from 0 to 4, got 5"):
+        implementation(torch.randn(2, 3), torch.tensor([0, 5]), torch.rand(2, 2))
+    with pytest.raises(ValueError, match=r"slots: expected shape \[2\]"):
+        implementation(torch.randn(2, 3), torch.tensor([0]), torch.rand(2, 2))
+
+
+def test_gradients_of_a_token_are_added_up_in_float32():
+    # In bfloat16 256 + 1 is 256.
+    x = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    rows = spread(x, torch.arange(5), 5)
+    rows.backward(torch.tensor([[256.0], [1.0], [1.0], [1.0], [1.0]], dtype=torch.bfloat16))
+    assert x.grad.item() == 260.0
+
+
+def test_gradients_in_float64():
+    slots = torch.tensor([3, 0, 5])
+    x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: spread(x, slots, 2), x)
+    rows = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda rows: gather_sum(rows, slots, 3, 2), rows)
+    weights = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda rows, weights: combine_torch(rows, slots, weights), (rows, weights)
+    )
+
+
+@needs_triton
+def test_the_kernels_are_launched():
+    before = launches.copy()
+    x, ids = torch.randn(4, 3), torch.randint(0, 3, (4, 2))
+    rows, _, slots = dispatch_triton(x, ids, 3)
+    combine_triton(rows, slots, torch.rand(4, 2))
+    assert launches - before == {"align_place_kernel": 1, "combine_rows_kernel": 1}
+    with pytest.raises(TypeError, match="rows: expected dtype"):
+        combine_triton(rows.double(), slots, torch.rand(4, 2))
