@@ -416,7 +416,7 @@ def _restore(state: dict[str, Any]) -> list[str]:
         for name, value in state.items()
         if not (torch.equal(value, now[name]) if name == "random state" else value == now[name])
     ]
-    restore = {
+    restore: dict[str, Callable[[Any], object]] = {
         "default dtype": torch.set_default_dtype,
         "grad mode": torch.set_grad_enabled,
         "threads": torch.set_num_threads,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from moe_reference import alignment, dispatch, gating, layer, load_balancing
 from moe_reference import experts as _experts
+from moe_reference.capacity import Policy
 from moe_reference.config import (
     BalanceConfig,
     ExpertsConfig,
@@ -111,7 +112,7 @@ class Reference(Target):
         expert_ids: Tensor,
         num_experts: int,
         capacity: int,
-        policy: dispatch.Policy,
+        policy: Policy,
     ) -> tuple[Tensor, Tensor]:
         """See `moe_reference.dispatch.drop_to_capacity`."""
         return dispatch.drop_to_capacity(weights, expert_ids, num_experts, capacity, policy)
