@@ -93,7 +93,8 @@ def main():
     if is_new_enough(have["torch"]) and not have["torch_at"].startswith(str(VENV)):
         # Pins must not replace a torch that came with the machine, nor the Triton built for it.
         print(f"keeping torch {have['torch']} of {Path(have['torch_at']).parent}", flush=True)
-        constraints = [line for line in constraints if not line.startswith(("torch==", "triton=="))]
+        kept = ("torch==", "triton==") if have["triton"] else ("torch==",)
+        constraints = [line for line in constraints if not line.startswith(kept)]
         if have["triton"]:
             extras.remove("triton")
     else:

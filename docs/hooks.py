@@ -43,7 +43,7 @@ DOCS = Path(__file__).parent
 MARKER = re.compile(r"<!-- (requirements|requirements table|operations table|concepts table|presets"
                     r"|seen|picture|help|terminal)(?:: (.*?))? -->")  # fmt: skip
 LOADERS = re.compile(r"<!-- Load mathjax -->.*?<!-- End of mermaid configuration -->", re.DOTALL)
-THREAD = re.compile(r"[\w./-]+ #\d+")
+THREAD = re.compile(r"([\w./-]+) ?(#\d+)")
 ANY_COMMENT = re.compile(r"<!-- [a-z ]+(?::.*?)? -->")
 
 PAGES = {"gating": "spec/gating.md"}

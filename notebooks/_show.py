@@ -1,8 +1,8 @@
-"""What the notebooks share: device, pictures, the exercise's check, a stopwatch.
+"""What notebooks share: device, pictures, the exercise's check, a stopwatch.
 
-The pictures need matplotlib and nothing else. Colours come from cividis, which
-also reads in grey and for eyes that confuse red and green; what is chosen is
-marked by a frame, not by a colour.
+The pictures need matplotlib and nothing else. Colours come from cividis,
+which also reads in grey and for eyes that confuse red and green; what is
+chosen is marked by a frame, not by a colour.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,6 +49,7 @@ def heat_map(
     title: str = "",
     num_groups: int = 1,
     closed: torch.Tensor | None = None,
+    xlabel: str = "expert",
     tokens: int = 12,
 ) -> None:
     """Values [T, E] of the first tokens.
@@ -97,7 +98,7 @@ def heat_map(
             )
     for group in range(1, num_groups):
         axes.axvline(group * E / num_groups - 0.5, color="white", lw=2.5)
-    axes.set(title=title, xlabel="expert", ylabel="token")
+    axes.set(title=title, xlabel=xlabel, ylabel="token")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     plt.show()
@@ -122,7 +123,7 @@ def curves(
 
 
 def load_bars(loads: dict[str, torch.Tensor], title: str) -> None:
-    """Tokens per expert [E], one panel per name, with the mean as a line."""
+    """Tokens per expert [E], one panel per name, and their extremes."""
     figure, panels = plt.subplots(
         1,
         len(loads),
@@ -145,6 +146,24 @@ def load_bars(loads: dict[str, torch.Tensor], title: str) -> None:
     panels[0][0].legend(frameon=False)
     figure.suptitle(title)
     plt.show()
+    rows = []
+    for name, load in loads.items():
+        counts = _array(load)
+        ratio = f"{counts.max() / counts.mean():.2f}"
+        rows.append((name, int(counts.min()), int(counts.max()), ratio))
+    table(("tokens per expert", "least", "most", "most / mean"), rows)
+
+
+def groups_touched(
+    routings: dict[str, torch.Tensor], num_experts: int, num_groups: int
+) -> None:
+    """How many groups the experts [T, K] of a token lie in, by routing."""
+    rows = []
+    for name, expert_ids in routings.items():
+        groups = expert_ids // (num_experts // num_groups)
+        counts = [len(row.unique()) for row in groups.cpu()]
+        rows.append((name, f"{np.mean(counts):.2f}", max(counts)))
+    table(("groups a token is sent to", "mean", "most"), rows)
 
 
 def scatter(
@@ -153,6 +172,7 @@ def scatter(
     ylabel: str,
 ) -> None:
     """Two ways to compute the same weights, one panel per name."""
+    top = max(float(each.max()) for pair in pairs.values() for each in pair)
     _, panels = plt.subplots(
         1,
         len(pairs),
@@ -162,7 +182,7 @@ def scatter(
         sharey=True,
     )
     for axes, (name, (x, y)) in zip(panels[0], pairs.items(), strict=True):
-        axes.plot([0, 1], [0, 1], color=QUIET, lw=1, ls="--")
+        axes.plot([0, top], [0, top], color=QUIET, lw=1, ls="--")
         axes.scatter(
             _array(x),
             _array(y),
@@ -193,7 +213,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 def check_router(
     function: Callable[..., Any], routing: dict[str, Any], seed: int = 0
 ) -> bool:
-    """Hold a `route` function against the suite's requirements and print them.
+    """Hold a `route` function against requirements and print what they say.
 
     Args:
         function: as `moe_reference.gating.route`.

@@ -136,6 +136,7 @@ def expert_spread(
     gate_up = experts.gate_up[expert]
     pre, variance_pre = _product(x_SH, variance_x, gate_up, arithmetic)
     if experts.gate_up_bias is not None:
+        variance_pre = variance_pre + arithmetic.variance(pre, "product")
         pre = pre + experts.gate_up_bias[expert]
         variance_pre = variance_pre + (unit * pre).square() / 3
     variance_pre = variance_pre + arithmetic.variance(pre, "pre_activation")
@@ -144,6 +145,7 @@ def expert_spread(
     down = experts.down[expert]
     out, variance_out = _product(activated, variance_a, down, arithmetic)
     if experts.down_bias is not None:
+        variance_out = variance_out + arithmetic.variance(out, "product")
         out = out + experts.down_bias[expert]
         variance_out = variance_out + (unit * out).square() / 3
     rounded = arithmetic.variance(out, "expert_output")

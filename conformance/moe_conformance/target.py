@@ -41,6 +41,7 @@ ROUNDING_POINTS: dict[str, str] = {
     "router_scores": "scores are rounded to the logits' dtype, and what follows is computed in it",
     "router_weights": "the routing weights are rounded to the logits' dtype",
     "expert_input": "x times its weight is rounded before the first product (weight_on = input)",
+    "product": "each product is rounded before its bias is added",
     "pre_activation": "the first product's result is rounded before the activation",
     "gate_activation": "activation(gate) is rounded before it is multiplied by up",
     "activation": "the activation's result is rounded before the second product",

@@ -102,7 +102,7 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("four interleaved sums", _strided),
     Variant("largest terms first", _by_size),
     Variant("unfused, every result stored", _plain, STORED),
-    Variant("unfused, products in the input's dtype", _native, STORED),
+    Variant("unfused, products in the input's dtype", _native, (*STORED, "product")),
     Variant("activation stored in two steps", _plain, (*STORED, "gate_activation")),
     Variant("fused activation, outputs stored", _plain, ("activation", "expert_output")),
     Variant("weighted outputs stored", _plain, (*STORED, "weighted_output")),

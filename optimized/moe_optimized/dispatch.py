@@ -9,10 +9,12 @@ Stages, and what each gains:
 4. `combine_triton`: one kernel gathers the K rows of a token and adds them up in registers. No
    atomics, so the same bits every time, and no weighted copy of the rows.
 
+`drop_to_capacity` ranks all slots at once, where the reference takes one expert after the other.
+
 Dimension key: T tokens, H hidden size, E experts, K experts per token, S rows that go somewhere.
 """
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from moe_reference.checks import FLOATS, IDS, check_count, check_tensor
@@ -20,8 +22,9 @@ from torch.autograd.function import once_differentiable
 
 from moe_optimized.alignment import local_ids, sort_slots, tile_table
 from moe_optimized.interpreter import (
-    COMPILED,
     INTERPRETED,
+    KERNEL_DTYPES,
+    has_kernels,
     jit,
     launch,
     narrow,
@@ -29,6 +32,8 @@ from moe_optimized.interpreter import (
     power_of_two,
     tl,
 )
+
+Policy = Literal["position", "first_choice", "probs"]
 
 
 def dispatch(
@@ -50,7 +55,7 @@ def dispatch(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype or shape.
     """
-    run = dispatch_triton if COMPILED and x.is_cuda else dispatch_torch
+    run = dispatch_triton if has_kernels(x) else dispatch_torch
     return run(x, expert_ids, num_experts)
 
 
@@ -109,8 +114,8 @@ def combine(rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> t
         TypeError, ValueError: an argument of the wrong dtype or shape. Slots are checked on a CPU
             only; on a GPU those outside [0, T·K] belong to nobody.
     """
-    fast = COMPILED and rows.is_cuda and rows.dtype is not torch.float64
-    return (combine_triton if fast else combine_torch)(rows, slots, weights)
+    run = combine_triton if has_kernels(rows) else combine_torch
+    return run(rows, slots, weights)
 
 
 def combine_torch(rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -132,9 +137,67 @@ def combine_triton(rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tenso
     The gradient is computed by torch operations: a gather of the output's gradient, no sums over
     more than a row.
     """
-    check_tensor("rows", rows, ("S", "H"), FLOATS[1:])
+    check_tensor("rows", rows, ("S", "H"), KERNEL_DTYPES)
     _check_combine(rows, slots, weights)
     return _Combine.apply(rows, slots.long(), weights)
+
+
+def drop_to_capacity(
+    weights: torch.Tensor,
+    expert_ids: torch.Tensor,
+    num_experts: int,
+    capacity: int,
+    policy: Policy = "position",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keep at most `capacity` pairs of each expert.
+
+    Args:
+        weights: [T, K], any float dtype.
+        expert_ids: [T, K], int32 or int64.
+        num_experts: E.
+        capacity: pairs per expert.
+        policy: keep the lowest slots, all first choices before any second, or the highest weights
+            (a NaN is the lowest; ties go to the lowest slot).
+
+    Returns:
+        weights: [T, K], 0 where a pair was dropped or not here.
+        expert_ids: [T, K], -1 there.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype or shape, or an unknown policy.
+    """
+    check_tensor("weights", weights, ("T", "K"), FLOATS)
+    check_tensor("expert_ids", expert_ids, tuple(weights.shape), IDS)
+    check_count("num_experts", num_experts)
+    check_count("capacity", capacity)
+    if policy not in get_args(Policy):
+        raise ValueError(f"policy: expected one of {get_args(Policy)}, got {policy!r}")
+    T, K = weights.shape
+    local = local_ids(expert_ids, num_experts)
+    slots = torch.arange(T * K, device=local.device)
+    priority = slots
+    if policy == "first_choice":
+        priority = slots.view(T, K).T.flatten()
+    elif policy == "probs":
+        known = weights.detach().masked_fill(weights.isnan(), -torch.inf).flatten()
+        priority = known.argsort(descending=True, stable=True)
+
+    contenders = local.flatten()[priority]
+    order, ends = sort_slots(contenders, num_experts)
+    starts = torch.cat([ends.new_zeros(1), ends])
+    rank = slots - starts[contenders[order]]
+    kept = (contenders[order] >= 0) & (rank < capacity)
+    dropped = torch.ones_like(kept).scatter_(0, priority[order], ~kept).view(T, K)
+    return weights.masked_fill(dropped, 0.0), expert_ids.masked_fill(dropped, -1)
+
+
+def count_tokens(expert_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """How many pairs each expert has, [E] int64, without the host's help."""
+    groups = local_ids(expert_ids, num_experts).flatten()
+    counts = groups.new_zeros(num_experts + 1)
+    # Integers add up to the same whatever the order; the last bin holds what is not here.
+    counts.scatter_add_(0, torch.where(groups < 0, num_experts, groups), torch.ones_like(groups))
+    return counts[:-1]
 
 
 def _check_combine(rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> None:
@@ -194,10 +257,20 @@ class _GatherSum(torch.autograd.Function):
 
 
 def _sum_rows(rows: torch.Tensor, slots: torch.Tensor, T: int, K: int) -> torch.Tensor:
-    if COMPILED and rows.is_cuda and rows.dtype is not torch.float64:
-        # index_add is atomic on a GPU: its sums change from run to run.
+    # index_add is atomic on a GPU: its sums change from run to run.
+    if has_kernels(rows):
         return sum_places(rows, places_of(slots, T * K), None, T, K, rows.dtype)
+    if rows.is_cuda:
+        return _sum_places_torch(rows, places_of(slots, T * K), T, K)
     return rows.new_zeros(T, rows.shape[1]).index_add_(0, slots // max(K, 1), rows)
+
+
+def _sum_places_torch(rows: torch.Tensor, places: torch.Tensor, T: int, K: int) -> torch.Tensor:
+    """`sum_places` without weights, by way of a [T, K, H] copy of the rows."""
+    if rows.shape[0] == 0:
+        return rows.new_zeros(T, rows.shape[1])
+    picked = rows.index_select(0, places.clamp(min=0).long())
+    return torch.where(places[:, None] >= 0, picked, 0.0).view(T, K, rows.shape[1]).sum(1)
 
 
 class _Combine(torch.autograd.Function):

@@ -27,9 +27,10 @@ from torch.autograd.function import once_differentiable
 from moe_optimized.alignment import check_map, check_tokens, local_ids, sort_slots, tile_table
 from moe_optimized.dispatch import accumulation_dtype, gather_sum, spread, sum_places
 from moe_optimized.interpreter import (
-    COMPILED,
     INTERPRETED,
+    KERNEL_DTYPES,
     dot,
+    has_kernels,
     jit,
     launch,
     narrow,
@@ -63,8 +64,7 @@ def experts(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype or shape.
     """
-    fast = COMPILED and x.is_cuda and x.dtype is not torch.float64
-    run = experts_triton if fast else experts_torch
+    run = experts_triton if has_kernels(x) else experts_torch
     return run(x, experts, weights, expert_ids, config, expert_map)
 
 
@@ -89,8 +89,7 @@ def experts_batched(
         TypeError, ValueError: an argument of the wrong dtype or shape. Counts are checked on a CPU
             only.
     """
-    fast = COMPILED and x.is_cuda and x.dtype is not torch.float64
-    run = experts_batched_triton if fast else experts_batched_torch
+    run = experts_batched_triton if has_kernels(x) else experts_batched_torch
     return run(x, tokens_per_expert, experts, config)
 
 
@@ -195,7 +194,7 @@ def experts_triton(
 
     The backward recomputes the forward in grouped products of torch and goes through these.
     """
-    check_tensor("x", x, ("T", "H"), FLOATS[1:])
+    check_tensor("x", x, ("T", "H"), KERNEL_DTYPES)
     check_experts(x, experts, weights, expert_ids, config, expert_map)
     return sum_of_experts_triton(x, experts, weights, expert_ids, config, expert_map).to(x.dtype)
 
@@ -234,7 +233,7 @@ def experts_batched_triton(
     config: ExpertsConfig,
 ) -> torch.Tensor:
     """As `experts_batched`, in the same kernels: every row is a token with one expert, or none."""
-    check_tensor("x", x, ("E", "C", "H"), FLOATS[1:])
+    check_tensor("x", x, ("E", "C", "H"), KERNEL_DTYPES)
     check_batched(x, tokens_per_expert, experts, config)
     E, C, H = x.shape
     ids = torch.arange(E, device=x.device)[:, None].expand(E, C)

@@ -20,7 +20,15 @@ from moe_reference.checks import FLOATS, IDS, check_tensor
 from moe_reference.config import RoutingConfig
 from torch.autograd.function import once_differentiable
 
-from moe_optimized.interpreter import COMPILED, INTERPRETED, jit, launch, power_of_two, tl
+from moe_optimized.interpreter import (
+    INTERPRETED,
+    KERNEL_DTYPES,
+    has_kernels,
+    jit,
+    launch,
+    power_of_two,
+    tl,
+)
 
 # Selection keys below that of -inf: a lane without an expert or one that was chosen already, an
 # expert of a group that was not chosen, a NaN.
@@ -51,9 +59,8 @@ def route(
         TypeError, ValueError: an argument of the wrong dtype or shape, a token id outside the
             table, or a configuration that E experts cannot satisfy.
     """
-    if COMPILED and logits.is_cuda and logits.dtype is not torch.float64:
-        return route_triton(logits, config, bias, token_ids)
-    return route_torch(logits, config, bias, token_ids)
+    run = route_triton if has_kernels(logits) else route_torch
+    return run(logits, config, bias, token_ids)
 
 
 def route_torch(
@@ -89,7 +96,7 @@ def route_triton(
 
     The gradient is computed by torch operations from the saved logits and ids.
     """
-    check_tensor("logits", logits, ("T", "E"), FLOATS[1:])
+    check_tensor("logits", logits, ("T", "E"), KERNEL_DTYPES)
     _check(logits, config, bias, token_ids)
     return _Route.apply(logits, bias, token_ids, config)
 

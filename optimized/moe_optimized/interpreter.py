@@ -10,7 +10,6 @@ What the interpreter of Triton 3.6 to 3.9 gets wrong, and what is done about it 
 |---|---|
 | `tl.dot` of two bfloat16 blocks multiplies their bit patterns | `dot` widens both to float32 |
 | float32 to bfloat16 truncates instead of rounding to nearest even | `narrow` rounds the bits |
-| float32 to float16 and wider are exact | nothing |
 | `triton.autotune` asks for a driver | tile sizes come from tables in Python |
 | functions of `triton.language` decorated before the switch stay compiled | re-decorated below |
 | a K-loop step costs milliseconds at any tile size | tables have a column of large tiles |
@@ -24,6 +23,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 
 if not torch.cuda.is_available():
@@ -45,6 +45,9 @@ INTERPRETED: bool = HAS_TRITON and triton.knobs.runtime.interpret
 
 COMPILED: bool = HAS_TRITON and not INTERPRETED
 """Kernels are compiled for a GPU."""
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What kernels multiply and read. They accumulate in float32, which is too little for float64."""
 
 launches: Counter[str] = Counter()
 """How often each kernel was launched in this process, by name."""
@@ -89,10 +92,17 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
     profiling = torch.autograd._profiler_enabled()
     with (
+        # As on a GPU, infinities and NaN are no news.
+        np.errstate(all="ignore") if INTERPRETED else nullcontext(),
         torch.profiler.record_function(name) if profiling else nullcontext(),
         torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
     ):
         kernel[grid](*arguments, **options)
+
+
+def has_kernels(x: torch.Tensor) -> bool:
+    """Whether `x` is best handed to the kernels: they are compiled, and take it where it is."""
+    return COMPILED and x.is_cuda and x.dtype in KERNEL_DTYPES
 
 
 def power_of_two(n: int, least: int = 1) -> int:

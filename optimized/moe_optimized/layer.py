@@ -20,11 +20,10 @@ import torch.nn.functional as F
 from moe_reference.checks import FLOATS, IDS, check_tensor
 from moe_reference.config import LayerConfig, LayerOutput, LayerWeights
 
-from moe_optimized.alignment import sort_slots
-from moe_optimized.dispatch import accumulation_dtype
+from moe_optimized.dispatch import accumulation_dtype, count_tokens
 from moe_optimized.experts import check_weights, sum_of_experts, sum_of_experts_triton
 from moe_optimized.gating import route_torch, route_triton
-from moe_optimized.interpreter import COMPILED
+from moe_optimized.interpreter import KERNEL_DTYPES, has_kernels
 
 
 def layer(
@@ -53,8 +52,7 @@ def layer(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype or shape, or a balance loss asked for.
     """
-    fast = COMPILED and x.is_cuda and x.dtype is not torch.float64
-    run = layer_triton if fast else layer_torch
+    run = layer_triton if has_kernels(x) else layer_torch
     return run(x, parameters, config, token_ids, padding_mask, training)
 
 
@@ -80,7 +78,7 @@ def layer_triton(
     training: bool = False,
 ) -> LayerOutput:
     """As `layer`, in Triton kernels and one product of torch, the router's; no float64."""
-    check_tensor("x", x, ("N", "L", "H"), FLOATS[1:])
+    check_tensor("x", x, ("N", "L", "H"), KERNEL_DTYPES)
     _check(x, parameters, config, token_ids, padding_mask, training)
     # The routing kernel computes in float32, which a router in float64 asks not to.
     route = route_torch if config.router_dtype is torch.float64 else route_triton
@@ -104,16 +102,14 @@ def _run(
     if parameters.shared is not None:
         total = total + _shared_output(tokens, parameters, config, run_experts)
 
-    E = parameters.router.shape[0]
     counted = expert_ids
     if padding_mask is not None:
         counted = torch.where(padding_mask.reshape(-1, 1), expert_ids, -1)
-    ends = sort_slots(counted, E)[1]
     return LayerOutput(
         output=total.to(x.dtype).view(x.shape),
         expert_ids=expert_ids,
         weights=weights,
-        tokens_per_expert=ends.diff(prepend=ends.new_zeros(1)),
+        tokens_per_expert=count_tokens(counted, parameters.router.shape[0]),
     )
 
 

@@ -15,6 +15,7 @@ from moe_reference.config import (
 
 from moe_optimized import alignment, dispatch, gating, layer
 from moe_optimized import experts as _experts
+from moe_optimized.dispatch import Policy
 from moe_optimized.interpreter import INTERPRETED, require_triton
 
 _VERSION = "0.1.0"
@@ -50,7 +51,15 @@ class Optimized(Target):
         dtypes=("float32", "bfloat16", "float16", "float64"),
         # Auxiliary losses belong to no module of this package.
         layer={"balance": (None,)},
-        gradients=("route", "dispatch", "combine", "experts", "experts_batched", "layer"),
+        gradients=(
+            "route",
+            "dispatch",
+            "combine",
+            "drop_to_capacity",
+            "experts",
+            "experts_batched",
+            "layer",
+        ),
         ties="lowest",
         rounding_points=_GROUPED_ROUNDING,
         accumulator="float32",
@@ -94,6 +103,17 @@ class Optimized(Target):
     ) -> torch.Tensor:
         """See `moe_optimized.dispatch.combine`."""
         return dispatch.combine(rows, slots, weights)
+
+    def drop_to_capacity(
+        self,
+        weights: torch.Tensor,
+        expert_ids: torch.Tensor,
+        num_experts: int,
+        capacity: int,
+        policy: Policy = "position",
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `moe_optimized.dispatch.drop_to_capacity`."""
+        return dispatch.drop_to_capacity(weights, expert_ids, num_experts, capacity, policy)
 
     def experts(
         self,
@@ -143,6 +163,9 @@ class OptimizedTriton(Optimized):
     capabilities = replace(
         Optimized.capabilities,
         devices=("cpu",) if INTERPRETED else ("cuda",),
+        # What has no kernel is not provided: dropping sorts and scatters once, in torch.
+        operations=tuple(o for o in Optimized.operations() if o != "drop_to_capacity"),
+        gradients=tuple(o for o in Optimized.capabilities.gradients if o != "drop_to_capacity"),
         # Tensor cores have no float64 product that tl.dot would use, and the kernels accumulate in
         # float32.
         dtypes=("float32", "bfloat16", "float16"),

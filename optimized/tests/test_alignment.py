@@ -129,7 +129,9 @@ def test_a_tile_table_covers_each_row_once(shape, chunk, monkeypatch):
     expected = []
     for expert, (start, end) in enumerate(zip([0, *ends.tolist()], ends.tolist(), strict=False)):
         expected += [(expert, at, min(4, end - at)) for at in range(start, end, 4)]
-    tiles = zip(*(column.tolist() for column in (table.experts, table.first, table.rows)), strict=True)
+    tiles = zip(
+        *(column.tolist() for column in (table.experts, table.first, table.rows)), strict=True
+    )
     assert list(tiles)[: len(expected)] == expected
     assert (table.experts[len(expected) :] == -1).all()
 

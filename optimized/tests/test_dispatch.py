@@ -1,11 +1,14 @@
 import pytest
 import torch
 from moe_optimized.dispatch import (
+    _sum_places_torch,
     combine_torch,
     combine_triton,
     dispatch_torch,
     dispatch_triton,
+    drop_to_capacity,
     gather_sum,
+    places_of,
     spread,
 )
 from moe_optimized.interpreter import HAS_TRITON, launches
@@ -92,6 +95,33 @@ def test_combine_refuses_slots_of_nothing(implementation):
         implementation(torch.randn(2, 3), torch.tensor([0, 5]), torch.rand(2, 2))
     with pytest.raises(ValueError, match=r"slots: expected shape \[2\]"):
         implementation(torch.randn(2, 3), torch.tensor([0]), torch.rand(2, 2))
+
+
+@pytest.mark.parametrize("policy", ["position", "first_choice", "probs"])
+@shapes
+def test_drop_to_capacity_agrees_with_the_reference(shape, policy):
+    T, K, E, _ = shape
+    ids = torch.randint(-2, E + 2, (T, K), dtype=torch.int32)
+    weights = torch.randint(0, 4, (T, K)).float()
+    weights[torch.rand(T, K) < 0.1] = float("nan")
+    for capacity in (0, 1, 3, 100):
+        actual = drop_to_capacity(weights, ids, E, capacity, policy)
+        expected = reference.drop_to_capacity(weights, ids, E, capacity, policy)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_an_unknown_policy_is_refused():
+    with pytest.raises(ValueError, match="policy: expected one of"):
+        drop_to_capacity(torch.rand(1, 1), torch.zeros(1, 1, dtype=torch.int64), 1, 1, "prob")
+
+
+@shapes
+def test_a_gpu_without_kernels_sums_without_atomics(shape, assert_close):
+    T, K, E, H = shape
+    ids = torch.randint(-1, E + 1, (T, K))
+    rows, _, slots = reference.dispatch(torch.randn(T, H), ids, E)
+    expected = reference.combine(rows, slots, torch.ones(T, K))
+    assert_close(_sum_places_torch(rows, places_of(slots, T * K), T, K), expected)
 
 
 def test_gradients_of_a_token_are_added_up_in_float32():

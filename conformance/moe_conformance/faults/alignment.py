@@ -652,7 +652,7 @@ class ExpertsAsIfAllWereFull(Reference):
         return sorted_, (torch.arange(len(carried)) // each).int(), length
 
 
-@fault("padding-goes-on-counting", catches=("ALIGN-26", "ALIGN-23"))
+@fault("padding-goes-on-counting", catches=("ALIGN-26",))
 class PaddingGoesOnCounting(Arranged):
     """The rest of a block is filled with the row ids that follow, as far as there are any."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from moe_reference import alignment, dispatch, gating, layer, load_balancing
 from moe_reference import experts as _experts
@@ -112,10 +114,12 @@ class Reference(Target):
         expert_ids: Tensor,
         num_experts: int,
         capacity: int,
-        policy: Policy,
+        policy: str,
     ) -> tuple[Tensor, Tensor]:
         """See `moe_reference.dispatch.drop_to_capacity`."""
-        return dispatch.drop_to_capacity(weights, expert_ids, num_experts, capacity, policy)
+        return dispatch.drop_to_capacity(
+            weights, expert_ids, num_experts, capacity, cast(Policy, policy)
+        )
 
     def experts(
         self,

@@ -1,0 +1,89 @@
+import pytest
+import torch
+from moe_conformance.target import OPERATIONS, Unsupported
+from moe_optimized.interpreter import HAS_TRITON, INTERPRETED, launches
+from moe_optimized.targets import Optimized, OptimizedTriton
+from moe_reference.config import (
+    BalanceConfig,
+    ExpertsConfig,
+    ExpertWeights,
+    LayerConfig,
+    LayerWeights,
+    RoutingConfig,
+)
+
+PROVIDED = {
+    "route",
+    "align",
+    "align_batched",
+    "dispatch",
+    "combine",
+    "experts",
+    "experts_batched",
+    "layer",
+}
+targets = pytest.mark.parametrize(
+    "target",
+    [
+        Optimized,
+        pytest.param(OptimizedTriton, marks=pytest.mark.skipif(not HAS_TRITON, reason="no Triton")),
+    ],
+)
+
+
+def arguments(dtype=torch.float32):
+    """One small call per operation."""
+    x = torch.randn(5, 8).to(dtype)
+    ids = torch.tensor([[0, 2], [1, 1], [2, 0], [-1, 1], [3, 0]])
+    experts = ExpertWeights(torch.randn(3, 8, 8).to(dtype), torch.randn(3, 8, 4).to(dtype))
+    routing, how = RoutingConfig(top_k=2), ExpertsConfig()
+    layer = LayerWeights(router=torch.randn(3, 8).to(dtype), experts=experts)
+    counts = torch.tensor([1, 0, 2])
+    return {
+        "route": (torch.randn(5, 4).to(dtype), routing),
+        "align": (ids, 4, 3),
+        "align_batched": (counts, 2, 4),
+        "dispatch": (x, ids, 3),
+        "combine": (x, torch.tensor([0, 3, 1, 9, 10]), torch.rand(5, 2)),
+        "experts": (x, experts, torch.rand(5, 2), ids, how),
+        "experts_batched": (torch.randn(3, 2, 8).to(dtype), counts, experts, how),
+        "layer": (x[None], layer, LayerConfig(routing)),
+    }
+
+
+@targets
+def test_provides_what_it_says(target):
+    without_kernel = {"drop_to_capacity"} if target is Optimized else set()
+    assert set(target.operations()) == PROVIDED | without_kernel
+    assert set(OPERATIONS) >= set(target.capabilities.gradients)
+    assert target.capabilities.interpreted == (target is OptimizedTriton and INTERPRETED)
+    assert type(target.capabilities).from_json(target.capabilities.to_json()) == target.capabilities
+
+
+@targets
+def test_every_operation_answers_in_every_declared_dtype(target):
+    device = target.capabilities.devices[0]
+    if device == "cuda":
+        pytest.skip("the arguments are in CPU memory")
+    for name in target.capabilities.dtypes:
+        for operation, given in arguments(getattr(torch, name)).items():
+            before = launches.total()
+            assert getattr(target(), operation)(*given) is not None
+            # Only the kernels' target launches any, and all of its operations do.
+            assert (launches.total() > before) == (target is OptimizedTriton)
+
+
+@targets
+def test_a_balance_loss_is_unsupported(target):
+    x, parameters, config = arguments()["layer"]
+    balanced = LayerConfig(config.routing, balance=BalanceConfig())
+    with pytest.raises(Unsupported, match="balance"):
+        target().layer(x, parameters, balanced, training=True)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
+def test_float64_is_unsupported_by_the_kernels():
+    for operation, given in arguments(torch.float64).items():
+        if not operation.startswith("align"):
+            with pytest.raises(Unsupported, match="got float64"):
+                getattr(OptimizedTriton(), operation)(*given)
