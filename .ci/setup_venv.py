@@ -4,13 +4,12 @@ Only the standard library is used, because nothing else is there yet. Run again,
 existing `.venv` up to date and takes nothing out of it.
 """
 
-import importlib.metadata
-import importlib.util
 import json
 import subprocess
 import sys
 import sysconfig
 import time
+from importlib import util
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,15 +22,18 @@ LEAST_TORCH = (2, 10)
 
 def installed():
     """What this interpreter already has of what must not be replaced."""
+    # Not at the top: interpreters that are too old lack it, and have to get as far as being told.
+    import importlib.metadata
+
     try:
         torch = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
         torch = None
-    spec = importlib.util.find_spec("torch")
+    spec = util.find_spec("torch")
     return {
         "torch": torch if spec else None,
         "torch_at": spec.origin if spec else None,
-        "triton": importlib.util.find_spec("triton") is not None,
+        "triton": util.find_spec("triton") is not None,
     }
 
 

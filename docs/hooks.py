@@ -74,7 +74,7 @@ def on_post_page(output, page, config):
 
 
 def on_post_build(config):
-    """Put the report of the home page's example beside the pages."""
+    """Put the report of the example that fails beside the pages."""
     for report in _reports:
         shutil.copytree(report, Path(config.site_dir) / EXAMPLE_REPORT, dirs_exist_ok=True)
         shutil.rmtree(report.parent)
@@ -246,7 +246,7 @@ def _terminal(command, code):
         raise PluginError(
             f"'{command}' ended with {ran.returncode}, not {code}:\n{ran.stdout}{ran.stderr}"
         )
-    if (folder / "moespec-report").is_dir():
+    if code == 1:
         _reports.append(folder / "moespec-report")
     else:
         shutil.rmtree(folder)

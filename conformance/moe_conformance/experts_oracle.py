@@ -200,9 +200,33 @@ def _activation_spread(
     if config.activation in ("gelu", "gelu_tanh"):
         size = size + (gate.detach() * factor).abs()
     carried = carried + (unit * FUNCTION_ULPS * size).square() / 3
-    if "gate_activation" in arithmetic.points:
+    if "activation_steps" in arithmetic.points:
+        carried = carried + _step_variance(gate.detach(), inner, factor, config, arithmetic)
+    elif "gate_activation" in arithmetic.points:
         carried = carried + arithmetic.variance(inner) * factor.square()
     return result, carried + arithmetic.variance(result, "activation")
+
+
+def _step_variance(
+    gate: torch.Tensor,
+    inner: torch.Tensor,
+    factor: torch.Tensor,
+    config: ExpertsConfig,
+    arithmetic: Arithmetic,
+) -> torch.Tensor:
+    """What rounding the activated gate, its parts and its factor, each by itself, adds."""
+    carried = arithmetic.variance(inner) * factor.square()
+    carried = carried + arithmetic.variance(factor) * inner.square()
+    if config.activation == "swigluoai":
+        # gate * alpha, its sigmoid, and their product with the gate are three results.
+        gate = gate.clamp(max=config.limit)
+        sigmoid = torch.sigmoid(config.alpha * gate)
+        slope = gate * sigmoid * (1 - sigmoid)
+        argument = arithmetic.variance(config.alpha * gate) * slope.square()
+        carried = carried + (argument + arithmetic.variance(sigmoid) * gate.square()) * (
+            factor.square()
+        )
+    return carried
 
 
 def activation_parts(

@@ -44,6 +44,7 @@ ROUNDING_POINTS: dict[str, str] = {
     "product": "each product is rounded before its bias is added",
     "pre_activation": "the first product's result is rounded before the activation",
     "gate_activation": "activation(gate) is rounded before it is multiplied by up",
+    "activation_steps": "each step of the activation's formula is rounded by itself",
     "activation": "the activation's result is rounded before the second product",
     "expert_output": "each expert's output is rounded before it is weighted",
     "weighted_output": "each weighted expert output is rounded before the sum over K",

@@ -15,6 +15,7 @@ class MyRouter(Target):
             "renormalize_single": (True,),
             "norm": ("sum",),
             "epsilon_mode": ("add",),
+            "scale_when": ("always",),
             "num_groups": (1,),
             "hash_table": (False,),
         },

@@ -4,7 +4,8 @@ Stages, and what each gains:
 
 1. `experts_torch`: rows sorted by expert, one `grouped_mm` per product instead of one product per
    expert, activation and weighting in float32. This is what a CPU user gets, and what the backward
-   of the kernels recomputes.
+   of the kernels recomputes. Narrow dtypes with a bias are multiplied expert by expert on a CPU:
+   `grouped_mm` takes no bias and rounds before one could be added.
 2. `experts_triton`: the first product's kernel gathers its rows of x itself and applies the
    activation before it stores, with one accumulator for gate and one for up, so that neither the
    gathered rows nor [T·K, 2I] ever reach memory. The second one's writes packed rows, which a
@@ -147,13 +148,9 @@ def sum_of_experts(
     row_weights = _mask(weights.flatten()[slots].to(wide)[:, None], here)
     if config.weight_on == "input":
         rows = (rows.to(wide) * row_weights).to(rows.dtype)
-    pre = grouped_linear(rows, experts.gate_up, ends).to(wide)
-    if experts.gate_up_bias is not None:
-        pre = pre + experts.gate_up_bias.to(wide)[expert_of]
+    pre = grouped_linear(rows, experts.gate_up, experts.gate_up_bias, ends, expert_of)
     hidden = activate(_mask(pre, here), config).to(x.dtype)
-    rows = grouped_linear(hidden, experts.down, ends).to(wide)
-    if experts.down_bias is not None:
-        rows = rows + experts.down_bias.to(wide)[expert_of]
+    rows = grouped_linear(hidden, experts.down, experts.down_bias, ends, expert_of)
     rows = _mask(rows, here)
     if config.weight_on == "output":
         rows = rows * row_weights
@@ -173,12 +170,9 @@ def experts_batched_torch(
     # The input is masked as well: a NaN in a row that nobody asked for would pass through the
     # product with a gradient of zero.
     rows = _mask(x, in_use[..., None])
-    pre = _batched_linear(rows, experts.gate_up).to(wide)
-    if experts.gate_up_bias is not None:
-        pre = pre + experts.gate_up_bias.to(wide)[:, None]
-    rows = _batched_linear(activate(pre, config).to(x.dtype), experts.down).to(wide)
-    if experts.down_bias is not None:
-        rows = rows + experts.down_bias.to(wide)[:, None]
+    pre = _batched_linear(rows, experts.gate_up, experts.gate_up_bias).to(wide)
+    hidden = activate(pre, config).to(x.dtype)
+    rows = _batched_linear(hidden, experts.down, experts.down_bias).to(wide)
     return _mask(rows, in_use[..., None]).to(x.dtype)
 
 
@@ -496,30 +490,60 @@ _ELEMENTWISE = {
 }
 
 
-def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """Rows times the transposed weight of the expert they stand under.
+def grouped_linear(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    ends: torch.Tensor,
+    expert_of: torch.Tensor,
+) -> torch.Tensor:
+    """Rows times the transposed weight of the expert they stand under, plus its bias.
+
+    The product is rounded to the rows' dtype where `weight` has it too, on a CPU together with the
+    bias.
 
     Args:
         rows: [S, in], in expert order.
         weight: [E, out, in], of any float dtype.
+        bias: [E, out] or None, of any float dtype.
         ends: [E], int64, where each expert's rows end; all E of them, or `grouped_mm` reads the
             wrong ones.
+        expert_of: [S], int64, the expert of each row.
 
     Returns:
-        [S, out], rows' dtype where `weight` has it too, else float32 (float64). Rows past the last
-        end may hold anything.
+        [S, out], float32 (float64). Rows past the last end may hold anything.
     """
-    rows, weight = _same_dtype(rows, weight)
+    wide = accumulation_dtype(rows)
+    # grouped_mm takes no bias, and a product that is rounded before one is added may cancel
+    # against it.
+    together = bias is not None and rows.dtype is not wide and not rows.is_cuda
+    operands = (rows, weight, bias) if together else (rows, weight)
+    if any(operand.dtype is not rows.dtype for operand in operands):
+        rows, weight, together = rows.to(wide), weight.to(wide), False
     if rows.shape[0] == 0:
         # No product at all, but a gradient of zero for every weight.
-        return rows @ weight.sum(0).T
-    weight = _dense(weight)
-    if _takes_grouped_mm(rows, weight):
-        return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends.to(torch.int32))
+        product = rows @ weight.sum(0).T
+    elif together:
+        return _one_by_one(rows, weight, bias, ends).to(wide)
+    elif _takes_grouped_mm(rows, weight):
+        offsets = ends.to(torch.int32)
+        product = F.grouped_mm(rows, _dense(weight).transpose(1, 2), offs=offsets)
+    else:
+        product = _one_by_one(rows, weight, None, ends)
+    product = product.to(wide)
+    return product if bias is None else product + bias.to(wide)[expert_of]
+
+
+def _one_by_one(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ends: torch.Tensor
+) -> torch.Tensor:
     bounds = [0, *ends.tolist()]
+    biases = [None] * len(weight) if bias is None else bias.unbind(0)
     products = [
-        rows[start:end] @ matrix.T
-        for start, end, matrix in zip(bounds, bounds[1:], weight.unbind(0), strict=False)
+        F.linear(rows[start:end], matrix, vector)
+        for start, end, matrix, vector in zip(
+            bounds, bounds[1:], weight.unbind(0), biases, strict=False
+        )
     ]
     past = rows.new_zeros(rows.shape[0] - bounds[-1], weight.shape[1])
     return torch.cat([*products, past])
@@ -543,16 +567,16 @@ def _dense(weight: torch.Tensor) -> torch.Tensor:
     return weight.contiguous()
 
 
-def _batched_linear(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    rows, weight = _same_dtype(rows, weight)
-    return torch.bmm(rows, weight.transpose(1, 2))
-
-
-def _same_dtype(rows: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    if rows.dtype is weight.dtype:
-        return rows, weight
-    wide = accumulation_dtype(rows)
-    return rows.to(wide), weight.to(wide)
+def _batched_linear(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    if len({t.dtype for t in (rows, weight, bias) if t is not None}) > 1:
+        wide = accumulation_dtype(rows)
+        rows, weight = rows.to(wide), weight.to(wide)
+        bias = None if bias is None else bias.to(wide)
+    if bias is None:
+        return torch.bmm(rows, weight.transpose(1, 2))
+    return torch.baddbmm(bias[:, None], rows, weight.transpose(1, 2))
 
 
 def _mask(rows: torch.Tensor, here: torch.Tensor | None) -> torch.Tensor:

@@ -48,10 +48,14 @@ def make_experts() -> Callable[..., ExpertWeights]:
         def draw(*shape: int) -> torch.Tensor:
             return (0.3 * torch.randn(*shape)).to(dtype)
 
+        def draw_on_grid(*shape: int, step: float) -> torch.Tensor:
+            return (step * torch.randint(-2, 3, shape)).to(dtype)
+
         return ExpertWeights(
-            gate_up=draw(E, J, H),
+            # With x on a grid as well no first product is rounded, so none changes sides of a kink.
+            gate_up=draw_on_grid(E, J, H, step=0.25),
             down=draw(E, H, I),
-            gate_up_bias=draw(E, J) if biased else None,
+            gate_up_bias=draw_on_grid(E, J, step=0.125) if biased else None,
             down_bias=draw(E, H) if biased else None,
         )
 

@@ -80,7 +80,8 @@ def test_agrees_with_the_reference_and_its_gradients(
     implementation, config, biased, dtype, make_experts, assert_close
 ):
     T, K, E, H, I = 11, 2, 4, 16, 24
-    x, weights = torch.randn(T, H).to(dtype), torch.rand(T, K)
+    x = (0.5 * torch.randint(-2, 3, (T, H))).to(dtype)
+    weights = 0.5 * torch.randint(1, 3, (T, K))
     experts = make_experts(E, H, I, dtype, config.gated, biased)
     ids = torch.randint(-1, E + 1, (T, K))
     weights[(ids < 0) | (ids >= E)] = float("nan")
@@ -182,6 +183,27 @@ def test_weights_of_another_dtype_are_multiplied_in_float32(
         for ours, theirs in zip(actual, with_gradients(reference.experts, *given), strict=True):
             assert ours.dtype is theirs.dtype
             assert_close(ours, theirs, torch.bfloat16)
+
+
+@implementations
+@pytest.mark.parametrize("bias_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_bias_is_added_before_the_product_is_rounded(implementation, bias_dtype):
+    H, I = 24, 1
+    weights = torch.ones(1, 1)
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    x = torch.ones(1, H, dtype=torch.bfloat16)
+    gate_up = torch.zeros(1, I, H, dtype=torch.bfloat16)
+    gate_up[0, 0, :2] = torch.tensor([2.0, 2.0**-9])
+    down = torch.randn(1, H, I).to(torch.bfloat16)
+    # Both products need more digits than bfloat16 has; what is left after the bias needs few.
+    gate_up_bias = torch.full((1, I), -2.0 + 2.0**-7, dtype=bias_dtype)
+    config = ExpertsConfig("relu", gated=False)
+    hidden = (2.0 + 2.0**-9 + gate_up_bias.double()).to(torch.bfloat16).double()
+    down_bias = -(hidden * down[0, :, 0].double()).to(bias_dtype)
+    experts = ExpertWeights(gate_up, down, gate_up_bias, down_bias)
+    out = implementation(x, experts, weights, ids, config)
+    exact = hidden * down[0, :, 0].double() + down_bias.double()
+    assert torch.equal(out, exact.to(torch.bfloat16))
 
 
 @implementations

@@ -147,12 +147,12 @@ class Ids(Around):
         return ids
 
 
-@fault("slots-beyond-a-thread-block-lost", catches=("ALIGN-01", "ALIGN-21"))
-class SlotsBeyondAThreadBlockLost(Arranged):
-    """Only the first 64 slots of an expert are written, as one thread block has no more places."""
+@fault("slots-beyond-a-warp-lost", catches=("ALIGN-01", "ALIGN-21"))
+class SlotsBeyondAWarpLost(Arranged):
+    """Only the first 32 slots of an expert are written, as a warp has no more threads."""
 
     def lay(self, slots: list[int], room: int, block_size: int, sentinel: int) -> list[int]:
-        return super().lay(slots[:64], room, block_size, sentinel)
+        return super().lay(slots[:32], room, block_size, sentinel)
 
 
 @fault("last-tile-of-slots-unread", catches=("ALIGN-01", "ALIGN-21"), thread="aiter #4041")
@@ -348,7 +348,7 @@ class PaddingInFront(Arranged):
         return [sentinel] * (room - len(slots)) + slots
 
 
-@fault("blocks-filled-evenly", catches=("ALIGN-08", "ALIGN-27"))
+@fault("blocks-filled-evenly", catches=("ALIGN-08",))
 class BlocksFilledEvenly(Arranged):
     """The slots of an expert that needs several blocks are spread over them evenly."""
 

@@ -468,6 +468,7 @@ class RowsReadAsOnePiece(Reference):
     """Rows are read from their first address on, whatever their strides are."""
 
     def combine(self, rows: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+        super().combine(rows, slots, weights)
         plain = rows.as_strided(rows.shape, (rows.shape[1], 1))
         return super().combine(plain, slots, weights)
 
@@ -641,15 +642,15 @@ class WeightsComparedInBfloat16(Capped):
 
 @fault("invalid-ids-take-capacity", catches=("DISPATCH-25",), thread="Megatron #1617")
 class InvalidIdsTakeCapacity(Capped):
-    """An id of -1 counts for the last expert, and leads nowhere afterwards."""
+    """Ids are taken modulo E where pairs are counted, and lead nowhere afterwards."""
 
     def read(self, ids: Tensor, experts: int) -> Tensor:
-        return ids.where(ids != -1, experts - 1)
+        return ids % experts
 
     def after(
         self, weights: Tensor, ids: Tensor, before: Tensor, experts: int
     ) -> tuple[Tensor, Tensor]:
-        gone = before == -1
+        gone = (before < 0) | (before >= experts)
         return weights.masked_fill(gone, 0.0), ids.masked_fill(gone, -1)
 
 

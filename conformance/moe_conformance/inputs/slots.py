@@ -24,8 +24,8 @@ from moe_conformance.inputs.given import (
     torch_dtype,
 )
 
-BLOCK_SIZES = (1, 2, 4, 7, 16, 64, 128)
-"""Block sizes where the target declares none: 1, tiles of kernels, one that is no power of two."""
+BLOCK_SIZES = (1, 2, 4, 7, 16, 48, 64, 128)
+"""Block sizes where the target declares none: 1, tiles of kernels, two that are no power of two."""
 
 EXPERTS = (1, 2, 3, 5, 8, 31, 33, 60, 64, 72, 128, 160, 255, 256, 257, 384)
 """Numbers of experts: those of published models, one off powers of two, and beyond one byte."""

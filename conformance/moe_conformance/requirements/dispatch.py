@@ -963,7 +963,7 @@ def _exchanged(kept: Kept, keys: torch.Tensor) -> Impostors:
     "Ids that are not here MUST take no capacity and lead nowhere afterwards.",
     reason="Padding that counts as a token pushes real ones out.",
     sources=("Megatron #1617", "vLLM #38128", "vLLM #42034"),
-    given=capacities(invalid=True),
+    given=capacities(invalid=True, loads=CROWDED, tight=True),
     references=CAPACITY,
 )
 def invalid_ids_take_no_capacity(case: Case) -> None:

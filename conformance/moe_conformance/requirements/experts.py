@@ -389,7 +389,7 @@ WRT = ("x", "weights", "experts.gate_up", "experts.down")
     sources=("pytorch #154557", "pytorch #193633", "torchtitan #1237", "DeepSpeed #5259"),
     given=Given(
         lambda scope: (
-            expert_inputs(bias=(False, True)).plans(scope)
+            expert_inputs(expert_map=(False,), invalid_ids=(False,)).plans(scope)
             if "experts" in scope.capabilities.gradients
             else None
         ),
@@ -640,7 +640,7 @@ def clamped_activations_clamp_as_published(case: Case) -> None:
     "output.",
     reason="A power of two passes through every rounding: what is not doubled was not weighted.",
     sources=("Megatron #1421",),
-    given=expert_inputs(weight_on=("output",), invalid_ids=(False,)),
+    given=expert_inputs(weight_on=("output",), expert_map=(False,), invalid_ids=(False,)),
     references=("experts.experts",),
 )
 def the_output_is_linear_in_the_weights(case: Case) -> None:
@@ -763,3 +763,57 @@ def renaming_the_experts_changes_nothing(case: Case) -> None:
     if count > 1:
         others["ids not renamed"] = oracle_of(case, expert_ids=(ids - 1) % count).value
     judge_output(case, output, oracle_of(case), others)
+
+
+@requirement(
+    "EXPERT-17",
+    MUST,
+    "experts",
+    "A token none of whose experts is here MUST get a row of zeros.",
+    reason="Under expert parallelism that is the common case, and a kernel that writes only the "
+    "rows it computes returns what was in memory for the others.",
+    sources=(
+        "vLLM fused_marlin_moe: output.zero_()",
+        "vllm-ascend #9992",
+        "DeepSeek-V2: empty_like",
+    ),
+    given=expert_inputs(invalid_ids=(True,), bias=(False,), least_tokens=2, loads=("uniform",)),
+    references=("experts.experts",),
+)
+def a_token_without_experts_gets_zeros(case: Case) -> None:
+    """Every other token is sent nowhere; memory that is not written is NaN."""
+    ids = case["expert_ids"].clone()
+    ids[::2] = -1
+    answer = case.call("experts", **arguments(case, expert_ids=ids), poison=True)
+    expected = torch.zeros_like(case["x"][::2])
+    rule = equals("output of tokens without experts", expected)
+    wrong = [("NaN", torch.full_like(expected, torch.nan)), ("ones", expected + 1)]
+    case.judge(rule, output_of(answer, case["x"])[::2], wrong)
+
+
+@requirement(
+    "EXPERT-18",
+    MUST,
+    "experts",
+    "Where no token is routed at all, the output MUST still carry gradients, all of them zero.",
+    reason="A rank without tokens takes part in the backward pass and in the reduction after it; an "
+    "output without a graph stops there, and the other ranks wait.",
+    sources=("Megatron #4851", "DeepSpeed #5066", "PaddleFormers #3010", "seed 004: x * 0.0"),
+    given=Given(
+        lambda scope: (
+            expert_inputs(invalid_ids=(True,), bias=(False,), expert_map=(False,)).plans(scope)
+            if "experts" in scope.capabilities.gradients
+            else None
+        ),
+        expert_inputs().build,
+    ),
+    references=("experts.experts",),
+)
+def no_token_at_all_gives_zero_gradients(case: Case) -> None:
+    """Every id is -1."""
+    given = arguments(case, expert_ids=torch.full_like(case["expert_ids"], -1))
+    for path, gradient in _gradients(case, given).items():
+        if gradient is None:
+            raise Violation(f"gradient of {path}: expected zeros, got None")
+        zero = torch.zeros_like(gradient)
+        case.judge(equals(f"gradient of {path}", zero), gradient, [("ones", zero + 1)])

@@ -33,7 +33,8 @@ GIVEN: dict[str, Given] = {
     "align": slots(),
     "dispatch": rows(),
     "combine": scattered(),
-    "experts": expert_inputs(),
+    # Ids that are not here have requirements of their own: EXPERT-07, 08, 17 and 18.
+    "experts": expert_inputs(invalid_ids=(False,), expert_map=(False,)),
     "layer": layer_inputs(),
 }
 
@@ -212,7 +213,12 @@ def the_same_storage_with_other_data(case: Case) -> None:
     "Memory that was never written MUST NOT show up in the output.",
     reason="Fresh memory is often zero in a test and never in production.",
     sources=("SGLang #3339", "vllm-ascend #9992", "torchtitan #1237", "TE #3116"),
-    given=expert_inputs(bias=(False,), loads=("uniform", "half empty", "one expert")),
+    given=expert_inputs(
+        bias=(False,),
+        expert_map=(False,),
+        invalid_ids=(False,),
+        loads=("uniform", "half empty", "one expert"),
+    ),
 )
 def fresh_memory_never_shows(case: Case) -> None:
     """New tensors are filled with NaN before the target gets them."""
@@ -237,7 +243,9 @@ def fresh_memory_never_shows(case: Case) -> None:
         lambda scope: (
             None
             if scope.capabilities.finite_only
-            else expert_inputs(bias=(False,), least_tokens=2).plans(scope)
+            else expert_inputs(
+                bias=(False,), expert_map=(False,), invalid_ids=(False,), least_tokens=2
+            ).plans(scope)
         ),
         expert_inputs().build,
     ),
@@ -305,7 +313,7 @@ def the_same_call_gives_the_same_bits(case: Case) -> None:
     sources=("vLLM batch-invariant mode", "transformers #43362"),
     given=Given(
         lambda scope: (
-            expert_inputs(invalid_ids=(False,), least_tokens=2).plans(scope)
+            expert_inputs(expert_map=(False,), invalid_ids=(False,), least_tokens=2).plans(scope)
             if scope.capabilities.batch_invariant
             else None
         ),
@@ -364,7 +372,7 @@ def strides_do_not_matter(case: Case) -> None:
     sources=("DeepSeek-V2 moe_infer scatter_", "vLLM #16801"),
     given=Given(
         lambda scope: (
-            expert_inputs(bias=(False,), expert_map=(False,)).plans(scope)
+            expert_inputs(bias=(False,), expert_map=(False,), invalid_ids=(False,)).plans(scope)
             if len(scope.capabilities.id_dtypes) > 1
             else None
         ),

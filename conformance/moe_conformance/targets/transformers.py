@@ -82,6 +82,8 @@ class TransformersTarget(Target):
     """Whether all of it takes non-contiguous tensors. Routers and experts do, but the blocks begin
     with `hidden_states.view(-1, hidden_dim)`, which refuses a transposed x with a RuntimeError."""
 
+    min_experts: ClassVar[int] = 1
+
     routing: ClassVar[list[Choice]]
     experts_choice: ClassVar[Choice] = {
         "activation": tuple(ACTIVATIONS),
@@ -104,6 +106,7 @@ class TransformersTarget(Target):
         "router_dtype": (None,),
     }
     router_rounding: ClassVar[tuple[str, ...]] = ("router_logits",)
+    experts_rounding: ClassVar[tuple[str, ...]] = ()
     layer_rounding: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self) -> None:
@@ -319,6 +322,7 @@ class TransformersTarget(Target):
             layer=cls.layer_choice,
             # The routers call softmax or sigmoid in float32, for float64 hidden states as well.
             router_dtype="float32",
+            min_experts=cls.min_experts,
             # `grouped_mm` wants rows of a multiple of 16 bytes: 8 numbers of 2 bytes.
             hidden_multiple=8 if grouped else 1,
             intermediate_multiple=8 if grouped else 1,
@@ -326,6 +330,7 @@ class TransformersTarget(Target):
             strides=cls.strides,
             rounding_points=(
                 *cls.router_rounding,
+                *cls.experts_rounding,
                 # Every product, activation and multiplication is a tensor of x's dtype; the
                 # weighting too, unless the routing weights are wider.
                 "pre_activation",
@@ -470,6 +475,9 @@ class DeepseekV3(TransformersTarget):
     experts_class = "DeepseekV3Experts"
     block_class = "DeepseekV3MoE"
     has_balance_loss = False
+    # `.topk(2, dim=-1)` over each group's scores in `DeepseekV3TopkRouter.forward`, with one group
+    # as with several.
+    min_experts = 2
     # `DeepseekV3TopkRouter.forward`: sigmoid, a group's score is always the sum of its best two,
     # masked with -inf, (+ 1e-20) in the denominator, for K = 1 as well, and the scale always.
     routing: ClassVar[list[Choice]] = [
@@ -585,6 +593,9 @@ class GptOss(TransformersTarget):
     }
     # `softmax(router_top_value, dtype=router_top_value.dtype)`.
     router_rounding = ("router_logits", "router_scores")
+    # `current_state @ gate_up_proj + bias`, and `_apply_gate` in five steps, each a tensor of x's
+    # dtype.
+    experts_rounding = ("product", "activation_steps")
 
     def _experts_fields(self, config: ExpertsConfig) -> dict[str, Any]:
         return {"swiglu_alpha": float(config.alpha), "swiglu_limit": float(config.limit)}
