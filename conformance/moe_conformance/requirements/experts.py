@@ -796,7 +796,7 @@ def a_token_without_experts_gets_zeros(case: Case) -> None:
     MUST,
     "experts",
     "Where no token is routed at all, the output MUST still carry gradients, all of them zero.",
-    reason="A rank without tokens takes part in the backward pass and in the reduction after it; an "
+    reason="A rank without tokens takes part in the backward pass and the reduction after it; an "
     "output without a graph stops there, and the other ranks wait.",
     sources=("Megatron #4851", "DeepSpeed #5066", "PaddleFormers #3010", "seed 004: x * 0.0"),
     given=Given(
