@@ -9,6 +9,7 @@ A marker is an HTML comment on a line of its own or inside a table cell:
 - `presets` - the routing of published models
 - `seen: gating` - real bugs of a concept from docs/data, each with the requirements that cite it
 - `picture: one_token` - a picture drawn by docs/pictures.py from what the reference computes
+- `findings: broken` - what benchmarks/findings.py recorded; also `environment` and `sigmoid`
 - `help: check` - what `moespec check --help` prints
 - `terminal: 1: moespec check …` - runs a command in a folder with docs/examples, shows what it
   prints, and stops the build unless it ends with that exit code
@@ -16,6 +17,7 @@ A marker is an HTML comment on a line of its own or inside a table cell:
 An unknown marker stops the build.
 """
 
+import json
 import os
 import re
 import shlex
@@ -41,7 +43,7 @@ from typer.testing import CliRunner
 
 DOCS = Path(__file__).parent
 MARKER = re.compile(r"<!-- (requirements|requirements table|operations table|concepts table|presets"
-                    r"|seen|picture|help|terminal)(?:: (.*?))? -->")  # fmt: skip
+                    r"|seen|findings|picture|help|terminal)(?:: (.*?))? -->")  # fmt: skip
 LOADERS = re.compile(r"<!-- Load mathjax -->.*?<!-- End of mermaid configuration -->", re.DOTALL)
 THREAD = re.compile(r"([\w./-]+) ?(#\d+)")
 ANY_COMMENT = re.compile(r"<!-- [a-z ]+(?::.*?)? -->")
@@ -94,12 +96,42 @@ def _fill(kind, argument, file):
         return _presets()
     if kind == "seen":
         return _seen(argument, file)
+    if kind == "findings":
+        return _findings(argument, file)
     if kind == "picture":
         return getattr(pictures, argument)()
     if kind == "help":
         return _fence(_help(argument))
     code, _, command = argument.partition(": ")
     return _fence(f"$ {command}\n{_terminal(command, int(code))}")
+
+
+def _findings(part, file):
+    record = json.loads((DOCS.parent / "benchmarks/results/findings.json").read_text())
+    if part == "environment":
+        versions = ", ".join(f"{name} {each}" for name, each in record["versions"].items())
+        return (
+            f"`{record['command']}` on {record['date']}, commit `{record['commit'][:10]}`, "
+            f"{versions}, {record['machine']['device']} ({record['machine']['platform']})."
+        )
+    if part == "sigmoid":
+        found = record["sigmoid"]
+        return (
+            f"`{found['function']}` turned {found['not_constant_afterwards']} of "
+            f"{found['constant_rows']} constant float32 rows into rows that are not constant, on "
+            f"the machine above."
+        )
+    by_id = {each.id: each for each in requirements()}
+    rows = [
+        f"| `{each['target']}` | {_link(by_id[each['id']], file)} | {each['status']} "
+        f"| {each['message']} |"
+        for each in record["broken"]
+    ]
+    conforming = sum(verdict == "conforms" for verdict in record["verdicts"].values())
+    head = f"{conforming} of {len(record['verdicts'])} targets conform.\n\n"
+    return head + "\n".join(
+        ["| target | requirement | status | what was seen |", "|-|-|-|-|", *rows]
+    )
 
 
 def _fence(text, language="text"):
@@ -221,7 +253,7 @@ def _seen(area, file):
 
 @cache
 def _help(command):
-    result = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "96"})
+    result = CliRunner().invoke(app, [*command.split(), "--help"], terminal_width=88)
     if result.exit_code:
         raise PluginError(f"moespec {command} --help ended with {result.exit_code}")
     return result.output.replace("Usage: root", "Usage: moespec")
@@ -237,7 +269,7 @@ def _terminal(command, code):
     ran = subprocess.run(
         [sys.executable, "-m", "moe_conformance", *arguments[1:]],
         cwd=folder,
-        env={**os.environ, "COLUMNS": "96", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "COLUMNS": "88", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -233,7 +233,6 @@ def experts_batched_triton(
     ids = torch.arange(E, device=x.device)[:, None].expand(E, C)
     in_use = torch.arange(C, device=x.device) < tokens_per_expert[:, None]
     ids = torch.where(in_use, ids, -1).view(E * C, 1)
-
     ones = torch.ones(E * C, 1, dtype=torch.float32, device=x.device)
     rows = sum_of_experts_triton(x.reshape(E * C, H), experts, ones, ids, config)
     return rows.to(x.dtype).view(E, C, H)

@@ -56,6 +56,7 @@ def routing(
     contents: tuple[str, ...] = CONTENTS,
     largest: int = 512,
     least_tokens: int = 1,
+    left_out: bool = False,
     **fixed: tuple[Any, ...],
 ) -> Given:
     """Routing inputs inside the declaration.
@@ -67,12 +68,24 @@ def routing(
         contents: shapes of logits to draw from.
         largest: largest number of experts.
         least_tokens: smallest number of tokens; 2 where tokens are compared with each other.
+        left_out: at least one expert is not chosen, so that there is a choice to judge.
         **fixed: the values that a field may take here, inside the declared ones.
     """
 
     def plans(scope: Scope) -> Plans | None:
         made = [
-            _plans(scope, choice, bias, groups, hashed, contents, largest, least_tokens, fixed)
+            _plans(
+                scope,
+                choice,
+                bias,
+                groups,
+                hashed,
+                contents,
+                largest,
+                least_tokens,
+                left_out,
+                fixed,
+            )
             for choice in scope.capabilities.alternatives("routing")
         ]
         possible = [each for each in made if each is not None]
@@ -90,6 +103,7 @@ def _plans(
     contents: tuple[str, ...],
     largest: int,
     least_tokens: int,
+    left_out: bool,
     fixed: Mapping[str, tuple[Any, ...]],
 ) -> Plans | None:
     wanted = dict(fixed)
@@ -112,7 +126,7 @@ def _plans(
     capabilities = scope.capabilities
     most = min(largest, capabilities.max_experts or largest, 64 if scope.interpreted else largest)
     tokens = 12 if scope.interpreted else 40
-    least = capabilities.min_experts
+    least = max(capabilities.min_experts, 1 + left_out)
     if not scope.dtypes or most < least:
         return None
 
@@ -136,7 +150,7 @@ def _plans(
             reachable = experts
             config["topk_groups"] = 1
             config["group_score"], config["mask_fill"] = choices["group_score"][0], "-inf"
-        top = min(reachable, capabilities.max_top_k or 16, 16)
+        top = min(reachable, experts - left_out, capabilities.max_top_k or 16, 16)
         allowed_k = declared.get("top_k")
         if allowed_k is not None:
             config["top_k"] = draw(st.sampled_from([k for k in allowed_k if k <= top] or [1]))

@@ -27,6 +27,8 @@ from moe_conformance.inputs.given import (
 BLOCK_SIZES = (1, 2, 4, 7, 16, 48, 64, 128)
 """Block sizes where the target declares none: 1, tiles of kernels, two that are no power of two."""
 
+ANY_BLOCK = (1, 2**30)
+
 EXPERTS = (1, 2, 3, 5, 8, 31, 33, 60, 64, 72, 128, 160, 255, 256, 257, 384)
 """Numbers of experts: those of published models, one off powers of two, and beyond one byte."""
 
@@ -54,7 +56,7 @@ def slots(
     invalid: bool | None = None,
     mapped: bool | None = None,
     dropped: bool | None = None,
-    block_sizes: tuple[int, ...] = BLOCK_SIZES,
+    blocks: tuple[int, int] = ANY_BLOCK,
     least_experts: int = 1,
     least_k: int = 1,
     moved: bool = False,
@@ -66,7 +68,7 @@ def slots(
         invalid: with ids that mean *not here*, without, or (None) either.
         mapped: with an expert map, without, or either.
         dropped: `drop_invalid`, or either.
-        block_sizes: to draw from, as far as they are declared.
+        blocks: the smallest and the largest block size to draw.
         least_experts: smallest number of experts, and of tokens; 2 where they are compared.
         least_k: smallest number of experts per token; 2 where a row's ids are compared.
         moved: the ids have other strides than contiguous ones.
@@ -75,7 +77,7 @@ def slots(
     def plans(scope: Scope) -> Plans | None:
         if moved and not scope.capabilities.strides:
             return None
-        sized = _block_sizes(scope, block_sizes)
+        sized = _block_sizes(scope, *blocks)
         made = []
         for declared in scope.capabilities.alternatives("align"):
             choices = {
@@ -99,12 +101,12 @@ def _allowed(
     return tuple(v for v in (False, True) if v in values and wanted in (None, v))
 
 
-def _block_sizes(scope: Scope, wanted: tuple[int, ...]) -> tuple[int, ...]:
+def _block_sizes(scope: Scope, least: int, most: int) -> tuple[int, ...]:
     declared = scope.capabilities.block_sizes
     if declared is None:
-        return tuple(b for b in wanted if b <= 16) if scope.interpreted else wanted
-    # A size that only this target takes is as good as one of ours where any would do.
-    return declared if wanted == BLOCK_SIZES else tuple(b for b in wanted if b in declared)
+        declared = BLOCK_SIZES
+        most = min(most, 16) if scope.interpreted else most
+    return tuple(b for b in declared if least <= b <= most)
 
 
 def _align_plans(
@@ -255,19 +257,19 @@ def spread(
 def batched(
     *,
     loads: tuple[str, ...] = COUNTS,
-    block_sizes: tuple[int, ...] = BLOCK_SIZES,
+    blocks: tuple[int, int] = ANY_BLOCK,
     least_tokens: int = 1,
 ) -> Given:
     """Inputs of `align_batched` inside the declaration.
 
     Args:
         loads: how many rows the experts have.
-        block_sizes: to draw from, as far as they are declared.
+        blocks: the smallest and the largest block size to draw.
         least_tokens: smallest capacity.
     """
 
     def plans(scope: Scope) -> Plans | None:
-        sized = _block_sizes(scope, block_sizes)
+        sized = _block_sizes(scope, *blocks)
         return _batched_plans(scope, sized, loads, least_tokens) if sized else None
 
     return Given(plans, build_batched)

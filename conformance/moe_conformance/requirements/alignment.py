@@ -13,7 +13,7 @@ import torch
 
 from moe_conformance.case import Case
 from moe_conformance.inputs.given import Given, Scope
-from moe_conformance.inputs.slots import BLOCK_SIZES, batched, slots
+from moe_conformance.inputs.slots import ANY_BLOCK, batched, slots
 from moe_conformance.judge import Violation
 from moe_conformance.registry import MAY, MUST, requirement
 
@@ -564,6 +564,9 @@ def must_raise(case: Case, operation: str, bad: dict[str, dict[str, Any]]) -> No
 
 
 A7 = "vLLM moe_align_block_size"
+LARGER = (2, ANY_BLOCK[1])
+"""Block sizes that can leave room for padding."""
+
 SEVERAL = ("uniform", "skewed", "half empty", "duplicates", "full blocks")
 """Loads in which more than one expert has slots."""
 
@@ -594,7 +597,7 @@ def every_slot_stands_exactly_once(case: Case) -> None:
     "A block MUST hold slots of one expert only.",
     reason="The kernel multiplies a whole block with one expert's weights.",
     sources=(A7,),
-    given=slots(block_sizes=BLOCK_SIZES[1:], least_experts=2, loads=SEVERAL),
+    given=slots(blocks=LARGER, least_experts=2, loads=SEVERAL),
     references=ALIGN,
 )
 def a_block_belongs_to_one_expert(case: Case) -> None:
@@ -625,7 +628,7 @@ def the_padded_length_is_exact(case: Case) -> None:
     "What is no slot before `padded_length` MUST be T·K, the number of all slots.",
     reason="Kernels mask their loads by comparing with the number of slots; -1 would pass.",
     sources=(A7, "vLLM #55896"),
-    given=slots(block_sizes=BLOCK_SIZES[1:], loads=("uniform", "skewed", "half empty")),
+    given=slots(blocks=LARGER, loads=("uniform", "skewed", "half empty")),
     references=ALIGN,
 )
 def padding_is_the_number_of_slots(case: Case) -> None:
@@ -689,7 +692,7 @@ def experts_follow_in_ascending_order(case: Case) -> None:
     "behind them.",
     reason="Consumers stop at an expert's first padding, or take its first slot for its offset.",
     sources=(A7,),
-    given=slots(block_sizes=BLOCK_SIZES[1:]),
+    given=slots(blocks=LARGER),
     references=ALIGN,
 )
 def padding_follows_the_slots(case: Case) -> None:
@@ -874,7 +877,7 @@ def zero_tokens_need_no_block(case: Case) -> None:
     "With block size 1 there MUST be one block for each slot and no padding.",
     reason="Decoding with a token or two runs at the smallest block size.",
     sources=(A7, "aiter #4041"),
-    given=slots(block_sizes=(1,), mapped=False, invalid=False),
+    given=slots(blocks=(1, 1), mapped=False, invalid=False),
     references=ALIGN,
 )
 def block_size_one_has_no_padding(case: Case) -> None:
@@ -1065,7 +1068,7 @@ def the_batched_length_is_exact(case: Case) -> None:
     "What is no row before `padded_length` MUST be E·C, the number of rows of the buffer.",
     reason="Kernels mask their loads by comparing with it.",
     sources=("vLLM batched_moe_align_block_size",),
-    given=batched(block_sizes=BLOCK_SIZES[1:], loads=("uniform", "half empty", "full")),
+    given=batched(blocks=LARGER, loads=("uniform", "half empty", "full")),
     references=BATCHED,
 )
 def batched_padding_is_the_number_of_rows(case: Case) -> None:

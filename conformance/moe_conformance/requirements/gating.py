@@ -172,7 +172,7 @@ def the_bias_never_weighs(case: Case) -> None:
     reason="Which experts see a token is the definition of the router; choices that rounding can "
     "exchange are free.",
     sources=("Shazeer et al. (arXiv 1701.06538)", "mlx-lm #1883"),
-    given=routing(bias=False, groups=False),
+    given=routing(bias=False, groups=False, left_out=True),
     references=("gating.route",),
 )
 def the_best_experts_are_chosen(case: Case) -> None:
@@ -205,7 +205,7 @@ def _judge_ids(case: Case, ids: torch.Tensor) -> None:
     "The selection bias MUST be added to the scores, before any expert is chosen.",
     reason="Without it, or added to the logits instead, the load is not steered as trained.",
     sources=("DeepSeek-V3 (arXiv 2412.19437) section 2.1.2", "mlx-lm #1354"),
-    given=routing(bias=True, groups=False),
+    given=routing(bias=True, groups=False, left_out=True),
     references=("gating.route",),
 )
 def the_bias_takes_part_in_the_choice(case: Case) -> None:
@@ -310,7 +310,7 @@ def the_scale_is_applied_once(case: Case) -> None:
     reason="The group limit bounds how many nodes a token is sent to; max and top-2 sum pick "
     "different groups for most tokens.",
     sources=("vLLM #13474", "Megatron #1441", "DeepSeek-V3 inference/model.py"),
-    given=routing(bias=False, groups=True),
+    given=routing(bias=False, groups=True, left_out=True),
     references=("gating.route",),
 )
 def experts_come_from_the_best_groups(case: Case) -> None:
@@ -326,7 +326,7 @@ def experts_come_from_the_best_groups(case: Case) -> None:
     "Groups MUST be scored on the biased scores.",
     reason="A bias added after the group mask cannot bring back a group that was closed.",
     sources=("DeepSeek-V3 inference/model.py", "transformers #45441"),
-    given=routing(bias=True, groups=True, mask_fill=("-inf",)),
+    given=routing(bias=True, groups=True, mask_fill=("-inf",), left_out=True),
     references=("gating.route",),
 )
 def groups_are_scored_with_the_bias(case: Case) -> None:
@@ -364,7 +364,7 @@ def closed_groups_stay_closed(case: Case) -> None:
     sources=("intel-xpu-backend-for-triton #7580", "intel-xpu-backend-for-triton #7575"),
     given=Given(
         lambda scope: (
-            routing(bias=False, groups=False, contents=("normal",)).plans(scope)
+            routing(bias=False, groups=False, contents=("normal",), left_out=True).plans(scope)
             if scope.capabilities.ties == "lowest"
             else None
         ),
@@ -681,7 +681,12 @@ def the_bias_keeps_its_digits(case: Case) -> None:
 
 def _fine_bias(scope: Scope) -> Plans | None:
     return routing(
-        bias=True, groups=False, order=("score_then_topk",), contents=("normal",), largest=256
+        bias=True,
+        groups=False,
+        order=("score_then_topk",),
+        contents=("normal",),
+        largest=256,
+        left_out=True,
     ).plans(scope)
 
 

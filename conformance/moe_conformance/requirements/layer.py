@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from moe_reference.config import LayerConfig, LayerWeights
+from moe_reference.layer import layer as reference_layer
 
 from moe_conformance.case import Answer, Case
 from moe_conformance.codec import replace_tensors
@@ -355,6 +356,20 @@ def a_layer_without_tokens(case: Case) -> None:
     case.judge(rule, answer.outputs, [("one token", {"output": case["x"][:, :1]})])
 
 
+NOTICEABLE = 2.0**-10
+"""A gradient of this size is far above what any of the dtypes underflows to (float16: 2^-24)."""
+
+
+def _router_gradient(given: dict[str, Any]) -> torch.Tensor:
+    """The gradient of the output's sum by the router, in float64."""
+    wide = replace_tensors(given, lambda _, t: t.double() if t.is_floating_point() else t)
+    router = wide["parameters"].router.requires_grad_(True)
+    [gradient] = torch.autograd.grad(
+        reference_layer(**wide).output.sum(), router, allow_unused=True, materialize_grads=True
+    )
+    return gradient
+
+
 @requirement(
     "LAYER-09",
     MUST,
@@ -375,7 +390,6 @@ def a_layer_without_tokens(case: Case) -> None:
 def the_router_learns_from_the_output(case: Case) -> None:
     """Not zero and finite; its value is judged through `route` and `experts`."""
     given = {name: case[name] for name in NAMES}
-    # Narrow routers saturate: logits of a few units keep every score's slope well above zero.
     call = case.planned(
         "layer",
         wrt=["parameters.router"],
@@ -383,14 +397,10 @@ def the_router_learns_from_the_output(case: Case) -> None:
         **given,
     )
     answer = case.session([call])[0]
-    fields = _fields(answer, case["x"])
+    _fields(answer, case["x"])
     gradient = answer.gradients["parameters.router"]
-    routing = case["config"].routing
-    over = routing.top_k if routing.order == "topk_then_score" else len(case["parameters"].router)
-    if routing.score == "softmax" and over == 1:
-        case.vacuous.append("softmax over one logit is constant")
-    if not bool(fields["output"].any()):
-        case.vacuous.append("the output is zero")
+    if float(_router_gradient(given).abs().max()) < NOTICEABLE:
+        case.vacuous.append("the output hardly depends on the router here")
 
     def rule(found: torch.Tensor | None) -> None:
         if found is None:

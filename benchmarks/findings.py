@@ -1,0 +1,76 @@
+"""What the suite finds in installed libraries: the record behind docs/findings.md.
+
+python benchmarks/findings.py [--seed N]
+"""
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from moe_conformance.report import read_report, reports_in
+
+OUT = Path(__file__).parent / "results" / "findings.json"
+BROKEN = ("fail", "crash", "timeout", "inconclusive", "warn")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["check", "transformers", "--seed", str(options.seed)]
+        done = subprocess.run(
+            [sys.executable, "-m", "moe_conformance", *command, "--report", folder], check=False
+        )
+        if done.returncode not in (0, 1):
+            return done.returncode
+        reports = reports_in(read_report(Path(folder) / "index.json"))
+    record = {
+        "command": " ".join(["moespec", *command]),
+        "date": datetime.date.today().isoformat(),
+        "commit": subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip(),
+        "machine": reports[0]["machine"],
+        "versions": {name: version(name) for name in ("moespec", "torch", "transformers")},
+        "verdicts": {report["target"]["name"]: report["verdict"] for report in reports},
+        "broken": [
+            {
+                "target": report["target"]["name"],
+                "id": each["id"],
+                "status": each["status"],
+                "message": each["message"],
+            }
+            for report in reports
+            for each in report["requirements"]
+            if each["status"] in BROKEN
+        ],
+        "sigmoid": uneven("torch.sigmoid", torch.sigmoid),
+    }
+    OUT.parent.mkdir(exist_ok=True)
+    beside = OUT.with_suffix(".new")
+    beside.write_text(json.dumps(record, indent=1) + "\n")
+    beside.replace(OUT)
+    print(OUT)
+    return 0
+
+
+def uneven(name, function):
+    """How many constant rows a function of one number turns into rows that are not constant."""
+    found = tried = 0
+    for experts in (8, 17, 60, 72, 160, 257):
+        for value in torch.linspace(-8, 8, 200):
+            row = function(torch.full((experts,), float(value)))
+            found += not bool((row == row[0]).all())
+            tried += 1
+    return {"function": name, "constant_rows": tried, "not_constant_afterwards": found}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
