@@ -60,7 +60,8 @@ def heat_map(
     shown = _array(values)[:tokens]
     T, E = shown.shape
     figure, axes = plt.subplots(figsize=(9.5, 0.26 * T + 1.4))
-    image = axes.imshow(shown, aspect="auto")
+    image = axes.imshow(shown, aspect="auto", interpolation="nearest")
+    frame = 2.2 if E <= 64 else 0.9
     figure.colorbar(image, ax=axes, pad=0.02)
     if closed is not None:
         for t, e in np.argwhere(_array(closed)[:tokens] > 0):
@@ -80,7 +81,12 @@ def heat_map(
             for e in experts:
                 axes.add_patch(
                     Rectangle(
-                        (e - 0.5, t - 0.5), 1, 1, fill=False, lw=2.2, ec=MARK
+                        (e - 0.5, t - 0.5),
+                        1,
+                        1,
+                        fill=False,
+                        lw=frame,
+                        ec=MARK,
                     )
                 )
     if E <= 8:

@@ -89,8 +89,8 @@ class Capabilities:
             `expert_map` (with and without) and `invalid_ids` (ids that mean *not here*).
         layer: the same for `LayerConfig`, and for `shared` and `shared_gate` (with and without).
         align: the same for `drop_invalid`, `expert_map`, `invalid_ids`.
-        router_dtype: what the router computes in, whatever its inputs are; None is the contract's
-            rule, float32, or float64 where the logits are float64.
+        router_dtype: what the router computes in, whatever its inputs are; None is the rule:
+            float32, or float64 where the logits are float64.
         min_experts: smallest E.
         max_experts: largest E; None has no limit.
         max_top_k: largest K; None has no limit.

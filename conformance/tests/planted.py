@@ -76,9 +76,9 @@ class NoDtype(Reference):
 
 
 class OnlyOneExpert(Reference):
-    """Declares so little that no case could fail: one expert, always weighted 1."""
+    """Declares so little that no case of EXPERT-12 could fail: no expert can be idle."""
 
-    capabilities = Capabilities(max_experts=1, operations=("route",), ties="lowest")
+    capabilities = Capabilities(max_experts=1, operations=("experts",), gradients=("experts",))
 
 
 class _OnNaN(Reference):

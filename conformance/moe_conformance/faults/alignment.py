@@ -290,7 +290,7 @@ class BlockExpertsSkipEmptyOnes(Arranged):
         return super().arrange(filled, block_size, sentinel)
 
 
-@fault("one-byte-for-an-expert", catches=("ALIGN-05", "ALIGN-24"), thread="imp #2056")
+@fault("one-byte-for-an-expert", catches=("ALIGN-05",))
 class OneByteForAnExpert(Arranged):
     """`block_experts` passes through an unsigned byte."""
 
@@ -417,7 +417,7 @@ class DropInvalidIgnored(Around):
         return replace(given, drop_invalid=False)
 
 
-@fault("local-experts-taken-for-a-range", catches=("ALIGN-11",), thread="flashinfer #1469")
+@fault("local-experts-taken-for-a-range", catches=("ALIGN-11",))
 class LocalExpertsTakenForARange(Around):
     """Dropped is what lies before the first local expert or behind the last, nothing between."""
 
@@ -498,7 +498,7 @@ class ChunksInOrderOfFinish(Arranged):
         return super().lay(slots[32:] + slots[:32], room, block_size, sentinel)
 
 
-@fault("nothing-still-takes-a-block", catches=("ALIGN-15", "ALIGN-29"), thread="torchtitan #1166")
+@fault("nothing-still-takes-a-block", catches=("ALIGN-15", "ALIGN-29"))
 class NothingStillTakesABlock(Arranged):
     """A batch without slots is padded to one block, so that there is something to launch."""
 
@@ -525,7 +525,7 @@ class SmallestBlockIsTwo(Arranged):
         return count + count % 2 if block_size == 1 else super().blocks(count, block_size)
 
 
-@fault("one-block-per-token", catches=("ALIGN-16",), thread="aiter #4451")
+@fault("one-block-per-token", catches=("ALIGN-16",))
 class OneBlockPerToken(Around):
     """With block size 1 there is one block for each token: the other K - 1 slots are lost."""
 
@@ -544,7 +544,7 @@ class SlotsAsInt64(Arranged):
         return sorted_.long(), experts, length
 
 
-@fault("buffers-for-the-slots-alone", catches=("ALIGN-17", "ALIGN-28"), thread="vLLM #55896")
+@fault("buffers-for-the-slots-alone", catches=("ALIGN-17", "ALIGN-28"))
 class BuffersForTheSlotsAlone(Arranged):
     """The buffer has room for every slot, and for the padding only where experts are not full."""
 
@@ -621,7 +621,7 @@ class ALongMapIsCut(Around):
         return replace(given, expert_map=None if rows is None else rows[: given.num_experts])
 
 
-@fault("rows-numbered-by-padded-capacity", catches=("ALIGN-21",), thread="vLLM #55896")
+@fault("rows-numbered-by-padded-capacity", catches=("ALIGN-21",))
 class RowsNumberedByPaddedCapacity(Reference):
     """Row e·C + i is numbered with C rounded up to the block size."""
 
@@ -642,7 +642,7 @@ class LengthOfTheWholeBuffer(Reference):
         return sorted_, carried, torch.full_like(length, len(sorted_))
 
 
-@fault("experts-as-if-all-were-full", catches=("ALIGN-24",), thread="vLLM #55896")
+@fault("experts-as-if-all-were-full", catches=("ALIGN-24",))
 class ExpertsAsIfAllWereFull(Reference):
     """A block's expert is its number divided by the blocks of a full expert."""
 

@@ -120,7 +120,7 @@ class SlotsAreTokens(Sorted):
         return rows, counts, slots // max(expert_ids.shape[1], 1)
 
 
-@fault("a-hidden-capacity", catches=("DISPATCH-03", "DISPATCH-17"), thread="DeepSpeed #1658")
+@fault("a-hidden-capacity", catches=("DISPATCH-03", "DISPATCH-17"))
 class AHiddenCapacity(Sorted):
     """An expert gets no more than 64 rows; the others are dropped without a word."""
 
@@ -236,7 +236,7 @@ class RowsInFloat32(Sorted):
         return x.float()[slots // top_k]
 
 
-@fault("no-counts-for-no-tokens", catches=("DISPATCH-09",), thread="torchtitan #1166")
+@fault("no-counts-for-no-tokens", catches=("DISPATCH-09",))
 class NoCountsForNoTokens(Sorted):
     """Without tokens there are no counts."""
 
@@ -294,7 +294,7 @@ class CombinedTwiceWhereKIsOne(Weighted):
         return own * own if weights.shape[1] == 1 else own
 
 
-@fault("rows-overwritten", catches=("DISPATCH-12", "DISPATCH-11"), thread="transformers #43362")
+@fault("rows-overwritten", catches=("DISPATCH-12", "DISPATCH-11"))
 class RowsOverwritten(Weighted):
     """A token's rows are written one over the other."""
 
@@ -397,7 +397,7 @@ class MissingPairsTakeTheLastRow(Weighted):
         return (right + taken[:, None] * rows[-1]).to(right.dtype)
 
 
-@fault("combined-by-a-one-hot-product", catches=("DISPATCH-16",), thread="SGLang #25852")
+@fault("combined-by-a-one-hot-product", catches=("DISPATCH-16",))
 class CombinedByAOneHotProduct(Weighted):
     """Rows are combined by a product with a matrix of ones and zeros."""
 
@@ -640,7 +640,7 @@ class WeightsComparedInBfloat16(Capped):
         return weights.bfloat16()
 
 
-@fault("invalid-ids-take-capacity", catches=("DISPATCH-25",), thread="Megatron #1617")
+@fault("invalid-ids-take-capacity", catches=("DISPATCH-25",), thread="vLLM #38128")
 class InvalidIdsTakeCapacity(Capped):
     """Ids are taken modulo E where pairs are counted, and lead nowhere afterwards."""
 
@@ -694,7 +694,7 @@ class RowsCarryNoGradient(Sorted):
         return super().rows(x.detach(), slots, top_k)
 
 
-@fault("only-the-first-row-has-a-gradient", catches=("DISPATCH-27",), thread="transformers #48687")
+@fault("only-the-first-row-has-a-gradient", catches=("DISPATCH-27",))
 class OnlyTheFirstRowHasAGradient(Sorted):
     """The backward pass writes a token's gradient where it should add: one of its rows counts."""
 
@@ -703,7 +703,7 @@ class OnlyTheFirstRowHasAGradient(Sorted):
         return torch.where((slots % top_k == 0)[:, None], rows, rows.detach())
 
 
-@fault("weights-carry-no-gradient", catches=("DISPATCH-28",), thread="torchtitan #2416")
+@fault("weights-carry-no-gradient", catches=("DISPATCH-28",))
 class WeightsCarryNoGradient(Reference):
     """The router gets no gradient from the sum."""
 
