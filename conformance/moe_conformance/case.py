@@ -100,7 +100,7 @@ class Case:
         return {
             "operation": operation,
             "arguments": arguments,
-            "layouts": dict(layouts or self.inputs.get("layouts") or {}),
+            "layouts": dict(self.inputs.get("layouts") or {} if layouts is None else layouts),
             "wrt": list(wrt),
             "cotangents": dict(cotangents or {}),
             "reuse": reuse,

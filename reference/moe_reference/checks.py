@@ -35,8 +35,7 @@ def check_tensor(
         came = str(value.dtype).removeprefix("torch.")
         raise TypeError(f"{name}: expected dtype {expected}, got {came}")
     fits = value.ndim == len(shape) and all(
-        isinstance(want, str) or want == have
-        for want, have in zip(shape, value.shape, strict=True)
+        isinstance(want, str) or want == have for want, have in zip(shape, value.shape, strict=True)
     )
     if not fits:
         wanted = ", ".join(map(str, shape))

@@ -223,7 +223,7 @@ def the_bias_takes_part_in_the_choice(case: Case) -> None:
     reason="Softmax over all experts and softmax over the chosen ones differ unless renormalised; "
     "a sigmoid is neither.",
     sources=("Megatron #955", "Megatron #1593", "mlxcel #391", "llama.cpp #18980", "SGLang #35160"),
-    given=routing(bias=False, renormalize=(False,), scale=(1.0,)),
+    given=routing(bias=False, groups=False, renormalize=(False,), scale=(1.0,)),
     references=("gating.route", "gating.scores"),
 )
 def weights_are_the_declared_scores(case: Case) -> None:
