@@ -15,7 +15,7 @@ from moe_conformance.registry import Requirement, requirements
 from moe_conformance.runner import Effort, Result, run_requirement
 from moe_conformance.target import Target
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def inline_scope(executor: InlineExecutor, dtypes: tuple[str, ...] = DTYPES) -> Scope:

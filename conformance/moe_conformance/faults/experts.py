@@ -202,7 +202,9 @@ class TheFirstBiasIsLeftOut(Experts):
         return {"experts": replace(given["experts"], gate_up_bias=None)}
 
 
-@fault("minus-one-computes-the-last-expert", catches=("EXPERT-07", "EXPERT-17"), thread="vLLM #42034")
+@fault(
+    "minus-one-computes-the-last-expert", catches=("EXPERT-07", "EXPERT-17"), thread="vLLM #42034"
+)
 class MinusOneComputesTheLastExpert(Experts):
     """A negative id indexes from the end."""
 

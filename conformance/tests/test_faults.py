@@ -1,0 +1,66 @@
+"""Every seeded fault is caught by a requirement that it names; every requirement has its faults."""
+
+import pytest
+import torch
+from moe_conformance.faults import faults
+from moe_conformance.registry import MAY, requirements
+from moe_conformance.runner import Effort, run_requirement
+from moe_conformance.selfcheck import catch, inline_scope, run_selfcheck
+from moe_conformance.variants import VARIANTS, variant_target
+
+STATISTICAL = ("EXPERT-01", "EXPERT-03", "EXPERT-05", "EXPERT-06", "EXPERT-13")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_names_and_ids():
+    listed = requirements()
+    known = {each.id for each in listed}
+    for fault in faults():
+        assert fault.catches, fault.name
+        assert set(fault.catches) <= known, fault.name
+        assert fault.story.endswith("."), fault.name
+    for requirement in listed:
+        assert requirement.sources, requirement.id
+        assert requirement.level in requirement.sentence, requirement.id
+        if requirement.level != MAY:
+            assert len(requirement.faults) >= 2, requirement.id
+
+
+@pytest.mark.parametrize("fault", faults(), ids=lambda fault: fault.name)
+def test_a_fault_is_caught(fault):
+    results = catch(fault, Effort(120, 1, 0.0), seed=0)
+    assert [r for r in results if r.status in ("fail", "warn")], [
+        (r.requirement.id, r.status, r.message) for r in results
+    ]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+def test_a_legal_variant_is_not_accused(variant):
+    from moe_conformance.executor import InlineExecutor
+
+    executor = InlineExecutor(variant_target(variant))
+    scope = inline_scope(executor, ("float32", "bfloat16", "float16"))
+    for requirement in requirements("experts"):
+        if requirement.id in STATISTICAL:
+            result = run_requirement(requirement, scope, executor, Effort(20, 1, 0.0), seed=1)
+            assert result.status in ("pass", "marginal"), result.message
+
+
+def test_a_suite_that_misses_a_fault_says_so(monkeypatch):
+    """The self-check is unsound when a fault is right after all."""
+    from moe_conformance import selfcheck
+    from moe_conformance.faults import Fault
+    from moe_conformance.targets import Reference
+
+    harmless = Fault("nothing-is-wrong", ("GATE-19",), "", Reference)
+    monkeypatch.setattr(selfcheck, "faults", lambda: [harmless])
+    monkeypatch.setattr(selfcheck, "requirements", lambda: requirements("gating")[18:19])
+    result = run_selfcheck(0, 12, lambda line: None)
+    assert (result["caught"], result["sound"]) == (0, False)
