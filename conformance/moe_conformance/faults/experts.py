@@ -299,7 +299,7 @@ class _Scaled(torch.autograd.Function):
 
 
 def _scaled(tensor: Tensor, factor: float) -> Tensor:
-    return _Scaled.apply(tensor, factor)  # type: ignore[no-untyped-call, no-any-return]
+    return _Scaled.apply(tensor, factor)
 
 
 @fault("the-weights-gradient-is-doubled", catches=("EXPERT-11",), thread="DeepSpeed #5259")
