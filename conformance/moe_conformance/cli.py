@@ -68,7 +68,8 @@ def check(
         tuple(targets), profile, tuple(operation or ()), requirement, device, dtype,
         examples=examples, report=report, waivers=waivers, timeout=timeout, **given,
     )  # fmt: skip
-    console = Console()
+    # Rich takes 80 columns where there is no terminal; a log has room for a target's whole name.
+    console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(f"seed {options.seed}", highlight=False)
     try:
         with _Display(console) as display:
@@ -79,7 +80,7 @@ def check(
         raise _fail("interrupted; no report was written") from None
     reports = [outcome.report for outcome in outcomes if outcome.report is not None]
     if reports:
-        console.print(table(reports, options.report))
+        console.print(table(reports, options.report), crop=False)
     for outcome in outcomes:
         if outcome.message:
             said = f"{outcome.target}: {outcome.message}"

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import torch
-from moe_conformance.target import Capabilities, Target, Unsupported
+from moe_conformance.target import Capabilities, Target, Unsupported, suite_version
 from moe_reference.config import (
     ExpertsConfig,
     ExpertWeights,
@@ -17,8 +17,6 @@ from moe_optimized import alignment, dispatch, gating, layer
 from moe_optimized import experts as _experts
 from moe_optimized.dispatch import Policy
 from moe_optimized.interpreter import INTERPRETED, require_triton
-
-_VERSION = "0.1.0"
 
 _GROUPED_ROUNDING = (
     # torch.nn.functional.grouped_mm takes no out_dtype other than its inputs', so that the results
@@ -45,11 +43,12 @@ class Optimized(Target):
     """What a user gets on this device: compiled kernels on a GPU, grouped products on a CPU."""
 
     name = "optimized"
-    version = _VERSION
+    version = suite_version()
     capabilities = Capabilities(
         devices=("cpu", "cuda") if torch.cuda.is_available() else ("cpu",),
         dtypes=("float32", "bfloat16", "float16", "float64"),
-        # Auxiliary losses belong to no module of this package.
+        # moe_optimized has no losses of its own: those of moe_reference.load_balancing are
+        # vectorised already.
         layer={"balance": (None,)},
         gradients=(
             "route",
