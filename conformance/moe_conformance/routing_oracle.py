@@ -169,10 +169,11 @@ class RoutingOracle:
             value = value.where(open_, -torch.inf)
             error = error.where(open_, 0.0)
         low, high = value - error, value + error
-        # Expert i is beaten for certain by those whose lowest key is above its highest.
-        above = (low[:, None, :] > high[:, :, None]).sum(-1)
-        itself = torch.eye(value.shape[1], dtype=torch.bool)
-        rivals = ((high[:, None, :] >= low[:, :, None]) & ~itself).sum(-1)
+        experts = value.shape[1]
+        # Expert i is beaten for certain by those whose lowest key is above its highest, and may be
+        # beaten by the others whose highest key is not below its lowest.
+        above = experts - torch.searchsorted(low.sort(-1).values, high, right=True)
+        rivals = experts - torch.searchsorted(high.sort(-1).values, low) - 1
         must = (rivals < top_k) & ~unsure[:, None]
         may = (above < top_k) | unsure[:, None]
         if self.config.mask_fill == "-inf":

@@ -459,6 +459,9 @@ def test_calls_outside_the_declaration_are_refused(target):
         ),
         lambda: target.experts(x, experts, weights, ids, ExpertsConfig("swiglu_limit")),
     ]
+    if _family(target) == "deepseek_v3":
+        one = dataclasses.replace(routing, top_k=1, num_groups=1, topk_groups=1)
+        refused.append(lambda: target.route(x[:, :1], one))
     if target.backend == "eager":
         refused.append(lambda: target.experts(x, experts, weights, ids.int(), config))
     if target.backend == "grouped_mm":

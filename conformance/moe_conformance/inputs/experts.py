@@ -111,7 +111,7 @@ def _plans(
         most_k = min(experts, 3 if exact else 5, capabilities.max_top_k or 5)
         top_k = draw(st.integers(least_k, most_k))
         return {
-            "tokens": draw(sizes(20 if small else 40, 16, least=least_tokens)),
+            "tokens": draw(sizes(20 if small else 70, 16, 64, least=least_tokens)),
             "hidden": draw(hidden),
             "intermediate": draw(inner),
             "experts": experts,

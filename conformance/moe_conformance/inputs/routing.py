@@ -125,7 +125,7 @@ def _plans(
         choices[name] = values
     capabilities = scope.capabilities
     most = min(largest, capabilities.max_experts or largest, 64 if scope.interpreted else largest)
-    tokens = 12 if scope.interpreted else 40
+    tokens, most_tokens = (12, 20) if scope.interpreted else (40, 130)
     least = max(capabilities.min_experts, 1 + left_out)
     if not scope.dtypes or most < least:
         return None
@@ -167,7 +167,9 @@ def _plans(
         if not config["renormalize"]:
             config["epsilon"], config["norm"] = choices["epsilon"][0], choices["norm"][0]
         return {
-            "tokens": draw(sizes(tokens, 16, least=least_tokens)),
+            "tokens": draw(
+                sizes(tokens if experts > 64 else most_tokens, 16, 64, least=least_tokens)
+            ),
             "experts": experts,
             "config": config,
             "dtype": draw(st.sampled_from(scope.dtypes)),

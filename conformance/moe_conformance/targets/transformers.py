@@ -180,7 +180,7 @@ class TransformersTarget(Target):
         Finite logits arrive as they are. One that is not spreads over its own row, since 0 · inf
         is NaN: the router is then asked about a row of NaN.
         """
-        self._check_routing(logits, config, bias)
+        self._check_routing(logits, config, bias, logits.shape[-1])
         num_experts = logits.shape[-1]
         identity = logits.new_zeros(num_experts, num_experts).fill_diagonal_(1)
         router = self._module(
@@ -352,9 +352,15 @@ class TransformersTarget(Target):
             raise Unsupported(f"{self.name}: no {dtype} on {device}")
 
     def _check_routing(
-        self, logits: torch.Tensor, config: RoutingConfig, bias: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        config: RoutingConfig,
+        bias: torch.Tensor | None,
+        num_experts: int,
     ) -> None:
-        self._check_inputs(logits)
+        self._check_inputs(x)
+        if num_experts < self.capabilities.min_experts:
+            raise Unsupported(f"{self.name}: no E = {num_experts}")
         asked = _fields(config)
         asked["hash_table"] = config.hash_table is not None
         self._check_choice("routing", asked | {"selection_bias": bias is not None})
@@ -371,7 +377,8 @@ class TransformersTarget(Target):
         self._check_choice("experts", asked | {"invalid_ids": False} | flags)
 
     def _check_layer(self, x: torch.Tensor, parameters: LayerWeights, config: LayerConfig) -> None:
-        self._check_routing(x, config.routing, parameters.selection_bias)
+        num_experts = parameters.router.shape[0]
+        self._check_routing(x, config.routing, parameters.selection_bias, num_experts)
         self._check_experts(x, parameters.experts, config.experts)
         if parameters.shared is not None and _biased(parameters.shared):
             raise Unsupported(f"{self.name}: no biases in the shared expert")
