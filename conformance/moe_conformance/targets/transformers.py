@@ -105,6 +105,8 @@ class TransformersTarget(Target):
         # `F.linear(hidden_states, self.weight)` in the router: the product is in x's dtype.
         "router_dtype": (None,),
     }
+    # The routers call softmax or sigmoid in float32, for float64 hidden states as well.
+    router_dtype: ClassVar[str | None] = "float32"
     router_rounding: ClassVar[tuple[str, ...]] = ("router_logits",)
     experts_rounding: ClassVar[tuple[str, ...]] = ()
     layer_rounding: ClassVar[tuple[str, ...]] = ()
@@ -320,8 +322,7 @@ class TransformersTarget(Target):
             routing=cls.routing,
             experts=cls.experts_choice,
             layer=cls.layer_choice,
-            # The routers call softmax or sigmoid in float32, for float64 hidden states as well.
-            router_dtype="float32",
+            router_dtype=cls.router_dtype,
             min_experts=cls.min_experts,
             # `grouped_mm` wants rows of a multiple of 16 bytes: 8 numbers of 2 bytes.
             hidden_multiple=8 if grouped else 1,
@@ -598,7 +599,8 @@ class GptOss(TransformersTarget):
         **TransformersTarget.layer_choice,
         "router_bias": (False, True),
     }
-    # `softmax(router_top_value, dtype=router_top_value.dtype)`.
+    # `softmax(router_top_value, dtype=router_top_value.dtype)`: float64 stays float64.
+    router_dtype = None
     router_rounding = ("router_logits", "router_scores")
     # `current_state @ gate_up_proj + bias`, and `_apply_gate` in five steps, each a tensor of x's
     # dtype.
