@@ -518,3 +518,27 @@ class NoTokensGiveGradientsAllTheSame(Experts):
         local = local_ids(given["expert_ids"], len(given["experts"].gate_up), given["expert_map"])
         x = given["x"]
         return out if bool((local >= 0).any()) else out + (x - x.detach()).mean()
+
+
+def _last_is_broken(experts: ExpertWeights) -> bool:
+    return not bool(torch.isfinite(experts.down[-1]).all())
+
+
+@fault("absent-pairs-are-computed-by-the-last-expert", catches=("EXPERT-19",))
+class AbsentPairsAreComputedByTheLastExpert(Experts):
+    """Pairs that are not here run through the last expert and are multiplied by 0."""
+
+    def finish(self, out: Tensor, **given: Any) -> Tensor:
+        """See the contract."""
+        local = local_ids(given["expert_ids"], len(given["experts"].down), given["expert_map"])
+        hit = (local < 0).any(-1, keepdim=True) & _last_is_broken(given["experts"])
+        return out.masked_fill(hit, torch.nan)
+
+
+@fault("every-expert-sees-every-token", catches=("EXPERT-19",))
+class EveryExpertSeesEveryToken(Experts):
+    """All experts run on all tokens, and a mask of zeros and ones picks from them."""
+
+    def finish(self, out: Tensor, **given: Any) -> Tensor:
+        """See the contract."""
+        return out * torch.nan if _last_is_broken(given["experts"]) else out
