@@ -22,21 +22,22 @@ BROKEN = ("fail", "crash", "timeout", "inconclusive", "warn")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--report", type=Path, help="of a run that there has been already")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        command = ["check", "transformers", "--seed", str(options.seed)]
-        done = subprocess.run(
-            [sys.executable, "-m", "moe_conformance", *command, "--report", folder], check=False
-        )
-        if done.returncode not in (0, 1):
-            return done.returncode
-        reports = reports_in(read_report(Path(folder) / "index.json"))
+    with tempfile.TemporaryDirectory() as made:
+        folder = options.report or Path(made)
+        if options.report is None:
+            command = ["check", "transformers", "--seed", str(options.seed), "--report", made]
+            subprocess.run([sys.executable, "-m", "moe_conformance", *command], check=False)
+        reports = [
+            report
+            for report in reports_in(read_report(folder / "index.json"))
+            if report["target"]["name"].startswith("transformers/")
+        ]
     record = {
-        "command": " ".join(["moespec", *command]),
+        "command": f"moespec check transformers --seed {reports[0]['seed']}",
         "date": datetime.date.today().isoformat(),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
+        "commit": reports[0]["suite"]["commit"],
         "machine": reports[0]["machine"],
         "versions": {name: version(name) for name in ("moespec", "torch", "transformers")},
         "verdicts": {report["target"]["name"]: report["verdict"] for report in reports},
