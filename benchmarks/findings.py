@@ -1,6 +1,6 @@
 """What the suite finds in installed libraries: the record behind docs/findings.md.
 
-python benchmarks/findings.py [--seed N]
+python benchmarks/findings.py [--seed N | --report FOLDER]
 """
 
 import argparse
