@@ -251,6 +251,23 @@ class LayerOutput:
     tokens_per_expert: torch.Tensor | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Which copies of E experts there are, and on which ranks: P physical experts.
+
+    Attributes:
+        physical_to_logical: [P], the expert that each physical expert is a copy of.
+        logical_to_physical: [E, X], the copies of each expert, padded with -1; X copies at most.
+        replica_count: [E], the number of copies of each expert, at least 1.
+        rank_of_physical: [P], the rank that holds it.
+    """
+
+    physical_to_logical: torch.Tensor
+    logical_to_physical: torch.Tensor
+    replica_count: torch.Tensor
+    rank_of_physical: torch.Tensor
+
+
 def _check_choices(config: Any, **allowed: Any) -> None:
     for name, literal in allowed.items():
         value = getattr(config, name)
