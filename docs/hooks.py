@@ -8,7 +8,8 @@ A marker is an HTML comment on a line of its own or inside a table cell:
 - `concepts table` - the concepts and how many requirements each has
 - `presets` - the routing of published models
 - `seen: gating` - real bugs of a concept from docs/data, each with the requirements that cite it
-- `picture: one_token` - a picture drawn by docs/pictures.py from what the reference computes
+- `picture: gating.one_token` - a picture drawn by docs/pictures/gating.py from what the reference
+  computes
 - `findings: broken` - what benchmarks/findings.py recorded; also `environment` and `sigmoid`
 - `help: check` - what `moespec check --help` prints
 - `terminal: 1: moespec check …` - runs a command in a folder with docs/examples, shows what it
@@ -28,9 +29,9 @@ import tempfile
 import tomllib
 from dataclasses import MISSING, fields
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
-import pictures
 from mkdocs.exceptions import PluginError
 from mkdocs.utils import get_relative_url
 from moe_conformance.cli import app
@@ -48,7 +49,9 @@ LOADERS = re.compile(r"<!-- Load mathjax -->.*?<!-- End of mermaid configuration
 THREAD = re.compile(r"([\w./-]+) ?(#\d+)")
 ANY_COMMENT = re.compile(r"<!-- [a-z ]+(?::.*?)? -->")
 
-PAGES = {"gating": "spec/gating.md"}
+PAGES = {
+    area: f"spec/{area}.md" for area in AREAS.values() if (DOCS / "spec" / f"{area}.md").exists()
+}
 """Concepts with a page of their own; the requirements of the others stand on one page."""
 EVERYTHING = "spec/requirements.md"
 EXAMPLE_REPORT = "example-report"
@@ -99,7 +102,8 @@ def _fill(kind, argument, file):
     if kind == "findings":
         return _findings(argument, file)
     if kind == "picture":
-        return getattr(pictures, argument)()
+        concept, name = argument.split(".")
+        return getattr(import_module(f"pictures.{concept}"), name)()
     if kind == "help":
         return _fence(_help(argument))
     code, _, command = argument.partition(": ")

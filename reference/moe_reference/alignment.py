@@ -18,7 +18,7 @@ or mapped to -1, means *not here*.
 
 import torch
 
-from moe_reference.checks import IDS, check_count, check_tensor
+from moe_reference.checks import IDS, check_count, check_counts, check_tensor
 
 BLOCK_SIZES = (8, 16, 32, 48, 64)
 """The block sizes that `choose_block_size` picks from unless told otherwise."""
@@ -248,15 +248,6 @@ def choose_block_size(
         if rows_per_expert / block_size < fill:
             break
     return block_size
-
-
-def check_counts(tokens_per_expert: torch.Tensor, capacity: int) -> None:
-    """Raise ValueError unless all counts are from 0 to `capacity`."""
-    wrong = tokens_per_expert[(tokens_per_expert < 0) | (tokens_per_expert > capacity)]
-    if wrong.numel() > 0:
-        raise ValueError(
-            f"tokens_per_expert: expected counts from 0 to {capacity}, got {wrong[0].item()}"
-        )
 
 
 def _blocks(entries: int, block_size: int) -> int:

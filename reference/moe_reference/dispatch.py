@@ -18,11 +18,11 @@ no row is made for it, and combine adds nothing, whatever its weight.
 
 import torch
 
-from moe_reference.alignment import check_counts, local_ids
+from moe_reference.alignment import local_ids
 from moe_reference.capacity import Policy as Policy
 from moe_reference.capacity import drop_to_capacity as drop_to_capacity
 from moe_reference.capacity import expert_capacity as expert_capacity
-from moe_reference.checks import IDS, check_count, check_tensor
+from moe_reference.checks import IDS, check_count, check_counts, check_tensor
 
 
 def dispatch(

@@ -23,7 +23,6 @@ once at the end. An id below 0, or at or above the number of experts, or mapped 
 here*: the pair contributes nothing, whatever its weight, and gets a gradient of zero.
 """
 
-import math
 from itertools import pairwise
 
 import torch
@@ -33,13 +32,13 @@ from moe_reference.activations import OneExpert as OneExpert
 from moe_reference.activations import activate as activate
 from moe_reference.activations import feed_forward as feed_forward
 from moe_reference.activations import one_by_one as one_by_one
-from moe_reference.alignment import check_counts, local_ids
-from moe_reference.checks import IDS, check_count, check_tensor
+from moe_reference.alignment import local_ids
+from moe_reference.checks import IDS, check_counts, check_tensor, check_weights
 from moe_reference.config import ExpertsConfig, ExpertWeights
 from moe_reference.dispatch import accumulation_dtype, combine, dispatch, inclusive_offsets
+from moe_reference.initialization import init_experts as init_experts
 from moe_reference.layouts import LAYOUTS as LAYOUTS
 from moe_reference.layouts import Layout as Layout
-from moe_reference.layouts import check_weights
 from moe_reference.layouts import from_layout as from_layout
 from moe_reference.layouts import from_separate as from_separate
 from moe_reference.layouts import infer_transposed as infer_transposed
@@ -201,46 +200,6 @@ def grouped_product(
         )
     ]
     return torch.cat([rows.new_zeros(0, matrices.shape[1]), *products])
-
-
-def init_experts(
-    num_experts: int,
-    hidden_size: int,
-    intermediate_size: int,
-    gated: bool = True,
-    bias: bool = False,
-    generator: torch.Generator | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> ExpertWeights:
-    r"""Random weights, uniform in $\pm 1 / \sqrt{\text{fan-in}}$ as `torch.nn.Linear` has them.
-
-    The fan-in is that of one expert's product: H for gate_up, I for down. Reading [E, out, in] as
-    one matrix [E, out · in] would make the weights smaller by sqrt(out).
-
-    Args:
-        num_experts: E.
-        hidden_size: H, at least 1.
-        intermediate_size: I, at least 1.
-        gated: with a gate, gate_up is [E, 2I, H].
-        bias: with biases, drawn from the same interval.
-        generator: where the numbers come from; None takes PyTorch's global one.
-        dtype: of the weights.
-
-    >>> init_experts(4, hidden_size=16, intermediate_size=3).gate_up.shape
-    torch.Size([4, 6, 16])
-    """
-    check_count("num_experts", num_experts)
-    check_count("hidden_size", hidden_size, 1)
-    check_count("intermediate_size", intermediate_size, 1)
-
-    def uniform(fan_in: int, *shape: int) -> torch.Tensor:
-        unit = torch.rand(shape, generator=generator, dtype=torch.float64)
-        return ((2 * unit - 1) / math.sqrt(fan_in)).to(dtype)
-
-    E, H, I = num_experts, hidden_size, intermediate_size
-    J = 2 * I if gated else I
-    gate_up, down = uniform(H, E, J, H), uniform(I, E, H, I)
-    return ExpertWeights(gate_up, down, *((uniform(H, E, J), uniform(I, E, H)) if bias else ()))
 
 
 def check_experts(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_reference.checks import check_count, check_tensor
+from moe_reference.checks import check_count, check_tensor, check_weights
 from moe_reference.config import ExpertWeights
 
 
@@ -228,29 +228,6 @@ def _halves_apart(rows: torch.Tensor, layout: Layout) -> torch.Tensor:
     if layout.up_first:
         runs = runs.flip(2)
     return runs.flatten(1, 3)
-
-
-def check_weights(
-    experts: ExpertWeights,
-    gated: bool,
-    num_experts: int | str = "E",
-    hidden_size: int | str = "H",
-    prefix: str = "",
-) -> None:
-    """Raise unless the weights fit each other, and the sizes where they are given.
-
-    Raises:
-        TypeError: a weight is not a float tensor.
-        ValueError: a weight has the wrong shape.
-    """
-    check_tensor(f"{prefix}down", experts.down, (num_experts, hidden_size, "I"))
-    E, H, I = experts.down.shape
-    J = 2 * I if gated else I
-    check_tensor(f"{prefix}gate_up", experts.gate_up, (E, J, H))
-    if experts.gate_up_bias is not None:
-        check_tensor(f"{prefix}gate_up_bias", experts.gate_up_bias, (E, J))
-    if experts.down_bias is not None:
-        check_tensor(f"{prefix}down_bias", experts.down_bias, (E, H))
 
 
 def _check_order(layout: Layout, I: int, gated: bool) -> None:

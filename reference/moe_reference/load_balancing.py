@@ -1,4 +1,4 @@
-r"""Load balancing: auxiliary losses, how they join the graph, and a bias update without a loss.
+r"""Load balancing: the auxiliary losses of published systems.
 
 With $f_i$ the share of all assignments that went to expert $i$ and $P_i$ the mean over tokens of
 its probability, every published loss is a variant of
@@ -23,7 +23,6 @@ D devices.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -157,102 +156,6 @@ def z_loss(logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> to
         logits = logits[padding_mask]
     squares_T = torch.logsumexp(upcast(logits), dim=1).square()
     return squares_T.sum() / max(squares_T.shape[0], 1)
-
-
-def update_bias(
-    bias: torch.Tensor, tokens_per_expert: torch.Tensor, rate: float, centred: bool
-) -> torch.Tensor:
-    r"""Balance without a loss: raise the selection bias of idle experts, lower that of busy ones.
-
-    $b_i + \mathrm{rate} \cdot \mathrm{sign}(\bar c - c_i)$, the step less its own mean if centred.
-
-    Args:
-        bias: [E], any float dtype. Keep it in float32: bfloat16 cannot hold 0.5 + 0.001.
-        tokens_per_expert: [E], int or float: counts of the global batch, of training steps only,
-            each token once and without padding.
-        rate: the size of a step.
-        centred: True as in torchtitan, so that the biases do not drift together; False as in
-            DeepSeek-V3 and Megatron-LM.
-
-    Returns:
-        The new bias, [E], float32 (float64 for a float64 bias).
-
-    Raises:
-        TypeError: a wrong dtype.
-        ValueError: a wrong shape.
-
-    Source: arXiv 2408.15664, algorithm 1.
-
-    >>> update_bias(torch.zeros(4), torch.tensor([5, 1, 3, 3]), rate=0.5, centred=False).tolist()
-    [-0.5, 0.5, 0.0, 0.0]
-    """
-    check_tensor("bias", bias, ("E",))
-    check_tensor("tokens_per_expert", tokens_per_expert, tuple(bias.shape), IDS + FLOATS)
-    # Float32 rounds counts above 2^24, and a count equal to the mean must give exactly 0.
-    counts_E = tokens_per_expert.double()
-    step_E = rate * torch.sign(counts_E.mean() - counts_E)
-    if centred:
-        step_E = step_E - step_E.mean()
-    bias_E = upcast(bias.detach())
-    return bias_E + step_E.to(bias_E)
-
-
-def inject_loss(output: torch.Tensor, loss: torch.Tensor | None) -> torch.Tensor:
-    """Join an auxiliary loss to the graph through a layer's output, as DeepSeek does.
-
-    The output keeps its values; whatever is differentiated through it, the loss's own gradient is
-    added once, with weight 1, **whatever the main loss is multiplied by**: under fp16 loss scaling
-    or a division by accumulation steps the coefficient is off by that factor. Nothing is added
-    where no gradient passes through the output.
-
-    Args:
-        output: any shape and float dtype.
-        loss: a scalar, or None, which injects nothing.
-
-    Source: DeepSeek's `AddAuxiliaryLoss`.
-
-    >>> x = torch.tensor(3.0, requires_grad=True)
-    >>> inject_loss(torch.ones(2, requires_grad=True), x**2).sum().mul(1000).backward()
-    >>> x.grad.item()
-    6.0
-    """
-    return inject_scaled_loss(output, loss, 1.0)
-
-
-def inject_scaled_loss(
-    output: torch.Tensor, loss: torch.Tensor | None, main_loss_scale: float | torch.Tensor
-) -> torch.Tensor:
-    """`inject_loss` with the weight that the main loss has, as Megatron-LM does.
-
-    With the main loss multiplied by `main_loss_scale` before `backward`, the gradients are those of
-    `main_loss_scale * (main + loss)`, and unscaling restores both alike.
-
-    Args:
-        output: any shape and float dtype.
-        loss: a scalar, or None, which injects nothing.
-        main_loss_scale: a number, or a tensor of one, read when `backward` runs: the scale of a
-            micro-batch may be written into it after the forward pass.
-
-    Source: Megatron-LM's `MoEAuxLossAutoScaler`, which keeps the scale in a class attribute.
-    """
-    if loss is None:
-        return output
-    check_tensor("loss", loss, ())
-    joined: torch.Tensor = _InjectLoss.apply(output, loss, main_loss_scale)
-    return joined
-
-
-class _InjectLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, output: torch.Tensor, loss: torch.Tensor, scale: float | torch.Tensor
-    ) -> torch.Tensor:
-        ctx.one, ctx.scale = torch.ones_like(loss), scale
-        return output.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        return gradient, (ctx.one * ctx.scale).reshape(()), None
 
 
 def _probabilities(

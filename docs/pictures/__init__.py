@@ -1,0 +1,1 @@
+"""Pictures of the pages, drawn as SVG from what the reference computes: one file per concept."""
