@@ -36,7 +36,7 @@ def global_counts(
     """
     check_tensor("tokens_per_expert", tokens_per_expert, ("E",), IDS + FLOATS)
     counts_E = tokens_per_expert.detach().clone()
-    if dist.is_initialized():
+    if dist.is_available() and dist.is_initialized():
         dist.all_reduce(counts_E, group=group)
     return counts_E
 

@@ -18,6 +18,8 @@ coefficient for E = 8 and K = 2, with all experts alike and with all tokens on t
 | `gshard`, all probability on one first choice | 1 | 8 |
 | `transformers_concatenated` | 2 | 8 |
 
+How a loss joins the graph is in `loss_graph`; balance without a loss, in `bias_update`.
+
 Dimension key: T tokens, E experts, K experts per token, N sequences, L tokens per sequence,
 D devices.
 """
@@ -26,9 +28,13 @@ from collections.abc import Sequence
 
 import torch
 
+from moe_reference.bias_update import global_counts as global_counts
+from moe_reference.bias_update import update_bias as update_bias
 from moe_reference.checks import FLOATS, IDS, check_tensor
 from moe_reference.config import BalanceConfig
 from moe_reference.gating import scores, upcast
+from moe_reference.loss_graph import inject_loss as inject_loss
+from moe_reference.loss_graph import inject_scaled_loss as inject_scaled_loss
 
 
 def balance_loss(
