@@ -7,9 +7,13 @@ A marker is an HTML comment on a line of its own or inside a table cell:
 - `operations table` - all operations and the requirements that speak about them
 - `concepts table` - the concepts and how many requirements each has
 - `presets` - the routing of published models
+- `families` - the layers of published models and the names of their tensors
 - `seen: gating` - real bugs of a concept from docs/data, each with the requirements that cite it
 - `picture: gating.one_token` - a picture drawn by docs/pictures/gating.py from what the reference
   computes
+- `document: deepseek` - the behaviours of one document, from docs/data/documents
+- `documents table` - how many behaviours of each document are right, and how many are not
+- `equivalences: gating` - questions and answers, read off the tests that decide them
 - `findings: broken` - what benchmarks/findings.py recorded; also `environment` and `sigmoid`
 - `help: check` - what `moespec check --help` prints
 - `terminal: 1: moespec check …` - runs a command in a folder with docs/examples, shows what it
@@ -18,6 +22,7 @@ A marker is an HTML comment on a line of its own or inside a table cell:
 An unknown marker stops the build.
 """
 
+import ast
 import json
 import os
 import re
@@ -39,12 +44,16 @@ from moe_conformance.pages import source_links
 from moe_conformance.registry import ANY, AREAS, requirements
 from moe_conformance.target import OPERATIONS
 from moe_reference.config import RoutingConfig
+from moe_reference.families import FAMILIES
+from moe_reference.layouts import Layout
 from moe_reference.presets import PRESETS
 from typer.testing import CliRunner
 
 DOCS = Path(__file__).parent
 MARKER = re.compile(r"<!-- (requirements|requirements table|operations table|concepts table|presets"
-                    r"|seen|findings|picture|help|terminal)(?:: (.*?))? -->")  # fmt: skip
+                    r"|families"
+                    r"|seen|document|documents table|equivalences|findings|picture|help|terminal)"
+                    r"(?:: (.*?))? -->")  # fmt: skip
 LOADERS = re.compile(r"<!-- Load mathjax -->.*?<!-- End of mermaid configuration -->", re.DOTALL)
 THREAD = re.compile(r"([\w./-]+) ?(#\d+)")
 ANY_COMMENT = re.compile(r"<!-- [a-z ]+(?::.*?)? -->")
@@ -54,6 +63,26 @@ PAGES = {
 }
 """Concepts with a page of their own; the requirements of the others stand on one page."""
 EVERYTHING = "spec/requirements.md"
+CONCEPT_OF = {
+    "activations": "experts",
+    "bias_update": "load_balancing",
+    "capacity": "dispatch",
+    "checkpoint_files": "modules",
+    "checkpoints": "modules",
+    "config": "operations",
+    "expert_gathering": "expert_slicing",
+    "families": "modules",
+    "gates": "modules",
+    "initialization": "experts",
+    "layouts": "experts",
+    "loss_graph": "load_balancing",
+    "placement": "expert_slicing",
+    "presets": "gating",
+    "routes": "backends",
+    "wrapping": "modules",
+}
+"""The page of a module that has no page of its own name."""
+VERDICTS = ("right", "wrong", "incomplete", "undefined", "not judged")
 EXAMPLE_REPORT = "example-report"
 
 _reports: list[Path] = []
@@ -97,8 +126,16 @@ def _fill(kind, argument, file):
         return _concepts_table(file)
     if kind == "presets":
         return _presets()
+    if kind == "families":
+        return _families()
     if kind == "seen":
         return _seen(argument, file)
+    if kind == "document":
+        return _document(argument, file)
+    if kind == "documents table":
+        return _documents_table()
+    if kind == "equivalences":
+        return _equivalences(argument)
     if kind == "findings":
         return _findings(argument, file)
     if kind == "picture":
@@ -240,6 +277,20 @@ def _presets():
     return _table(["preset", "K", "score", "order", "what else is not the default"], rows)
 
 
+def _families():
+    rows = []
+    for name, family in FAMILIES.items():
+        config, names = family.config, family.names
+        experts = f"{config.experts.activation}, weight on {config.experts.weight_on}"
+        optional = ("router_bias", "selection_bias", "hash_table", "shared", "shared_gate")
+        parts = [part.replace("_", " ") for part in optional if getattr(names, part)]
+        stored = f"`{names.block}.experts.7.{names.gate}.weight`"
+        if names.layout != Layout():
+            stored = f"`{names.block}.experts.{names.gate_up}`"
+        rows.append([f"`{name}`", experts, ", ".join(parts) or "-", stored])
+    return _table(["family", "experts", "optional parts", "a tensor of its experts"], rows)
+
+
 def _seen(area, file):
     rows = []
     for bug in tomllib.loads((DOCS / "data" / f"{area}_bugs.toml").read_text())["bug"]:
@@ -253,6 +304,56 @@ def _seen(area, file):
         caught = ", ".join(_link(each, file) for each in citing) or bug["outside"]
         rows.append([_linked(bug["threads"]), _cell(bug["what"]), _cell(bug["shown_by"]), caught])
     return _table(["thread", "what went wrong", "inputs that show it", "requirement"], rows)
+
+
+def _document(name, file):
+    document = tomllib.loads((DOCS / "data" / "documents" / f"{name}.toml").read_text())
+    rows = []
+    for each in document["behaviour"]:
+        here = ", ".join(_home(dotted, file) for dotted in each["here"]) or each["why"]
+        shown = ", ".join(f"`{test}`" for test in each.get("evidence", []))
+        said = [each["verdict"], *([_cell(each["note"])] if "note" in each else [])]
+        verdict = ". ".join(said) + (f" Shown by {shown}." if shown else "")
+        rows.append([_cell(each["place"]), _cell(each["does"]), here, verdict])
+    head = ["in the document", "what it does", "here", "is it right"]
+    return f"{document['system']}: {document['text']}\n\n" + _table(head, rows)
+
+
+def _home(dotted, file):
+    """A name of this project, linked to the page that documents its module."""
+    module = dotted.removeprefix("moe_reference.").split(".")[0]
+    page = f"spec/{CONCEPT_OF.get(module, module)}.md"
+    short = dotted.removeprefix("moe_reference.")
+    if not (DOCS / page).exists():
+        raise PluginError(f"{dotted}: expected a page {page} for its module, got none")
+    return f"[`{short}`]({get_relative_url(page, file.src_uri)})"
+
+
+def _documents_table():
+    rows = []
+    for path in sorted((DOCS / "data" / "documents").glob("*.toml")):
+        document = tomllib.loads(path.read_text())
+        verdicts = [each["verdict"] for each in document["behaviour"]]
+        counts = [str(verdicts.count(verdict)) for verdict in VERDICTS]
+        rows.append([f"[{document['system']}](#{path.stem.replace('_', '-')})", *counts])
+    return _table(["document", *VERDICTS], rows)
+
+
+def _equivalences(concept):
+    found = []
+    for path in sorted((DOCS.parent / "reference" / "tests").glob("test_equivalences*.py")):
+        for test in ast.parse(path.read_text()).body:
+            if isinstance(test, ast.FunctionDef) and test.name.startswith(f"test_{concept}__"):
+                parts = ast.get_docstring(test).split("\n\n")
+                question, answer, *origin = (" ".join(part.split()) for part in parts)
+                verdict, rest = re.fullmatch(r"(Yes|No|Only (?:if|where))\b(.*)", answer).groups()
+                lines = [f"### {question}", f"**{verdict}**{rest}"]
+                lines += [_linked(each) for each in origin]
+                lines.append(f"The test: `{test.name}`.")
+                found.append("\n\n".join(lines))
+    if not found:
+        raise PluginError(f"no equivalences of '{concept}'")
+    return "\n\n".join(found)
 
 
 @cache
