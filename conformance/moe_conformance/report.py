@@ -40,10 +40,16 @@ AXES: dict[str, Mapping[str, Sequence[Any]]] = {
     "route": routing.UNIVERSE,
     "experts": experts.UNIVERSE,
     "align": dict.fromkeys(("drop_invalid", "expert_map", "invalid_ids"), (False, True)),
+    "drop_to_capacity": {"policy": ("position", "probs")},
 }
 """The values whose declaration counts towards breadth, by operation and field."""
 
-DECLARED_IN = {"route": "routing", "experts": "experts", "align": "align"}
+DECLARED_IN = {
+    "route": "routing",
+    "experts": "experts",
+    "align": "align",
+    "drop_to_capacity": "capacity",
+}
 """The field of `Capabilities` in which an operation's values are declared."""
 
 VERDICTS = ("fails", "inconclusive", "conforms_with_waivers", "conforms")

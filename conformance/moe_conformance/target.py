@@ -89,6 +89,9 @@ class Capabilities:
             `expert_map` (with and without) and `invalid_ids` (ids that mean *not here*).
         layer: the same for `LayerConfig`, and for `shared` and `shared_gate` (with and without).
         align: the same for `drop_invalid`, `expert_map`, `invalid_ids`.
+        balance: the same for `BalanceConfig`, for `padding_mask` and `tokens_per_expert` of the
+            losses (with and without), and for `centred` of `update_bias`.
+        capacity: the same for `policy` of `drop_to_capacity`.
         router_dtype: what the router computes in, whatever its inputs are; None is the rule:
             float32, or float64 where the logits are float64.
         min_experts: smallest E.
@@ -120,6 +123,8 @@ class Capabilities:
     experts: Choices | Sequence[Choices] = field(default_factory=dict)
     layer: Choices | Sequence[Choices] = field(default_factory=dict)
     align: Choices | Sequence[Choices] = field(default_factory=dict)
+    balance: Choices | Sequence[Choices] = field(default_factory=dict)
+    capacity: Choices | Sequence[Choices] = field(default_factory=dict)
     router_dtype: str | None = None
     min_experts: int = 1
     max_experts: int | None = None
@@ -152,7 +157,7 @@ class Capabilities:
         _check_known("router_dtype", (self.router_dtype or "float32",), DTYPES)
 
     def alternatives(self, area: str) -> list[dict[str, tuple[Any, ...]]]:
-        """The declared choices of `routing`, `experts`, `layer` or `align` as a list."""
+        """The declared choices of an area, such as `routing`, as a list."""
         declared = getattr(self, area)
         listed = [declared] if isinstance(declared, Mapping) else list(declared)
         return [{name: tuple(values) for name, values in choice.items()} for choice in listed]

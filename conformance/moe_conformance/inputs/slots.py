@@ -494,7 +494,13 @@ def capacities(
 
     def plans(scope: Scope) -> Plans | None:
         wanted = _not_here_choices(scope, invalid)
-        if not wanted or not scope.dtypes:
+        declared = [
+            policy
+            for choice in scope.capabilities.alternatives("capacity")
+            for policy in choice.get("policy", policies)
+        ]
+        allowed = tuple(policy for policy in policies if policy in declared)
+        if not wanted or not scope.dtypes or not allowed:
             return None
         dtypes = tuple(dict.fromkeys(("float32", *scope.dtypes)))
 
@@ -507,7 +513,7 @@ def capacities(
             return {
                 **drawn,
                 "capacity": draw(st.integers(1, max(1, mean // 2)) if tight else some),
-                "policy": draw(st.sampled_from(policies)),
+                "policy": draw(st.sampled_from(allowed)),
                 "close": draw(st.booleans()),
                 "dtype": draw(st.sampled_from(dtypes)),
                 "seed": draw(seeds()),

@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from moe_reference import alignment, dispatch, gating, layer, load_balancing
+from moe_reference import (
+    alignment,
+    dispatch,
+    expert_slicing,
+    gating,
+    layer,
+    load_balancing,
+    placement,
+)
 from moe_reference import experts as _experts
 from moe_reference.capacity import Policy
 from moe_reference.config import (
@@ -15,6 +23,7 @@ from moe_reference.config import (
     LayerConfig,
     LayerOutput,
     LayerWeights,
+    Placement,
     RoutingConfig,
 )
 
@@ -44,6 +53,8 @@ class Reference(Target):
             "experts",
             "experts_batched",
             "layer",
+            "slice_experts",
+            "slice_tensor_parallel",
         ),
         ties="lowest",
     )
@@ -150,3 +161,21 @@ class Reference(Target):
     ) -> LayerOutput:
         """See `moe_reference.layer.layer`."""
         return layer.layer(x, parameters, config, token_ids, padding_mask, training)
+
+    def assign_experts(self, num_experts: int, world_size: int, rank: int) -> tuple[int, int]:
+        """See `moe_reference.expert_slicing.assign_experts`."""
+        return expert_slicing.assign_experts(num_experts, world_size, rank)
+
+    def slice_experts(self, experts: ExpertWeights, start: int, count: int) -> ExpertWeights:
+        """See `moe_reference.expert_slicing.slice_experts`."""
+        return expert_slicing.slice_experts(experts, start, count)
+
+    def slice_tensor_parallel(
+        self, experts: ExpertWeights, world_size: int, rank: int
+    ) -> ExpertWeights:
+        """See `moe_reference.expert_slicing.slice_tensor_parallel`."""
+        return expert_slicing.slice_tensor_parallel(experts, world_size, rank)
+
+    def place_experts(self, load: Tensor, num_physical: int, num_ranks: int) -> Placement:
+        """See `moe_reference.placement.place_experts`."""
+        return placement.place_experts(load, num_physical, num_ranks)
