@@ -30,7 +30,14 @@ from moe_conformance.registry import Requirement, requirements
 from moe_conformance.report import target_report, write_index, write_target
 from moe_conformance.runner import Result, effort_for, run_target
 from moe_conformance.target import OPERATIONS, suite_version
-from moe_conformance.waivers import WaiverError, apply_waivers, read_waivers
+from moe_conformance.waivers import (
+    MalformedWaivers,
+    Waiver,
+    WaiverError,
+    apply_waivers,
+    check_waived,
+    read_waivers,
+)
 
 SPEC = "2026.11"
 """The edition of the specification: the year and month of its last change of meaning."""
@@ -155,9 +162,16 @@ def check(options: Options, notify: Notify) -> list[Outcome]:
     """Run the suite and write every report.
 
     Raises:
-        UsageError: see `Options.selected` and `expand`.
+        UsageError: see `Options.selected` and `expand`; or the waivers cannot be read.
     """
     options.selected()
+    if options.waivers is not None:
+        try:
+            read_waivers(options.waivers)
+        except MalformedWaivers as error:
+            raise UsageError(error) from None
+        except WaiverError:
+            pass  # said for each target, whose report is written all the same
     names, outcomes = expand(options.targets)
     folders = {folder_of(name): name for name in reversed(names)}
     for name in names:
@@ -223,8 +237,16 @@ def check_target(name: str, options: Options, notify: Notify) -> Outcome:
     except (worker.LoadError, TargetLost) as error:
         return Outcome(name, None, 10, str(error))
     loaded = time.perf_counter()
+    waivers: list[Waiver] = []
+    stale = ""
     try:
         scope = scope_of(executor, options)
+        if options.waivers is not None:
+            try:
+                waivers = read_waivers(options.waivers)
+                check_waived(waivers, name, [each.id for each in chosen], executor)
+            except WaiverError as error:
+                waivers, stale = [], str(error)
         done = 0
 
         def tell(result: Result) -> None:
@@ -244,12 +266,7 @@ def check_target(name: str, options: Options, notify: Notify) -> Outcome:
     for result in results:
         if result.failure is not None:
             save_case(directory / "cases", result.failure, scope, name, about)
-    exit_code, message = 0, ""
-    if options.waivers is not None:
-        try:
-            apply_waivers(read_waivers(options.waivers), name, results)
-        except WaiverError as error:
-            exit_code, message = 12, str(error)
+    apply_waivers(waivers, name, results)
     report = target_report(
         target={
             "name": name,
@@ -267,7 +284,7 @@ def check_target(name: str, options: Options, notify: Notify) -> Outcome:
         seconds={"loading": loaded - began, "cases": sum(r.seconds for r in results)},
     )
     write_target(directory, report)
-    return Outcome(name, report, exit_code or EXIT_CODES[report["verdict"]], message)
+    return Outcome(name, report, 12 if stale else EXIT_CODES[report["verdict"]], stale)
 
 
 def scope_of(executor: WorkerExecutor, options: Options) -> Scope:

@@ -141,3 +141,19 @@ class CannotBeMade(Reference):
 
     def __init__(self):
         raise OSError("the library's shared object is missing")
+
+
+class RightThisTime(Reference):
+    """What `BiasedWeights` became when it was mended."""
+
+
+class WrongThenRaises(BiasedWeights):
+    """Wrong in one call, and from the second on it cannot be called at all."""
+
+    calls = 0
+
+    def route(self, logits, config, bias=None, token_ids=None):
+        type(self).calls += 1
+        if self.calls > 1:
+            raise RuntimeError("worn out")
+        return super().route(logits, config, bias, token_ids)
