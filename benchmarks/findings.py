@@ -5,7 +5,6 @@ python benchmarks/findings.py [--seed N | --report FOLDER]
 
 import argparse
 import datetime
-import json
 import subprocess
 import sys
 import tempfile
@@ -14,8 +13,8 @@ from pathlib import Path
 
 import torch
 from moe_conformance.report import read_report, reports_in
+from record import write
 
-OUT = Path(__file__).parent / "results" / "findings.json"
 BROKEN = ("fail", "crash", "timeout", "inconclusive", "warn")
 
 
@@ -54,11 +53,7 @@ def main() -> int:
         ],
         "sigmoid": uneven("torch.sigmoid", torch.sigmoid),
     }
-    OUT.parent.mkdir(exist_ok=True)
-    beside = OUT.with_suffix(".new")
-    beside.write_text(json.dumps(record, indent=1) + "\n")
-    beside.replace(OUT)
-    print(OUT)
+    print(write("findings", record))
     return 0
 
 
