@@ -203,3 +203,26 @@ def parts(operation: str, answer: Answer, count: int) -> list[Any]:
         came = f"{len(outputs)} of them" if isinstance(outputs, list) else type(outputs).__name__
         raise Violation(f"{operation}: expected {count} results, got {came}")
     return outputs
+
+
+def must_raise(case: Case, operation: str, bad: dict[str, dict[str, Any]]) -> None:
+    """Each of these calls by itself has to raise, for its reason.
+
+    Args:
+        case: what to call.
+        operation: its name in the contract.
+        bad: arguments by what is wrong with them.
+    """
+    for name, arguments in bad.items():
+        answer = case.attempt([case.planned(operation, layouts={}, **arguments)])[0]
+
+        def rule(error: dict[str, Any] | None, name: str = name) -> None:
+            if error is None:
+                raise Violation(f"{name}: expected an exception, got a result")
+            if not error["unsupported"] and error["type"] not in ("ValueError", "TypeError"):
+                raise Violation(
+                    f"{name}: expected ValueError or TypeError, got {error['type']}: "
+                    f"{error['message'][:200]}"
+                )
+
+        case.judge(rule, answer.error, [("a result", None)])

@@ -123,3 +123,18 @@ def torch_dtype(name: str) -> torch.dtype:
     found = getattr(torch, name)
     assert isinstance(found, torch.dtype)
     return found
+
+
+def deterministic(given: Given) -> Given:
+    """The same inputs, for targets that are declared deterministic."""
+    return Given(
+        lambda scope: given.plans(scope) if scope.capabilities.deterministic else None, given.build
+    )
+
+
+def differentiable(operation: str, given: Given) -> Given:
+    """The same inputs, for targets whose outputs of that operation carry gradients."""
+    return Given(
+        lambda scope: given.plans(scope) if operation in scope.capabilities.gradients else None,
+        given.build,
+    )

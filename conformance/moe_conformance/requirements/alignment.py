@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from moe_conformance.case import Case
-from moe_conformance.inputs.given import Given, Scope
+from moe_conformance.case import Case, must_raise
+from moe_conformance.inputs.given import Given, Scope, deterministic
 from moe_conformance.inputs.slots import ANY_BLOCK, batched, slots
 from moe_conformance.judge import Violation
 from moe_conformance.registry import MAY, MUST, requirement
@@ -521,29 +521,6 @@ def _judge_forms(case: Case, called: tuple[Any, Task]) -> None:
     case.judge(lambda answer: _has_forms(task, answer), outputs, impostors())
 
 
-def must_raise(case: Case, operation: str, bad: dict[str, dict[str, Any]]) -> None:
-    """Each of these calls by itself has to raise, for its reason.
-
-    Args:
-        case: what to call.
-        operation: its name in the contract.
-        bad: arguments by what is wrong with them.
-    """
-    for name, arguments in bad.items():
-        answer = case.attempt([case.planned(operation, layouts={}, **arguments)])[0]
-
-        def rule(error: dict[str, Any] | None, name: str = name) -> None:
-            if error is None:
-                raise Violation(f"{name}: expected an exception, got a result")
-            if not error["unsupported"] and error["type"] not in ("ValueError", "TypeError"):
-                raise Violation(
-                    f"{name}: expected ValueError or TypeError, got {error['type']}: "
-                    f"{error['message'][:200]}"
-                )
-
-        case.judge(rule, answer.error, [("a result", None)])
-
-
 LARGER = (2, ANY_BLOCK[1])
 """Block sizes that can leave room for padding."""
 
@@ -824,13 +801,6 @@ def equal_ids_in_a_row_are_both_sorted(case: Case) -> None:
     """As ALIGN-01, with experts that repeat within a row."""
     case.note("duplicates")
     _judge(case, _aligned(case), _once, _not_once)
-
-
-def deterministic(given: Given) -> Given:
-    """The same inputs, for targets that are declared deterministic."""
-    return Given(
-        lambda scope: given.plans(scope) if scope.capabilities.deterministic else None, given.build
-    )
 
 
 @requirement(

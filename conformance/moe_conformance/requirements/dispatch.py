@@ -13,8 +13,18 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from moe_conformance.case import FLOATS, IDS, Answer, Case, parts
-from moe_conformance.inputs.given import Content, Given, Inputs, Plan, Plans, Scope, torch_dtype
+from moe_conformance.case import FLOATS, IDS, Answer, Case, must_raise, parts
+from moe_conformance.inputs.given import (
+    Content,
+    Given,
+    Inputs,
+    Plan,
+    Plans,
+    Scope,
+    deterministic,
+    differentiable,
+    torch_dtype,
+)
 from moe_conformance.inputs.slots import (
     build_scattered,
     capacities,
@@ -24,7 +34,7 @@ from moe_conformance.inputs.slots import (
 from moe_conformance.judge import Violation, equal, has_form, impostors, within
 from moe_conformance.precision import TINY, UNIT
 from moe_conformance.registry import MAY, MUST, requirement
-from moe_conformance.requirements.alignment import SEVERAL, deterministic, must_raise
+from moe_conformance.requirements.alignment import SEVERAL
 
 Impostors = Iterable[tuple[str, Any]]
 CROWDED = ("skewed", "one expert", "duplicates")
@@ -1103,15 +1113,6 @@ def zero_tokens_are_dropped_to_nothing(case: Case) -> None:
     case.judge(rule, answer.outputs, [("one token", one)])
 
 
-def _differentiable(operation: str, given: Given) -> Given:
-    """The same inputs, for targets whose outputs of that operation carry gradients."""
-
-    def plans(scope: Scope) -> Plans | None:
-        return given.plans(scope) if operation in scope.capabilities.gradients else None
-
-    return Given(plans, given.build)
-
-
 def _gradient(gradients: Mapping[str, torch.Tensor | None], name: str) -> torch.Tensor:
     found = gradients[name]
     if found is None:
@@ -1135,7 +1136,7 @@ def _judge_gradient(case: Case, name: str, found: torch.Tensor, expected: torch.
     "The gradient of x MUST be the sum of the gradients of its rows.",
     reason="A token that was sent to K experts learns from all of them.",
     sources=("pytorch #160285", "transformers #48687", "torchtitan #2416"),
-    given=_differentiable("dispatch", rows(content="exact")),
+    given=differentiable("dispatch", rows(content="exact")),
     references=DISPATCH,
 )
 def the_gradient_of_x_adds_up(case: Case) -> None:
@@ -1158,7 +1159,7 @@ def the_gradient_of_x_adds_up(case: Case) -> None:
     "The gradients of rows and weights MUST be those of the weighted sum.",
     reason="The router learns through the weights alone, the experts through their rows.",
     sources=("transformers #48687", "torchtitan #2416", "pytorch #160285"),
-    given=_differentiable("combine", scattered(content="exact")),
+    given=differentiable("combine", scattered(content="exact")),
     references=COMBINE,
 )
 def the_gradients_of_a_weighted_sum(case: Case) -> None:
@@ -1193,7 +1194,7 @@ def _combine_gradients(case: Case, cotangent: torch.Tensor) -> tuple[torch.Tenso
     "Where no id is valid the gradient of x MUST be zero, not None.",
     reason="A rank without tokens of its own still takes part in the reduction of gradients.",
     sources=("Megatron #4851", "Megatron #1877", "DeepSpeed #5066", "DeepSpeed #4808"),
-    given=_differentiable("dispatch", _all(rows(invalid=True), invalid="all")),
+    given=differentiable("dispatch", _all(rows(invalid=True), invalid="all")),
     references=DISPATCH,
 )
 def nothing_dispatched_gives_zero_gradients(case: Case) -> None:
@@ -1220,7 +1221,7 @@ def _judge_zero(case: Case, name: str, answer: Answer) -> None:
     "row.",
     reason="None breaks the reduction of gradients between ranks, NaN breaks the router.",
     sources=("Megatron #4851", "DeepSpeed #5066", "TE #3484", "TE #3116", "cosmos-rl #32"),
-    given=_differentiable("combine", _finite_only(scattered(missing=True))),
+    given=differentiable("combine", _finite_only(scattered(missing=True))),
     references=COMBINE,
 )
 def pairs_without_a_row_have_zero_gradients(case: Case) -> None:

@@ -9,7 +9,8 @@ import torch
 from hypothesis import strategies as st
 
 from moe_conformance.case import Case
-from moe_conformance.codec import walk
+from moe_conformance.codec import replace_tensors, walk
+from moe_conformance.inputs.expert_slicing import cut_for_a_rank, placed, sliced
 from moe_conformance.inputs.experts import expert_inputs
 from moe_conformance.inputs.given import Content, Given, Inputs, Plan, Plans, Scope
 from moe_conformance.inputs.layer import layer_inputs
@@ -26,6 +27,9 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "combine": ("rows", "slots", "weights"),
     "experts": ("x", "experts", "weights", "expert_ids", "config", "expert_map"),
     "layer": ("x", "parameters", "config", "token_ids", "padding_mask", "training"),
+    "slice_experts": ("experts", "start", "count"),
+    "slice_tensor_parallel": ("experts", "world_size", "rank"),
+    "place_experts": ("load", "num_physical", "num_ranks"),
 }
 
 GIVEN: dict[str, Given] = {
@@ -36,6 +40,9 @@ GIVEN: dict[str, Given] = {
     # Ids that are not here have requirements of their own: EXPERT-07, 08, 17 and 18.
     "experts": expert_inputs(invalid_ids=(False,), expert_map=(False,)),
     "layer": layer_inputs(),
+    "slice_experts": sliced(),
+    "slice_tensor_parallel": cut_for_a_rank(),
+    "place_experts": placed(),
 }
 
 
@@ -179,9 +186,19 @@ def earlier_results_stay(case: Case) -> None:
 
 def _other_data(given: dict[str, Any]) -> dict[str, Any]:
     """The same call with its first tensor turned upside down."""
-    name, tensor = next((n, t) for n, t in given.items() if isinstance(t, torch.Tensor))
-    turned = tensor.flip(0)
-    return given | {name: -turned if turned.is_floating_point() else turned}
+    first, _ = next(walk(given))
+
+    def turn(path: str, tensor: torch.Tensor) -> torch.Tensor:
+        if path != first:
+            return tensor
+        turned = tensor.flip(0)
+        if not turned.is_floating_point():
+            return turned
+        # A load stays a load: nothing that is nowhere negative becomes so.
+        return turned + 1 if bool((turned >= 0).all()) else -turned
+
+    changed: dict[str, Any] = replace_tensors(given, turn)
+    return changed
 
 
 @requirement(

@@ -1,0 +1,254 @@
+"""Inputs of `assign_experts`, `slice_experts`, `slice_tensor_parallel` and `place_experts`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from moe_reference.config import ExpertWeights
+
+from moe_conformance.inputs.experts import layouts
+from moe_conformance.inputs.given import (
+    Content,
+    Given,
+    Inputs,
+    Plan,
+    Plans,
+    Scope,
+    seeds,
+    sizes,
+    torch_dtype,
+)
+
+LOADS = ("even", "skewed", "one hot", "none", "ties")
+"""How the load is spread over experts."""
+
+
+def shares() -> Given:
+    """Inputs of `assign_experts`: E and R, fewer experts than ranks among them."""
+
+    def plans(scope: Scope) -> Plans | None:
+        most = min(400, scope.capabilities.max_experts or 400)
+        least = min(scope.capabilities.min_experts, most)
+        return st.fixed_dictionaries(
+            {
+                "num_experts": sizes(most, 8, 64, least=least),
+                "world_size": st.one_of(st.integers(1, 9), sizes(72, 8)),
+            }
+        )
+
+    return Given(plans, dict)
+
+
+def sliced(*, least_experts: int = 1, most_count: int | None = None) -> Given:
+    """Inputs of `slice_experts` inside the declaration.
+
+    Args:
+        least_experts: smallest E.
+        most_count: largest count; None takes up to all.
+    """
+
+    def plans(scope: Scope) -> Plans | None:
+        choices = _choices(scope)
+        most = min(12, scope.capabilities.max_experts or 12)
+        least = max(least_experts, min(scope.capabilities.min_experts, most))
+        if not choices or least > most:
+            return None
+
+        @st.composite
+        def plan(draw: st.DrawFn) -> Plan:
+            experts = draw(st.integers(least, most))
+            start = draw(st.integers(0, experts - 1))
+            count = draw(st.integers(0, experts - start))
+            drawn = _drawn(draw, scope, choices)
+            wide = draw(st.integers(1, 6)) * scope.capabilities.intermediate_multiple
+            return {
+                **drawn,
+                "experts": experts,
+                "intermediate": wide,
+                "start": start,
+                "count": count if most_count is None else min(count, most_count),
+            }
+
+        return plan()
+
+    return Given(plans, build_sliced)
+
+
+def cut(
+    *, even: bool = True, ranks: tuple[int, int] = (1, 6), gated: bool | None = None,
+    bias: bool | None = None,
+) -> Given:  # fmt: skip
+    """Inputs of `slice_tensor_parallel` inside the declaration.
+
+    Args:
+        even: R divides I; otherwise it does not.
+        ranks: the fewest and the most.
+        gated: with a gate, without, or (None) either.
+        bias: likewise.
+    """
+
+    def plans(scope: Scope) -> Plans | None:
+        choices = _choices(scope, gated, bias)
+        multiple = scope.capabilities.intermediate_multiple
+        if not choices or (not even and multiple > 1):
+            return None
+        most_experts = min(4, scope.capabilities.max_experts or 4)
+
+        @st.composite
+        def plan(draw: st.DrawFn) -> Plan:
+            world_size = draw(st.integers(*ranks))
+            part = draw(st.integers(1, 5)) * multiple
+            # Not a multiple of R, and sometimes fewer rows than ranks.
+            uneven = draw(st.integers(1, 12).filter(lambda n: n % world_size != 0))
+            return {
+                **_drawn(draw, scope, choices),
+                "experts": draw(st.integers(1, most_experts)),
+                "intermediate": part * world_size if even else uneven,
+                "world_size": world_size,
+            }
+
+        return plan()
+
+    return Given(plans, build_cut)
+
+
+def cut_for_a_rank() -> Given:
+    """Inputs of `slice_tensor_parallel` for the last of the ranks."""
+    every = cut()
+
+    def build(plan: Plan) -> Inputs:
+        inputs = build_cut(plan)
+        return {**inputs, "rank": inputs["world_size"] - 1}
+
+    return Given(every.plans, build)
+
+
+def placed(
+    *,
+    loads: tuple[str, ...] = LOADS,
+    redundant: bool = False,
+    ranks: tuple[int, int] = (1, 6),
+) -> Given:
+    """Inputs of `place_experts` inside the declaration.
+
+    Args:
+        loads: how the load is spread.
+        redundant: always more physical than logical experts.
+        ranks: the fewest and the most.
+    """
+
+    def plans(scope: Scope) -> Plans | None:
+        most = min(20, scope.capabilities.max_experts or 20)
+        least = min(scope.capabilities.min_experts, most)
+
+        @st.composite
+        def plan(draw: st.DrawFn) -> Plan:
+            count = draw(st.integers(*ranks))
+            experts = draw(st.integers(least, most))
+            fewest = -(-experts // count)
+            more = draw(st.integers(1 if redundant else 0, 3))
+            return {
+                "experts": experts,
+                "num_ranks": count,
+                "num_physical": (fewest + more) * count,
+                "load": draw(st.sampled_from(loads)),
+                "dtype": draw(st.sampled_from(("int64", "float32"))),
+                "seed": draw(seeds()),
+            }
+
+        return plan()
+
+    return Given(plans, build_placed)
+
+
+def _choices(
+    scope: Scope, gated: bool | None = None, bias: bool | None = None
+) -> list[tuple[bool, bool]]:
+    """The declared combinations of gate and biases."""
+    if not scope.dtypes:
+        return []
+    return sorted(
+        {
+            (one, other)
+            for choice in scope.capabilities.alternatives("experts")
+            for one in choice.get("gated", (False, True))
+            for other in choice.get("bias", (False, True))
+            if gated in (None, one) and bias in (None, other)
+        }
+    )
+
+
+def _drawn(draw: st.DrawFn, scope: Scope, choices: list[tuple[bool, bool]]) -> Plan:
+    gated, bias = draw(st.sampled_from(choices))
+    return {
+        "hidden": draw(st.integers(1, 5)) * scope.capabilities.hidden_multiple,
+        "gated": gated,
+        "bias": bias,
+        "dtype": draw(st.sampled_from(scope.dtypes)),
+        "layout": draw(st.sampled_from(layouts(scope))),
+        "seed": draw(seeds()),
+    }
+
+
+def _coded(plan: Plan) -> ExpertWeights:
+    """Weights in which row i of gate and of up, and column i of down, say that they are i."""
+    content = Content(plan["seed"])
+    experts, hidden, inner = plan["experts"], plan["hidden"], plan["intermediate"]
+    halves = 2 if plan["gated"] else 1
+    code = torch.arange(inner, dtype=torch.float64)
+    gate_up = content.normal(experts, halves * inner, hidden)
+    gate_up[:, :, 0] = code.repeat(halves)
+    down = content.normal(experts, hidden, inner)
+    down[:, 0, :] = code
+    made: list[torch.Tensor | None] = [gate_up, down, None, None]
+    if plan["bias"]:
+        made[2:] = [content.normal(experts, halves * inner), content.normal(experts, hidden)]
+    dtype = torch_dtype(plan["dtype"])
+    return ExpertWeights(*(None if each is None else each.to(dtype) for each in made))  # type: ignore[arg-type]
+
+
+def _laid_out(experts: ExpertWeights, layout: str) -> dict[str, str]:
+    fields = [name for name, tensor in vars(experts).items() if tensor is not None]
+    return {f"experts.{name}": layout for name in fields}
+
+
+def build_sliced(plan: Plan) -> Inputs:
+    """The arguments of `slice_experts`."""
+    experts = _coded(plan)
+    return {
+        "experts": experts,
+        "start": plan["start"],
+        "count": plan["count"],
+        "layouts": _laid_out(experts, plan["layout"]),
+    }
+
+
+def build_cut(plan: Plan) -> Inputs:
+    """The arguments of `slice_tensor_parallel`, for all ranks."""
+    experts = _coded(plan)
+    return {
+        "experts": experts,
+        "world_size": plan["world_size"],
+        "gated": plan["gated"],
+        "layouts": _laid_out(experts, plan["layout"]),
+    }
+
+
+def build_placed(plan: Plan) -> Inputs:
+    """The arguments of `place_experts`."""
+    content, experts = Content(plan["seed"]), plan["experts"]
+    kinds: dict[str, Any] = {
+        "even": lambda: content.integers(80, 120, experts),
+        "skewed": lambda: content.uniform(0, 1, experts).pow(4).mul(1000).round().long(),
+        "one hot": lambda: torch.arange(experts).eq(int(content.integers(0, experts - 1))) * 900,
+        "none": lambda: torch.zeros(experts, dtype=torch.int64),
+        "ties": lambda: content.integers(1, 3, experts) * 60,
+    }
+    load = kinds[plan["load"]]()
+    return {
+        "load": load.to(torch_dtype(plan["dtype"])),
+        "num_physical": plan["num_physical"],
+        "num_ranks": plan["num_ranks"],
+    }
