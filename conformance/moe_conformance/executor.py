@@ -15,7 +15,6 @@ import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import Any, Protocol
 
 from moe_conformance import worker
@@ -112,10 +111,6 @@ class WorkerExecutor:
         self._kill()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._log)
-
-    def printed(self) -> str:
-        """The last of what the target wrote to its standard output and error."""
-        return Path(self._log).read_text(errors="replace")[-2000:]
 
     def _start(self) -> dict[str, Any]:
         self._pool = ProcessPoolExecutor(

@@ -7,6 +7,7 @@ whether an output shares memory with an input, what happened to torch's global s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
@@ -32,6 +33,9 @@ DETERMINISTIC = "deterministic algorithms"
 FILL = "fill_uninitialized_memory"
 """A switch of torch.utils.deterministic that its type information does not know."""
 
+LOG_BYTES = 2**20
+"""What a target has printed is thrown away beyond this many bytes."""
+
 _loaded: dict[str, Target] = {}
 
 
@@ -52,12 +56,33 @@ def start(log: str) -> None:
     os.dup2(sink, 2)
     os.close(sink)
     torch.set_num_threads(1)
+    _limit_memory()
 
     import multiprocessing
 
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+
+
+def _limit_memory() -> None:
+    """A target that leaks gets an error before the machine has no memory left.
+
+    What it gets is three quarters of the machine's memory, counted as data: reserved addresses, of
+    which CUDA takes many, are not. Where that is not enough because others use memory as well, the
+    kernel is told to end this process first.
+    """
+    if sys.platform != "linux":
+        return
+    import resource
+
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = physical * 3 // 4
+    if hard == resource.RLIM_INFINITY or hard > limit:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def _follow(parent: Any) -> None:
@@ -205,6 +230,8 @@ def _version(package: str) -> str | None:
 
 def run(name: str, packed: tuple[str, bytes]) -> tuple[str, bytes]:
     """Run one session of calls on a loaded target and return its answers, packed."""
+    if os.fstat(1).st_size > LOG_BYTES:
+        os.ftruncate(1, 0)
     return pack(run_session(_loaded[name], unpack(packed)))
 
 

@@ -1,7 +1,9 @@
 """Targets with a planted fault, for the tests that go through the command line."""
 
+import ctypes
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -118,11 +120,59 @@ class KillsItself(_OnNaN):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Segfaults(_OnNaN):
+    """Reads from address 0 on NaN."""
+
+    def misbehave(self):
+        ctypes.string_at(0)
+
+
+class Leaks(_OnNaN):
+    """Takes memory on NaN until there is none; it is not written to, so that none is used."""
+
+    def misbehave(self):
+        kept = []
+        while True:
+            kept.append(torch.empty(2**30, dtype=torch.uint8))
+
+
+class LeavesAProcess(_OnNaN):
+    """Starts a process that would outlive it, and hangs."""
+
+    def misbehave(self):
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3601)"])
+        time.sleep(3600)
+
+
 class Hangs(_OnNaN):
     """Does not come back on NaN."""
 
     def misbehave(self):
         time.sleep(3600)
+
+
+class Prints(_OnNaN):
+    """Prints three megabytes of garbage with each call, and is right."""
+
+    capabilities = Capabilities(operations=("route",))
+
+    def route(self, logits, config, bias=None, token_ids=None):
+        for _ in range(3):
+            os.write(1, bytes(range(256)) * 4096)
+        return Reference.route(self, logits, config, bias, token_ids)
+
+
+class ChangesEverything(_OnNaN):
+    """Leaves torch in another state after each call, and is right."""
+
+    def route(self, logits, config, bias=None, token_ids=None):
+        routed = Reference.route(self, logits, config, bias, token_ids)
+        torch.set_default_dtype(torch.float16)
+        torch.manual_seed(0)
+        torch.set_grad_enabled(False)
+        torch.set_num_threads(2)
+        torch.use_deterministic_algorithms(True)
+        return routed
 
 
 class Flips(Reference):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -56,7 +57,10 @@ def test_a_planted_fault_fails_the_right_requirement(
         ("Exits", "crash"),
         ("Interrupts", "crash"),
         ("KillsItself", "crash"),
+        ("Segfaults", "crash"),
+        ("Leaks", "crash"),
         ("Hangs", "timeout"),
+        ("LeavesAProcess", "timeout"),
     ],
 )
 def test_a_target_that_misbehaves_costs_its_case(inside, planted, tmp_path, target, status):
@@ -70,6 +74,34 @@ def test_a_target_that_misbehaves_costs_its_case(inside, planted, tmp_path, targ
     assert {id for id, each in found.items() if each == status} == {"GATE-02", "GATE-15"}
     assert found["GATE-01"] == found["GATE-19"] == "pass"
     assert set(found.values()) <= {status, "pass", "unsupported", "not_provided"}
+
+
+def test_no_process_is_left(inside, planted, tmp_path):
+    inside(
+        "check", planted("LeavesAProcess"), "--requirement", "GATE-02", "--profile", "smoke",
+        "--timeout", "3", "--report", tmp_path,
+    )  # fmt: skip
+    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not any(b"time.sleep(3601)" in command for command in commands)
+
+
+def test_a_target_that_prints_garbage_is_judged_by_its_answers(inside, planted, tmp_path):
+    code, said = inside(
+        "check", planted("Prints"), "--operation", "route", "--profile", "smoke",
+        "--report", tmp_path,
+    )  # fmt: skip
+    assert code == 0, said
+    assert "\x00" not in said
+
+
+def test_a_target_that_changes_torchs_state_fails_for_that_alone(inside, planted, tmp_path):
+    code, said = inside(
+        "check", planted("ChangesEverything"), "--operation", "route", "--profile", "smoke",
+        "--report", tmp_path,
+    )  # fmt: skip
+    assert code == 1, said
+    _, found = statuses(tmp_path, "ChangesEverything")
+    assert [id for id, status in found.items() if status == "fail"] == ["NUM-04"]
 
 
 @pytest.mark.parametrize("target", ["Nothing", "NoDtype", "OnlyOneExpert"])
