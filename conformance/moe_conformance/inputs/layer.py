@@ -76,7 +76,17 @@ def _routing(
         if not values:
             return None
         chosen[name] = values
-    if False not in chosen["hash_table"]:
+    capabilities = scope.capabilities
+    most = capabilities.max_experts or 32
+    most_k = min(capabilities.max_top_k or most, most)
+    chosen["top_k"] = tuple(k for k in declared.get("top_k", range(1, 5)) if k <= most_k)
+    if False not in chosen["hash_table"] or not chosen["top_k"]:
+        return None
+    least = max(min(8, capabilities.min_experts), min(chosen["top_k"]))
+    chosen["num_groups"] = tuple(
+        n for n in chosen["num_groups"] if n * routing_inputs.smallest_group(n, least) <= most
+    )
+    if not chosen["num_groups"]:
         return None
     return chosen
 
@@ -110,18 +120,19 @@ def _plans(
     @st.composite
     def plan(draw: st.DrawFn) -> Plan:
         drawn = {name: draw(st.sampled_from(values)) for name, values in choices.items()}
-        routing = {
-            name: draw(st.sampled_from(values))
-            for name, values in draw(st.sampled_from(routings)).items()
-        }
+        allowed = dict(draw(st.sampled_from(routings)))
+        allowed_k = allowed.pop("top_k")
+        routing = {name: draw(st.sampled_from(values)) for name, values in allowed.items()}
         bias = routing.pop("selection_bias")
         routing.pop("hash_table")
         groups = routing["num_groups"]
-        per_group = draw(st.integers(2, 4)) if groups > 1 else draw(st.integers(fewest, 8))
-        experts_ = min(groups * per_group, capabilities.max_experts or groups * per_group)
-        routing["topk_groups"] = draw(st.integers(1, groups))
-        reachable = min(experts_ // groups * routing["topk_groups"], 4, capabilities.max_top_k or 4)
-        routing["top_k"] = draw(st.integers(1, max(1, reachable)))
+        least = routing_inputs.smallest_group(groups, max(fewest, min(allowed_k)))
+        most = (capabilities.max_experts or 32) // groups
+        per_group = draw(st.integers(least, max(least, min(most, 4 if groups > 1 else 8))))
+        experts_ = groups * per_group
+        routing["topk_groups"] = draw(st.integers(-(-min(allowed_k) // per_group), groups))
+        reachable = per_group * routing["topk_groups"]
+        routing["top_k"] = draw(st.sampled_from([k for k in allowed_k if k <= reachable]))
         if routing["group_score"] == "topk_share_sum":
             routing["topk_groups"] = min(routing["topk_groups"], routing["top_k"])
             if routing["top_k"] // routing["topk_groups"] > per_group:

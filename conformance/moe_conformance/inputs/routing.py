@@ -94,6 +94,11 @@ def routing(
     return Given(plans, build_routing)
 
 
+def smallest_group(num_groups: int, least: int) -> int:
+    """Experts per group: at least 2 where there are several, and at least `least` in all."""
+    return max(2 if num_groups > 1 else 1, -(-least // num_groups))
+
+
 def _plans(
     scope: Scope,
     declared: Mapping[str, tuple[Any, ...]],
@@ -126,8 +131,16 @@ def _plans(
     capabilities = scope.capabilities
     most = min(largest, capabilities.max_experts or largest, 64 if scope.interpreted else largest)
     tokens, most_tokens = (12, 20) if scope.interpreted else (40, 130)
-    least = max(capabilities.min_experts, 1 + left_out)
-    if not scope.dtypes or most < least:
+    most_k = min(most - left_out, capabilities.max_top_k or 16)
+    allowed_k = [k for k in declared.get("top_k", range(1, 17)) if k <= most_k]
+    if not scope.dtypes or not allowed_k:
+        return None
+    fewest_k = min(allowed_k)
+    least = max(capabilities.min_experts, fewest_k + left_out)
+    choices["num_groups"] = tuple(
+        n for n in choices["num_groups"] if n * smallest_group(n, least) <= most
+    )
+    if not choices["num_groups"]:
         return None
 
     @st.composite
@@ -136,11 +149,12 @@ def _plans(
         has_bias, has_table = config.pop("selection_bias"), config.pop("hash_table")
         grouped = config["num_groups"] > 1
         if grouped:
-            fewest = max(2, -(-least // config["num_groups"]))
+            fewest = smallest_group(config["num_groups"], least)
             most_per_group = max(fewest, min(32, most // config["num_groups"]))
             per_group = draw(st.integers(fewest, most_per_group))
             experts = per_group * config["num_groups"]
-            config["topk_groups"] = draw(st.integers(1, config["num_groups"]))
+            fewest_groups = -(-fewest_k // per_group)
+            config["topk_groups"] = draw(st.integers(fewest_groups, config["num_groups"]))
             reachable = per_group * config["topk_groups"]
         else:
             known = (*EXPERTS, least, capabilities.max_experts or least)
@@ -150,14 +164,12 @@ def _plans(
             reachable = experts
             config["topk_groups"] = 1
             config["group_score"], config["mask_fill"] = choices["group_score"][0], "-inf"
-        top = min(reachable, experts - left_out, capabilities.max_top_k or 16, 16)
-        allowed_k = declared.get("top_k")
-        if allowed_k is not None:
-            config["top_k"] = draw(st.sampled_from([k for k in allowed_k if k <= top] or [1]))
-        else:
-            # Mostly fewer than half of the experts: with all of them there is nothing to choose.
-            few = st.integers(1, max(1, min(top, reachable // 2)))
-            config["top_k"] = draw(st.one_of(few, few, st.integers(1, top)))
+        possible_k = [k for k in allowed_k if k <= min(reachable, experts - left_out)]
+        # Mostly fewer than half of the experts: with all of them there is nothing to choose.
+        few_k = [k for k in possible_k if 2 * k <= reachable] or possible_k[:1]
+        config["top_k"] = draw(
+            st.one_of(*[st.sampled_from(few_k)] * 2, st.sampled_from(possible_k))
+        )
         if grouped and config["group_score"] == "topk_share_sum":
             config["topk_groups"] = min(config["topk_groups"], config["top_k"])
             if config["top_k"] // config["topk_groups"] > per_group:
