@@ -24,7 +24,7 @@ from moe_conformance.target import Capabilities
 from moe_conformance.worker import lay_out
 
 SCHEMA_VERSION = 1
-GENERATOR = "philox-1"
+GENERATOR = "philox-2"
 """Names how a plan becomes tensors; it changes whenever the same plan would give other bytes."""
 
 REPRO = '''"""{id} on {target}: {message}"""

@@ -37,8 +37,8 @@ class OneExpert(NamedTuple):
 
 def feed_forward(x: torch.Tensor, one: OneExpert, config: ExpertsConfig) -> torch.Tensor:
     """A single expert on its rows: [S, H] to [S, H], all in the dtype of x."""
-    pre_SJ = _product(x, one.gate_up, one.gate_up_bias)
-    return _product(activate(pre_SJ, config), one.down, one.down_bias)
+    pre_SJ = product(x, one.gate_up, one.gate_up_bias)
+    return product(activate(pre_SJ, config), one.down, one.down_bias)
 
 
 ELEMENTWISE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -99,5 +99,22 @@ def one_by_one(experts: ExpertWeights) -> list[OneExpert]:
     return [OneExpert(*one) for one in zip(*columns, strict=True)]
 
 
-def _product(rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return F.linear(rows, matrix.to(rows), None if bias is None else bias.to(rows))
+def product(
+    rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Rows times a matrix, plus a bias, in the dtype of the rows, also inside `torch.autocast`.
+
+    Args:
+        rows: [S, A].
+        matrix: [B, A], any float dtype.
+        bias: [B] or None.
+
+    Returns:
+        [S, B], the dtype of rows.
+
+    >>> product(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])).tolist()
+    [[11.0]]
+    """
+    # Autocast would round both factors to a narrower dtype, and the result with them.
+    with torch.autocast(rows.device.type, enabled=False):
+        return F.linear(rows, matrix.to(rows), None if bias is None else bias.to(rows))

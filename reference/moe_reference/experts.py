@@ -26,12 +26,12 @@ here*: the pair contributes nothing, whatever its weight, and gets a gradient of
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 
 from moe_reference.activations import OneExpert as OneExpert
 from moe_reference.activations import activate as activate
 from moe_reference.activations import feed_forward as feed_forward
 from moe_reference.activations import one_by_one as one_by_one
+from moe_reference.activations import product
 from moe_reference.alignment import local_ids
 from moe_reference.checks import IDS, check_counts, check_tensor, check_weights
 from moe_reference.config import ExpertsConfig, ExpertWeights
@@ -186,18 +186,26 @@ def grouped_product(
         rows: [S, A] in expert order.
         matrices: [E, B, A].
         biases: [E, B] or None.
-        ends: [E], where each expert's rows end.
+        ends: [E], where each expert's rows end, the last of them at S.
 
     Returns:
         [S, B], the dtype of rows.
+
+    Raises:
+        ValueError: the last end is not S: rows would be left out, or there are not so many.
+
+    >>> rows, matrices = torch.ones(3, 1), torch.tensor([[[2.0]], [[5.0]]])
+    >>> grouped_product(rows, matrices, None, torch.tensor([1, 3])).flatten().tolist()
+    [2.0, 5.0, 5.0]
     """
+    total = int(ends[-1]) if len(ends) else 0
+    if total != len(rows):
+        raise ValueError(f"ends: expected the last one at {len(rows)}, got {total}")
     groups = pairwise([0, *ends.tolist()])
-    own_biases = [None] * len(matrices) if biases is None else biases.to(rows).unbind(0)
+    own_biases = [None] * len(matrices) if biases is None else biases.unbind(0)
     products = [
-        F.linear(rows[start:end], matrix, bias)
-        for (start, end), matrix, bias in zip(
-            groups, matrices.to(rows).unbind(0), own_biases, strict=True
-        )
+        product(rows[start:end], matrix, bias)
+        for (start, end), matrix, bias in zip(groups, matrices.unbind(0), own_biases, strict=True)
     ]
     return torch.cat([rows.new_zeros(0, matrices.shape[1]), *products])
 

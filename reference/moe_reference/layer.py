@@ -18,8 +18,8 @@ for float64 x, and the output is rounded to x's dtype once.
 import dataclasses
 
 import torch
-import torch.nn.functional as F
 
+from moe_reference.activations import product
 from moe_reference.alignment import local_ids
 from moe_reference.checks import FLOATS, IDS, check_tensor
 from moe_reference.config import (
@@ -120,11 +120,12 @@ def router_logits(x: torch.Tensor, parameters: LayerWeights, config: LayerConfig
         dtype = torch.float64
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     bias = parameters.router_bias
-    return F.linear(
+    logits = product(
         x.to(dtype).to(wide),
-        parameters.router.to(dtype).to(wide),
-        None if bias is None else bias.to(dtype).to(wide),
-    ).to(dtype)
+        parameters.router.to(dtype),
+        None if bias is None else bias.to(dtype),
+    )
+    return logits.to(dtype)
 
 
 def shared_expert(x: torch.Tensor, parameters: LayerWeights, config: LayerConfig) -> torch.Tensor:
@@ -133,7 +134,7 @@ def shared_expert(x: torch.Tensor, parameters: LayerWeights, config: LayerConfig
     [shared] = one_by_one(parameters.shared)
     y_TH = feed_forward(x, shared, config.experts)
     if parameters.shared_gate is not None:
-        y_TH = y_TH * torch.sigmoid(x @ parameters.shared_gate.to(x).T)
+        y_TH = y_TH * torch.sigmoid(product(x, parameters.shared_gate))
     return y_TH * config.shared_scale
 
 

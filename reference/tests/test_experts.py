@@ -10,6 +10,7 @@ from moe_reference.experts import (
     experts,
     experts_batched,
     experts_grouped,
+    grouped_product,
     init_experts,
 )
 
@@ -381,3 +382,23 @@ def test_bad_arguments_are_named(args, error, message):
 def test_other_bad_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("weight_on", ["output", "input"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing(weight_on, dtype):
+    weights = init_experts(3, 4, 5, bias=True, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).to(dtype)
+    ids = torch.tensor([[0, 2]] * 6)
+    given = (x, weights, torch.full((6, 2), 0.3), ids, ExpertsConfig(weight_on=weight_on))
+    for evaluate in (experts, experts_grouped):
+        plain = evaluate(*given)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(evaluate(*given), plain)
+
+
+def test_ends_that_are_not_those_of_the_rows_are_refused():
+    for ends in ([1, 2], [2, 4], []):
+        with pytest.raises(ValueError, match="ends: expected the last one at 3, got"):
+            grouped_product(torch.ones(3, 1), torch.ones(len(ends), 1, 1), None,
+                            torch.tensor(ends, dtype=torch.int64))  # fmt: skip

@@ -359,3 +359,16 @@ def given(**fields):
 def test_bad_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_autocast_changes_nothing():
+    parameters, x = random_parameters(dtype=torch.float32), random_x(dtype=torch.float32)
+    config = LayerConfig(ROUTING)
+    plain = layer(x, parameters, config)
+    infer = (x[0], plain.expert_ids[:5], plain.weights[:5], parameters.experts, config.experts)
+    inferred = moe_infer(*infer)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = layer(x, parameters, config)
+        assert torch.equal(moe_infer(*infer), inferred)
+    assert torch.equal(inside.output, plain.output)
+    assert torch.equal(inside.weights, plain.weights)

@@ -183,7 +183,7 @@ def draw_ids(content: Content, tokens: int, experts: int, top_k: int, load: str)
         return content.integers(0, experts - 1, tokens, top_k)
     if load == "one expert":
         ids = content.distinct(tokens, experts, top_k)
-        return (ids - ids[:, :1]) % experts
+        return (ids - ids[:, :1] + content.integers(0, experts - 1)) % experts
     if load == "skewed":
         pull = content.uniform(0, 1, tokens, experts) * torch.arange(1, experts + 1)
         return pull.topk(top_k, -1, largest=False).indices
