@@ -1,0 +1,524 @@
+"""Inputs of `balance_loss`, `z_loss` and `update_bias`.
+
+Dimension key: T tokens, E experts, K experts per token, N sequences, L tokens per sequence,
+D devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from moe_reference.config import BalanceConfig
+
+from moe_conformance.inputs.given import (
+    ID_DTYPES,
+    Content,
+    Given,
+    Inputs,
+    Plan,
+    Plans,
+    Scope,
+    seeds,
+    sizes,
+    torch_dtype,
+)
+from moe_conformance.inputs.routing import fill_logits
+from moe_conformance.inputs.slots import spread
+
+UNIVERSE: dict[str, tuple[Any, ...]] = {
+    "loss": (
+        "switch",
+        "gshard",
+        "deepseek_expert",
+        "deepseek_sequence",
+        "deepseek_device",
+        "transformers_concatenated",
+    ),
+    "score": ("softmax", "sigmoid", "sqrtsoftplus"),
+    "padding_mask": (False, True),
+    "tokens_per_expert": (False, True),
+    "centred": (False, True),
+}
+"""Every value that the suite draws for the choices of load balancing, simplest first."""
+
+NUMBERS: dict[str, tuple[float, ...]] = {
+    "coefficient": (1.0, 0.01, 0.5, 2.5),
+    "epsilon": (1e-20, 1e-9, 0.25),
+}
+"""The numbers in `BalanceConfig`, where the target declares none. An epsilon of 0.25 shows where it
+is added."""
+
+BATCH = ("switch", "deepseek_expert", "deepseek_device", "transformers_concatenated")
+"""Losses that are taken over the whole batch, and that take the counts of a larger one."""
+
+SEQUENCE = ("gshard", "deepseek_sequence")
+"""Losses that may be taken per sequence."""
+
+EXPERTS = (1, 2, 3, 4, 8, 16, 60, 64, 65, 128, 160, 255, 256, 257)
+"""Numbers of experts: those of published models, one off powers of two, and beyond one byte."""
+
+LOGITS = ("normal", "leaning", "collapsed", "wide", "shifted")
+"""Shapes of logits: those of `routing.CONTENTS`; `leaning` prefers the same experts for every
+token, `collapsed` so much that no other gets any."""
+
+ROUTINGS = ("uniform", "skewed", "half empty", "one expert", "duplicates")
+"""Ids that are not the best experts of the logits; see `slots.LOADS`."""
+
+PADDING = ("some", "tail", "sequences")
+"""Where padding is: anywhere, at the end of each sequence, or in whole sequences."""
+
+LOADS = ("spread", "balanced", "idle", "one expert", "huge")
+"""Counts: any; many at exactly their mean; half of them 0; one expert has all; beyond 2^24 with
+differences of a few."""
+
+RATES = (0.001, 0.01, 0.125)
+
+INVALID = (-1, -2, 2**31 - 1, -(2**31))
+"""Ids that mean *not here*, beside those from E on."""
+
+
+def balance(
+    *,
+    losses: tuple[str, ...] = UNIVERSE["loss"],
+    scores: tuple[str, ...] = UNIVERSE["score"],
+    padding: bool = False,
+    counts: bool = False,
+    contents: tuple[str, ...] = LOGITS,
+    routings: tuple[str, ...] = ("chosen",),
+    invalid: bool = False,
+    least_sequences: int = 1,
+    least_tokens: int = 1,
+    least_experts: int = 1,
+    least_k: int = 1,
+    least_devices: int = 1,
+    left_out: bool = False,
+    simplest: bool = False,
+    narrow: bool | None = None,
+    **numbers: tuple[float, ...],
+) -> Given:
+    """Inputs of `balance_loss` inside the declaration.
+
+    Args:
+        losses: of `UNIVERSE`.
+        scores: of `UNIVERSE`.
+        padding: with a mask that has padding and at least one real token.
+        counts: with the counts of a larger batch.
+        contents: shapes of logits to draw from.
+        routings: `chosen` is the K best experts of the logits in descending order; others are of
+            `ROUTINGS`.
+        invalid: some ids mean *not here*.
+        least_sequences: smallest N; 2 where sequences are compared.
+        least_tokens: smallest number of tokens per sequence.
+        least_experts: smallest number of experts.
+        least_k: smallest number of experts per token.
+        least_devices: smallest D.
+        left_out: at least one expert more than K.
+        simplest: softmax only, where the target takes it.
+        narrow: True for bfloat16 and float16 only, False for the others where there are any.
+        **numbers: values of `coefficient` and `epsilon`, inside the declared ones.
+    """
+    fixed: dict[str, tuple[Any, ...]] = {
+        "loss": losses,
+        "score": scores,
+        "padding_mask": (padding,),
+        "tokens_per_expert": (counts,),
+        **numbers,
+    }
+    least = {
+        "sequences": least_sequences,
+        # Padding needs a real token beside it.
+        "length": max(least_tokens, 2 if padding and least_sequences == 1 else 1),
+        "experts": max(least_experts, least_k + left_out),
+        "top_k": least_k,
+        "devices": least_devices,
+    }
+
+    def plans(scope: Scope) -> Plans | None:
+        dtypes = _dtypes(scope, narrow)
+        if not dtypes or (invalid and not _takes_invalid(scope)):
+            return None
+        made = [
+            _balance_plans(scope, declared, choices, dtypes, contents, routings, least, left_out)
+            for declared in scope.capabilities.alternatives("balance")
+            if (choices := _chosen(declared, fixed, simplest)) is not None
+        ]
+        possible = [each for each in made if each is not None]
+        if not possible:
+            return None
+        return st.one_of(possible).map(lambda plan: {**plan, "invalid": invalid})
+
+    return Given(plans, build_balance)
+
+
+def _dtypes(scope: Scope, narrow: bool | None) -> tuple[str, ...]:
+    small = tuple(d for d in scope.dtypes if d in ("bfloat16", "float16"))
+    wide = tuple(d for d in scope.dtypes if d not in small)
+    if narrow is None:
+        return scope.dtypes
+    return small if narrow else wide or small
+
+
+def _takes_invalid(scope: Scope) -> bool:
+    return all(
+        any(True in declared.get("invalid_ids", (True,)) for declared in choices)
+        for choices in map(scope.capabilities.alternatives, ("balance", "align", "experts"))
+    )
+
+
+def _chosen(
+    declared: Mapping[str, tuple[Any, ...]], fixed: Mapping[str, tuple[Any, ...]], simplest: bool
+) -> dict[str, tuple[Any, ...]] | None:
+    """The values that each field may take, or None where one may take none."""
+    chosen = {}
+    for name, universe in {**UNIVERSE, **NUMBERS}.items():
+        allowed = declared.get(name, universe if name in UNIVERSE else fixed.get(name, universe))
+        values = tuple(value for value in fixed.get(name, allowed) if value in allowed)
+        if not values:
+            return None
+        chosen[name] = values
+    if simplest and "softmax" in chosen["score"]:
+        chosen["score"] = ("softmax",)
+    return chosen
+
+
+def _balance_plans(
+    scope: Scope,
+    declared: Mapping[str, tuple[Any, ...]],
+    choices: Mapping[str, tuple[Any, ...]],
+    dtypes: tuple[str, ...],
+    contents: tuple[str, ...],
+    routings: tuple[str, ...],
+    least: Mapping[str, int],
+    left_out: bool,
+) -> Plans | None:
+    capabilities = scope.capabilities
+    lengths = declared.get("sequence_length", (None, "any"))
+    if least["top_k"] > (capabilities.max_top_k or least["top_k"]):
+        return None
+    fewest = max(least["experts"], capabilities.min_experts)
+    most = min(capabilities.max_experts or EXPERTS[-1], 33 if scope.interpreted else EXPERTS[-1])
+    devices = [
+        d
+        for d in declared.get("num_devices", (1, 2, 4, 8))
+        if d is not None and least["devices"] <= d and most // d * d >= fewest
+    ]
+    losses = tuple(
+        loss
+        for loss in choices["loss"]
+        if (loss != "deepseek_device" or devices)
+        and (least["sequences"] == 1 or (loss in SEQUENCE and lengths != (None,)))
+        and (loss != "deepseek_sequence" or lengths != (None,))
+    )
+    if not losses or most < fewest:
+        return None
+
+    @st.composite
+    def plan(draw: st.DrawFn) -> Plan:
+        loss = draw(st.sampled_from(losses))
+        experts = draw(_experts(fewest, most, capabilities.max_experts))
+        groups = None
+        if loss == "deepseek_device":
+            groups = draw(st.sampled_from(devices))
+            experts = min(most // groups, -(-experts // groups)) * groups
+        top = min(experts - left_out, capabilities.max_top_k or 8, 8)
+        few = st.integers(least["top_k"], max(least["top_k"], min(top, 4)))
+        top_k = draw(st.one_of(few, few, st.integers(least["top_k"], max(least["top_k"], top))))
+        return {
+            "experts": experts,
+            "top_k": top_k,
+            "loss": loss,
+            **draw(_lengths(loss, lengths, least, 12 if scope.interpreted or experts > 64 else 40)),
+            "devices": groups,
+            "score": draw(st.sampled_from(choices["score"])),
+            "coefficient": draw(st.sampled_from(choices["coefficient"])),
+            "epsilon": draw(st.sampled_from(choices["epsilon"])),
+            "dtype": draw(st.sampled_from(dtypes)),
+            "logits": draw(st.sampled_from(contents)),
+            "routing": draw(st.sampled_from(routings)),
+            "ids": draw(st.sampled_from(capabilities.id_dtypes)),
+            "padding": draw(st.sampled_from(PADDING)) if choices["padding_mask"][0] else None,
+            "counts": draw(st.sampled_from((*capabilities.id_dtypes, "float32")))
+            if choices["tokens_per_expert"][0]
+            else None,
+            "layout": draw(st.sampled_from(layouts(scope))),
+            "seed": draw(seeds()),
+        }
+
+    return plan()
+
+
+def _experts(fewest: int, most: int, limit: int | None) -> st.SearchStrategy[int]:
+    known = (*EXPERTS, fewest, limit or fewest)
+    edges = [size for size in known if fewest <= size <= most]
+    few = st.integers(fewest, max(fewest, min(most, 9)))
+    return st.one_of(few, few, st.sampled_from(edges))
+
+
+@st.composite
+def _lengths(
+    draw: st.DrawFn, loss: str, lengths: tuple[Any, ...], least: Mapping[str, int], most: int
+) -> Plan:
+    """N and L, and whether the configuration says L."""
+    if loss not in SEQUENCE:
+        tokens = draw(sizes(3 * most, 16, 64, least=least["sequences"] * least["length"]))
+        return {"sequences": 1, "length": tokens, "per_sequence": False}
+    told = True
+    if loss == "gshard" and least["sequences"] == 1 and None in lengths:
+        told = draw(st.booleans()) and lengths != (None,)
+    sequences = draw(st.integers(least["sequences"], max(5, least["sequences"])))
+    length = draw(sizes(most, 16, least=least["length"]))
+    if told and "any" not in lengths:
+        length = draw(st.sampled_from([each for each in lengths if each is not None]))
+    return {"sequences": sequences, "length": length, "per_sequence": told}
+
+
+def layouts(scope: Scope) -> tuple[str, ...]:
+    """Strides of the logits."""
+    if not scope.capabilities.strides:
+        return ("contiguous",)
+    return ("contiguous", "transposed", "strided", "offset")
+
+
+def build_balance(plan: Plan) -> Inputs:
+    """The arguments of `balance_loss`."""
+    content = Content(plan["seed"])
+    tokens, experts = plan["sequences"] * plan["length"], plan["experts"]
+    logits = fill(content, plan["logits"], tokens, experts)
+    mask = None
+    if plan["padding"] is not None:
+        mask = fill_mask(content, plan["padding"], plan["sequences"], plan["length"])
+        # What padding holds would count most if it were counted: one expert has it all.
+        logits[~mask] = 0
+        logits[~mask, int(content.integers(0, experts - 1, 1))] = 12
+    logits = logits.to(torch_dtype(plan["dtype"]))
+    ids = fill_ids(content, plan, logits, mask)
+    counts = None
+    if plan["counts"] is not None:
+        # A share of each, from none to much more than this batch has.
+        counts = content.integers(0, 8, experts) ** 4
+        counts[int(content.integers(0, experts - 1, 1))] += 1
+        # Up to 2^30, still exact as int32 and as float32.
+        counts = counts * 2 ** (18 * int(content.integers(0, 1, 1)))
+        counts = counts.to(torch.float32 if plan["counts"] == "float32" else torch.int64)
+        counts = counts if plan["counts"] == "float32" else counts.to(ID_DTYPES[plan["counts"]])
+    config = BalanceConfig(
+        loss=plan["loss"],
+        coefficient=plan["coefficient"],
+        score=plan["score"],
+        epsilon=plan["epsilon"],
+        sequence_length=plan["length"] if plan["per_sequence"] else None,
+        num_devices=plan["devices"],
+    )
+    return {
+        "logits": logits,
+        "expert_ids": ids,
+        "config": config,
+        "padding_mask": mask,
+        "tokens_per_expert": counts,
+        "layouts": {"logits": plan["layout"], "expert_ids": plan["layout"]},
+    }
+
+
+def fill(content: Content, kind: str, tokens: int, experts: int) -> torch.Tensor:
+    """Logits [T, E] of one of the kinds in `LOGITS`, float64."""
+    if kind in ("leaning", "collapsed"):
+        preferred = content.normal(1, experts, std=1.5 if kind == "leaning" else 8.0)
+        return preferred + content.normal(tokens, experts, std=0.5)
+    return fill_logits(content, kind, tokens, experts)
+
+
+def fill_mask(content: Content, kind: str, sequences: int, length: int) -> torch.Tensor:
+    """[T] bool, True = a real token; at least one is real, and where T > 1 at least one is not."""
+    real = torch.ones(sequences, length, dtype=torch.bool)
+    if kind == "sequences":
+        real[content.uniform(0, 1, sequences) < 0.4] = False
+    elif kind == "tail":
+        kept = content.integers(0, length, sequences, 1)
+        real = torch.arange(length) < kept
+    else:
+        real = content.uniform(0, 1, sequences, length) < 0.6
+    order = content.permutation(sequences * length)
+    flat = real.reshape(-1)
+    if bool(flat.all()):
+        # The last row of the last sequence, so that a tail stays one.
+        flat[-1] = False
+    if not bool(flat.any()):
+        flat[order[0] if kind == "some" else 0] = True
+    return flat
+
+
+def fill_ids(
+    content: Content, plan: Plan, logits: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Expert ids [T, K] of a plan's routing, with the invalid ones that it asks for."""
+    tokens, experts = logits.shape
+    top_k, dtype = plan["top_k"], ID_DTYPES[plan["ids"]]
+    if plan["routing"] == "chosen":
+        ids = logits.double().sort(dim=-1, descending=True, stable=True).indices[:, :top_k].clone()
+    else:
+        ids = spread(content, plan["routing"], tokens, experts, top_k, 16).clone()
+    if plan["invalid"]:
+        bad = torch.tensor((*INVALID, experts, experts + 1, 2 * experts))
+        where = content.uniform(0, 1, tokens, top_k) < 0.3
+        where.view(-1)[int(content.integers(0, tokens * top_k - 1, 1))] = True
+        ids = bad[content.integers(0, len(bad) - 1, tokens, top_k)].where(where, ids)
+    if mask is not None and bool((~mask).any()):
+        # All padding is sent to one expert.
+        ids[~mask] = logits[~mask].double().argmax(-1, keepdim=True)
+    return ids.to(dtype)
+
+
+def router_logits(
+    *, padding: bool = False, contents: tuple[str, ...] = LOGITS, narrow: bool | None = None
+) -> Given:
+    """Inputs of `z_loss` inside the declaration.
+
+    Args:
+        padding: with a mask that has padding and at least one real token.
+        contents: shapes of logits to draw from.
+        narrow: True for bfloat16 and float16 only, False for the others where there are any.
+    """
+
+    def plans(scope: Scope) -> Plans | None:
+        dtypes = _dtypes(scope, narrow)
+        capabilities = scope.capabilities
+        declared = capabilities.alternatives("balance")
+        taken = any(padding in each.get("padding_mask", (False, True)) for each in declared)
+        fewest = capabilities.min_experts
+        most = min(
+            capabilities.max_experts or EXPERTS[-1], 33 if scope.interpreted else EXPERTS[-1]
+        )
+        if not dtypes or not taken or most < fewest:
+            return None
+
+        @st.composite
+        def plan(draw: st.DrawFn) -> Plan:
+            return {
+                "experts": draw(_experts(fewest, most, capabilities.max_experts)),
+                "tokens": draw(sizes(20 if scope.interpreted else 130, 16, 64, least=1 + padding)),
+                "dtype": draw(st.sampled_from(dtypes)),
+                "logits": draw(st.sampled_from(contents)),
+                "padding": draw(st.sampled_from(("some", "tail"))) if padding else None,
+                "layout": draw(st.sampled_from(layouts(scope))),
+                "seed": draw(seeds()),
+            }
+
+        return plan()
+
+    return Given(plans, build_router_logits)
+
+
+def build_router_logits(plan: Plan) -> Inputs:
+    """The arguments of `z_loss`."""
+    content = Content(plan["seed"])
+    logits = fill(content, plan["logits"], plan["tokens"], plan["experts"])
+    mask = None
+    if plan["padding"] is not None:
+        mask = fill_mask(content, plan["padding"], 1, plan["tokens"])
+        logits[~mask] = 30
+    return {
+        "logits": logits.to(torch_dtype(plan["dtype"])),
+        "padding_mask": mask,
+        "layouts": {"logits": plan["layout"]},
+    }
+
+
+def biases(
+    *,
+    loads: tuple[str, ...] = LOADS,
+    centred: bool | None = None,
+    least_experts: int = 1,
+    rates: tuple[float, ...] = RATES,
+    values: tuple[str, ...] = ("zero", "normal", "half"),
+) -> Given:
+    """Inputs of `update_bias` inside the declaration.
+
+    Args:
+        loads: how tokens spread over experts.
+        centred: with the step's mean taken away, without, or (None) either.
+        least_experts: smallest number of experts.
+        rates: sizes of a step.
+        values: of the bias: all 0, normal, or all 0.5.
+    """
+
+    def plans(scope: Scope) -> Plans | None:
+        capabilities = scope.capabilities
+        allowed = {
+            value
+            for declared in capabilities.alternatives("balance")
+            for value in declared.get("centred", (False, True))
+        }
+        wanted = tuple(v for v in (False, True) if v in allowed and centred in (None, v))
+        fewest = max(least_experts, capabilities.min_experts)
+        most = min(capabilities.max_experts or EXPERTS[-1], EXPERTS[-1])
+        if not wanted or not scope.dtypes or most < fewest:
+            return None
+
+        @st.composite
+        def plan(draw: st.DrawFn) -> Plan:
+            load = draw(st.sampled_from(loads))
+            dtype = draw(st.sampled_from(scope.dtypes))
+            counts = (*capabilities.id_dtypes, "float32")
+            return {
+                "experts": draw(_experts(fewest, most, capabilities.max_experts)),
+                # A selection bias is kept in float32 beside logits of any dtype.
+                "dtype": draw(
+                    st.sampled_from(("float64" if dtype == "float64" else "float32", dtype))
+                ),
+                "bias": draw(st.sampled_from(values)),
+                "load": load,
+                # A float32 cannot hold what is beyond 2^24.
+                "counts": draw(st.sampled_from(counts[:-1] if load == "huge" else counts)),
+                "rate": draw(st.sampled_from(rates)),
+                "centred": draw(st.sampled_from(wanted)),
+                "seed": draw(seeds()),
+            }
+
+        return plan()
+
+    return Given(plans, build_biases)
+
+
+def build_biases(plan: Plan) -> Inputs:
+    """The arguments of `update_bias`."""
+    content = Content(plan["seed"])
+    experts = plan["experts"]
+    bias = {
+        "zero": torch.zeros(experts, dtype=torch.float64),
+        "half": torch.full((experts,), 0.5, dtype=torch.float64),
+        "normal": content.normal(experts, std=0.2),
+    }[plan["bias"]]
+    counts = fill_counts(content, plan["load"], experts)
+    return {
+        "bias": bias.to(torch_dtype(plan["dtype"])),
+        "tokens_per_expert": counts.float()
+        if plan["counts"] == "float32"
+        else counts.to(ID_DTYPES[plan["counts"]]),
+        "rate": plan["rate"],
+        "centred": plan["centred"],
+        "layouts": {},
+    }
+
+
+def fill_counts(content: Content, load: str, experts: int) -> torch.Tensor:
+    """Tokens per expert [E], int64, with one of the `LOADS`."""
+    if load == "one expert":
+        counts = torch.zeros(experts, dtype=torch.int64)
+        counts[int(content.integers(0, experts - 1, 1))] = content.integers(1, 100, 1)
+        return counts
+    if load in ("balanced", "huge"):
+        # As much above the mean as below it, and about a third at it. The mean is an integer.
+        mean = content.integers(*((2**24 + 1, 2**29) if load == "huge" else (10, 1000)), 1)
+        pairs = experts // 2
+        off = content.integers(-2, 2, pairs) if load == "huge" else content.integers(-5, 5, pairs)
+        off = off.where(content.uniform(0, 1, pairs) < 0.8, 0)
+        step = torch.cat([off, -off, off.new_zeros(experts - 2 * pairs)])
+        return mean + step[content.permutation(experts)]
+    counts = content.integers(0, 100, experts)
+    if load == "idle":
+        counts = content.integers(1, 100, experts)
+        counts[content.permutation(experts)[: experts // 2]] = 0
+    return counts
