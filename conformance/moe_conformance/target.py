@@ -90,7 +90,8 @@ class Capabilities:
         layer: the same for `LayerConfig`, and for `shared` and `shared_gate` (with and without).
         align: the same for `drop_invalid`, `expert_map`, `invalid_ids`.
         balance: the same for `BalanceConfig`, for `padding_mask` and `tokens_per_expert` of the
-            losses (with and without), and for `centred` of `update_bias`.
+            losses (with and without), for `centred` of `update_bias`, and for `ids`: ("chosen",)
+            where the loss selects again from the logits and takes no other ids.
         capacity: the same for `policy` of `drop_to_capacity`.
         router_dtype: what the router computes in, whatever its inputs are; None is the rule:
             float32, or float64 where the logits are float64.

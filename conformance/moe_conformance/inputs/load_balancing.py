@@ -198,6 +198,7 @@ def _balance_plans(
     lengths = declared.get("sequence_length", (None, "any"))
     if least["top_k"] > (capabilities.max_top_k or least["top_k"]):
         return None
+    routings = tuple(name for name in routings if name in declared.get("ids", (name,)))
     fewest = max(least["experts"], capabilities.min_experts)
     most = min(capabilities.max_experts or EXPERTS[-1], 33 if scope.interpreted else EXPERTS[-1])
     devices = [
@@ -212,7 +213,7 @@ def _balance_plans(
         and (least["sequences"] == 1 or (loss in SEQUENCE and lengths != (None,)))
         and (loss != "deepseek_sequence" or lengths != (None,))
     )
-    if not losses or most < fewest:
+    if not losses or not routings or most < fewest:
         return None
 
     @st.composite

@@ -14,6 +14,7 @@ from moe_conformance.inputs.expert_slicing import cut_for_a_rank, placed, sliced
 from moe_conformance.inputs.experts import expert_inputs
 from moe_conformance.inputs.given import Content, Given, Inputs, Plan, Plans, Scope
 from moe_conformance.inputs.layer import layer_inputs
+from moe_conformance.inputs.load_balancing import balance, biases, router_logits
 from moe_conformance.inputs.routing import routing
 from moe_conformance.inputs.slots import rows, scattered, slots
 from moe_conformance.judge import Closeness, Violation, close, equal, equals, impostors
@@ -22,6 +23,9 @@ from moe_conformance.requirements.experts import arguments, oracle_of, output_of
 
 ARGUMENTS: dict[str, tuple[str, ...]] = {
     "route": ("logits", "config", "bias", "token_ids"),
+    "balance_loss": ("logits", "expert_ids", "config", "padding_mask", "tokens_per_expert"),
+    "z_loss": ("logits", "padding_mask"),
+    "update_bias": ("bias", "tokens_per_expert", "rate", "centred"),
     "align": ("expert_ids", "block_size", "num_experts", "expert_map", "drop_invalid"),
     "dispatch": ("x", "expert_ids", "num_experts"),
     "combine": ("rows", "slots", "weights"),
@@ -34,6 +38,9 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
 
 GIVEN: dict[str, Given] = {
     "route": routing(contents=("normal",), largest=64),
+    "balance_loss": balance(),
+    "z_loss": router_logits(),
+    "update_bias": biases(),
     "align": slots(),
     "dispatch": rows(),
     "combine": scattered(),

@@ -322,6 +322,14 @@ class TransformersTarget(Target):
             routing=cls.routing,
             experts=cls.experts_choice,
             layer=cls.layer_choice,
+            # `load_balancing_loss_func` has no argument for ids or counts: it selects again.
+            balance={
+                "loss": ("transformers_concatenated",),
+                "score": ("softmax",),
+                "tokens_per_expert": (False,),
+                "ids": ("chosen",),
+                "invalid_ids": (False,),
+            },
             router_dtype=cls.router_dtype,
             min_experts=cls.min_experts,
             # `grouped_mm` wants rows of a multiple of 16 bytes: 8 numbers of 2 bytes.
