@@ -37,6 +37,7 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 
+import pictures  # noqa: F401 - mkdocs takes this folder off the path once the hook is loaded
 from mkdocs.exceptions import PluginError
 from mkdocs.utils import get_relative_url
 from moe_conformance.cli import app
@@ -67,18 +68,25 @@ CONCEPT_OF = {
     "activations": "experts",
     "bias_update": "load_balancing",
     "capacity": "dispatch",
+    "checks": "operations",
     "checkpoint_files": "modules",
     "checkpoints": "modules",
     "config": "operations",
+    "domain_transforms": "expert_parallel",
     "expert_gathering": "expert_slicing",
+    "external_shared": "expert_parallel",
     "families": "modules",
     "gates": "modules",
     "initialization": "experts",
     "layouts": "experts",
     "loss_graph": "load_balancing",
+    "parallel_steps": "expert_parallel",
+    "partial_sums": "expert_parallel",
     "placement": "expert_slicing",
     "presets": "gating",
+    "ranks": "expert_parallel",
     "routes": "backends",
+    "token_slices": "expert_parallel",
     "wrapping": "modules",
 }
 """The page of a module that has no page of its own name."""

@@ -161,9 +161,10 @@ class Workspace:
 
     Attributes:
         products: both products' results, one after the other: [rows, max(J, H)].
-        activated: [rows, I]. The output may share this memory. It must not share that of
-            `products`, which the sum over K still reads.
-        output: [T, H] standard; [E, C, H] batched, the second product itself.
+        activated: [rows, I].
+        output: [T, H] standard: it may share the memory of `activated`, and not that of `products`,
+            which the sum over K still reads. [E, C, H] batched, the second product itself: it may
+            share that of `products`, and not that of `activated`, which the product still reads.
     """
 
     products: tuple[int, int]

@@ -1,4 +1,4 @@
-"""The choice of a backend: an answer with a reason for everything, and nothing but the arguments."""
+"""The choice of a backend: a reason for everything, and nothing but the arguments."""
 
 import itertools
 from typing import get_args

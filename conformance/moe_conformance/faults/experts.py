@@ -267,7 +267,7 @@ class EqualIdsShareTheFirstWeight(Experts):
         return {"weights": given["weights"].gather(1, first)}
 
 
-@fault("zero-tokens-lose-the-hidden-size", catches=("EXPERT-10",), thread="seed 000")
+@fault("zero-tokens-lose-the-hidden-size", catches=("EXPERT-10",), thread="DeepSeek moe_infer")
 class ZeroTokensLoseTheHiddenSize(Experts):
     """An empty batch gives a vector of no elements."""
 
@@ -324,7 +324,7 @@ class TheGradientOfXForgetsAnExpert(Experts):
         return {"x": torch.where(even, x, x.detach())}
 
 
-@fault("idle-experts-get-no-gradient", catches=("EXPERT-12",), thread="seed 004")
+@fault("idle-experts-get-no-gradient", catches=("EXPERT-12",), thread="hyper_parallel")
 class IdleExpertsGetNoGradient(Experts):
     """The parameters are left out of the graph where an expert is idle."""
 
@@ -410,7 +410,7 @@ class WeightsAreClampedToOne(Experts):
         return {"weights": given["weights"].clamp(max=1.0)}
 
 
-@fault("weights-are-renormalised-again", catches=("EXPERT-14",), thread="seed 002")
+@fault("weights-are-renormalised-again", catches=("EXPERT-14",), thread="TensorCast")
 class WeightsAreRenormalisedAgain(Experts):
     """The experts divide the weights by their sum."""
 

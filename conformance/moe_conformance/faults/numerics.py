@@ -52,7 +52,7 @@ class LogitsAreMaskedInPlace(Router):
         return weights, ids
 
 
-@fault("weights-are-normalised-in-place", catches=("NUM-02",), thread="seed 002")
+@fault("weights-are-normalised-in-place", catches=("NUM-02",), thread="TensorCast")
 class WeightsAreNormalisedInPlace(Experts):
     """The caller's routing weights are divided by 2."""
 

@@ -799,7 +799,7 @@ def a_token_without_experts_gets_zeros(case: Case) -> None:
     "Where no token is routed at all, the output MUST still carry gradients, all of them zero.",
     reason="A rank without tokens takes part in the backward pass and the reduction after it; an "
     "output without a graph stops there, and the other ranks wait.",
-    sources=("Megatron #4851", "DeepSpeed #5066", "PaddleFormers #3010", "seed 004: x * 0.0"),
+    sources=("Megatron #4851", "DeepSpeed #5066", "PaddleFormers #3010", "hyper_parallel x * 0.0"),
     given=Given(
         lambda scope: (
             expert_inputs(invalid_ids=(True,), bias=(False,), expert_map=(False,)).plans(scope)

@@ -254,7 +254,7 @@ def the_router_bias_weighs(case: Case) -> None:
     "The shared expert MUST see every token and be added once, times `shared_scale` and not times "
     "the routing scale.",
     reason="It was added twice, scaled with the routed part, and left out.",
-    sources=("SGLang #28237", "SGLang #35160", "vLLM #49122", "kvcache-ai/sglang#86"),
+    sources=("SGLang #28237", "SGLang #35163", "vLLM #49122", "kvcache-ai/sglang#86"),
     given=layer_inputs(shared=(True,), shared_gate=(False,)),
     references=("layer.layer",),
 )

@@ -365,7 +365,7 @@ def a_token_alone_gets_the_same_bits(case: Case) -> None:
     "Any strides MUST give the right answer, or be refused.",
     reason="A slice of a larger buffer is what a caller has; a kernel that assumes a row pitch "
     "reads its neighbour.",
-    sources=("SGLang #15432", "seed 004: x.view"),
+    sources=("SGLang #15432", "hyper_parallel x.view"),
     given=Given(
         lambda scope: (
             expert_inputs(bias=(False,), expert_map=(False,), invalid_ids=(False,)).plans(scope)
