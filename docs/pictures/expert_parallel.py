@@ -17,7 +17,7 @@ from pictures.svg import LABEL, ROW, box, figure, label
 
 FILLED, CELL = 0.5, 66
 E, R = 4, 2
-IDS = (torch.tensor([[3, 0], [0, 1], [2, 0]]), torch.tensor([[1, 3], [2, 3]]))
+IDS = (torch.tensor([[3, 0], [0, 1], [1, 0]]), torch.tensor([[0, 3], [1, 2]]))
 NAMES = ("a", "b")
 
 
@@ -75,9 +75,9 @@ def there_and_back() -> str:
     held = held_experts(E, R)
     reading = (
         f"Tokens a0 to a{len(IDS[0]) - 1} are rank 0's, b0 to b{len(IDS[1]) - 1} rank 1's; each "
-        f"goes to two experts. Rank 0 holds experts {_and(held[0])}, rank 1 experts {_and(held[1])}. Rows "
-        "arrive rank by rank, so that those of one expert are apart until they are sorted. At the "
-        "end every row stands where it left from."
+        f"goes to two experts. Rank 0 holds experts {_and(held[0])}, rank 1 experts "
+        f"{_and(held[1])}. Rows arrive rank by rank, so that those of one expert are apart until "
+        "they are sorted. At the end every row stands where it left from."
     )
     return figure(y - 0.4 * ROW, "".join(parts), reading)
 
