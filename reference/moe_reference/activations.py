@@ -36,7 +36,20 @@ class OneExpert(NamedTuple):
 
 
 def feed_forward(x: torch.Tensor, one: OneExpert, config: ExpertsConfig) -> torch.Tensor:
-    """A single expert on its rows: [S, H] to [S, H], all in the dtype of x."""
+    """A single expert on its rows.
+
+    Args:
+        x: [S, H], any float dtype, in which everything is computed.
+        one: its weights, any float dtype.
+        config: how it computes.
+
+    Returns:
+        [S, H], x's dtype.
+
+    >>> one = OneExpert(torch.ones(1, 1), torch.full((1, 1), 2.0), None, None)
+    >>> feed_forward(torch.tensor([[3.0]]), one, ExpertsConfig("relu", gated=False)).item()
+    6.0
+    """
     pre_SJ = product(x, one.gate_up, one.gate_up_bias)
     return product(activate(pre_SJ, config), one.down, one.down_bias)
 
@@ -90,7 +103,14 @@ def activate(pre_activation: torch.Tensor, config: ExpertsConfig) -> torch.Tenso
 
 
 def one_by_one(experts: ExpertWeights) -> list[OneExpert]:
-    """The experts as a list."""
+    """The weights [E, ...] as a list of E experts.
+
+    Args:
+        experts: any float dtype and shape.
+
+    >>> len(one_by_one(ExpertWeights(torch.ones(3, 2, 1), torch.ones(3, 1, 1))))
+    3
+    """
     E = len(experts.down)
     columns = (
         [None] * E if weight is None else weight.unbind(0)
@@ -116,5 +136,7 @@ def product(
     [[11.0]]
     """
     # Autocast would round both factors to a narrower dtype, and the result with them.
+    # And other strides would mean another order of summation.
+    rows, matrix = rows.contiguous(), matrix.to(rows).contiguous()
     with torch.autocast(rows.device.type, enabled=False):
-        return F.linear(rows, matrix.to(rows), None if bias is None else bias.to(rows))
+        return F.linear(rows, matrix, None if bias is None else bias.to(rows))

@@ -144,6 +144,9 @@ def choose_backend(
 def device_kind(device: torch.device) -> Device:
     """The name of a device, ROCm told from CUDA, whose name it has in PyTorch.
 
+    Args:
+        device: of any tensor, whatever its shape and dtype.
+
     Raises:
         ValueError: a device without a route.
 

@@ -134,13 +134,22 @@ def inclusive_offsets(tokens_per_expert: torch.Tensor) -> torch.Tensor:
 
 
 def inverse_permutation(permutation: torch.Tensor) -> torch.Tensor:
-    """The permutation that undoes `permutation` [S]: where each element went.
+    """The permutation that undoes `permutation` [S], int32 or int64: where each element went.
+
+    Raises:
+        TypeError: not a tensor of ids.
+        ValueError: not every number from 0 to S - 1 once.
 
     >>> inverse_permutation(torch.tensor([2, 0, 1])).tolist()
     [1, 2, 0]
     """
     check_tensor("permutation", permutation, ("S",), IDS)
     places = torch.arange(len(permutation), device=permutation.device)
+    if not torch.equal(permutation.long().sort().values, places):
+        raise ValueError(
+            f"permutation: expected each number from 0 to {len(places) - 1} once, got "
+            f"{permutation.tolist()}"
+        )
     return torch.empty_like(places).scatter(0, permutation.long(), places)
 
 
@@ -191,7 +200,14 @@ def unbatch_rows(rows: torch.Tensor, tokens_per_expert: torch.Tensor) -> torch.T
 
 
 def rows_in_use(tokens_per_expert: torch.Tensor, capacity: int) -> torch.Tensor:
-    """True for the rows of a batch that hold a token: [E, C] from the counts [E].
+    """True for the rows of a batch that hold a token.
+
+    Args:
+        tokens_per_expert: [E], int32 or int64.
+        capacity: C.
+
+    Returns:
+        [E, C], bool.
 
     >>> rows_in_use(torch.tensor([0, 2]), 3).tolist()
     [[False, False, False], [True, True, False]]
@@ -201,7 +217,14 @@ def rows_in_use(tokens_per_expert: torch.Tensor, capacity: int) -> torch.Tensor:
 
 
 def accumulation_dtype(x: torch.Tensor) -> torch.dtype:
-    """What sums over x are computed in: float64 for float64, float32 for anything narrower."""
+    """What sums over x are computed in: float64 for float64, float32 for anything narrower.
+
+    Args:
+        x: any shape and float dtype.
+
+    >>> accumulation_dtype(torch.ones(1, dtype=torch.float16))
+    torch.float32
+    """
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 

@@ -153,6 +153,10 @@ def take_tensors(
 def take_modules(modules: Sequence[Module], held: Sequence[int]) -> list[Module]:
     """The same experts of a list of modules: the modules themselves, not copies.
 
+    Args:
+        modules: E of them, of any kind.
+        held: the experts, in any order.
+
     Raises:
         ValueError: an expert is outside [0, E).
 
@@ -202,6 +206,9 @@ def slice_tensor_parallel(experts: ExpertWeights, world_size: int, rank: int) ->
 
 def has_gate(experts: ExpertWeights) -> bool:
     """Whether the experts have a gate: `gate_up` has twice as many rows as `down` has columns.
+
+    Args:
+        experts: weights of E experts, any float dtype.
 
     Raises:
         TypeError: not `ExpertWeights` of float tensors.

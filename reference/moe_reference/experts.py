@@ -33,7 +33,13 @@ from moe_reference.activations import feed_forward as feed_forward
 from moe_reference.activations import one_by_one as one_by_one
 from moe_reference.activations import product
 from moe_reference.alignment import local_ids
-from moe_reference.checks import IDS, check_counts, check_tensor, check_weights
+from moe_reference.checks import (
+    IDS,
+    check_counts,
+    check_experts,
+    check_routing,
+    check_tensor,
+)
 from moe_reference.config import ExpertsConfig, ExpertWeights
 from moe_reference.dispatch import accumulation_dtype, combine, dispatch, inclusive_offsets
 from moe_reference.initialization import init_experts as init_experts
@@ -81,8 +87,8 @@ def experts(
     >>> experts(x, two_experts, weights, ids, ExpertsConfig("relu", gated=False)).tolist()
     [[7.5]]
     """
-    check_experts(experts, x, config)
     check_routing(x, weights, expert_ids)
+    check_experts(experts, x, config)
     wide = accumulation_dtype(x)
     x_TH, weights_TK = x.to(wide), weights.to(wide)
     rows_TK = local_ids(expert_ids, len(experts.down), expert_map)
@@ -118,8 +124,8 @@ def experts_grouped(
     >>> experts_grouped(x, two_experts, weights, ids, ExpertsConfig("relu", gated=False)).tolist()
     [[7.5]]
     """
-    check_experts(experts, x, config)
     check_routing(x, weights, expert_ids)
+    check_experts(experts, x, config)
     wide = accumulation_dtype(x)
     weights_TK = weights.to(wide)
     rows_TK = local_ids(expert_ids, len(experts.down), expert_map)
@@ -208,32 +214,6 @@ def grouped_product(
         for (start, end), matrix, bias in zip(groups, matrices.unbind(0), own_biases, strict=True)
     ]
     return torch.cat([rows.new_zeros(0, matrices.shape[1]), *products])
-
-
-def check_experts(
-    experts: ExpertWeights,
-    x: torch.Tensor,
-    config: ExpertsConfig,
-    num_experts: int | None = None,
-    name: str = "experts",
-) -> None:
-    """Raise unless the weights fit each other, the rows [..., H] and the configuration.
-
-    Raises:
-        TypeError: not `ExpertWeights` of float tensors.
-        ValueError: a weight has the wrong shape.
-    """
-    if not isinstance(experts, ExpertWeights):
-        raise TypeError(f"{name}: expected ExpertWeights, got {type(experts).__name__}")
-    E = "E" if num_experts is None else num_experts
-    check_weights(experts, config.gated, E, x.shape[-1], f"{name}.")
-
-
-def check_routing(x: torch.Tensor, weights: torch.Tensor, expert_ids: torch.Tensor) -> None:
-    """Raise unless x is [T, H], and weights and ids are [T, K]."""
-    check_tensor("x", x, ("T", "H"))
-    check_tensor("weights", weights, (len(x), "K"))
-    check_tensor("expert_ids", expert_ids, tuple(weights.shape), IDS)
 
 
 def _sum_of_nothing(*parts: torch.Tensor | ExpertWeights) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 import torch
 
-from moe_reference.checks import IDS, check_tensor
+from moe_reference.checks import IDS, check_float, check_tensor
 from moe_reference.config import RoutingConfig
 from moe_reference.gating import route
 
@@ -117,6 +117,7 @@ def jitter(
     >>> jitter(torch.ones(2), 0.0)
     tensor([1., 1.])
     """
+    check_float("x", x)
     if not 0.0 <= epsilon < 1.0:
         raise ValueError(f"epsilon: expected a number from 0 to below 1, got {epsilon}")
     if epsilon == 0.0:

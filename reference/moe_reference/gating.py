@@ -23,7 +23,7 @@ minus infinity, so that every row gets K distinct ids whatever it holds; no row 
 import torch
 import torch.nn.functional as F
 
-from moe_reference.checks import IDS, check_tensor
+from moe_reference.checks import IDS, check_float, check_tensor
 from moe_reference.config import RoutingConfig, Score
 
 
@@ -89,6 +89,7 @@ def scores(logits: torch.Tensor, score: Score) -> torch.Tensor:
     >>> scores(torch.tensor([0.0, 0.0]), "sigmoid").tolist()
     [0.5, 0.5]
     """
+    check_float("logits", logits)
     wide = upcast(logits)
     if score == "softmax":
         return torch.softmax(wide, dim=-1)
@@ -98,7 +99,14 @@ def scores(logits: torch.Tensor, score: Score) -> torch.Tensor:
 
 
 def upcast(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in the dtype that scores are computed in: float64 as it is, others as float32."""
+    """What scores are computed in: float64 as it is, anything narrower as float32.
+
+    Args:
+        tensor: any shape and float dtype.
+
+    >>> upcast(torch.ones(1, dtype=torch.bfloat16)).dtype
+    torch.float32
+    """
     return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
 
 
@@ -158,10 +166,11 @@ def _group_scores(selection_TE: torch.Tensor, config: RoutingConfig) -> torch.Te
     """A group's score: the sum of its best experts; `max` is the sum of one."""
     E = selection_TE.shape[1]
     summands = {"max": 1, "top2_sum": 2, "topk_share_sum": config.top_k // config.topk_groups}
-    # One NaN must not decide about its whole group.
-    known_TE = selection_TE.masked_fill(selection_TE.isnan(), -torch.inf)
-    members_TGM = known_TE.unflatten(1, (config.num_groups, E // config.num_groups))
-    return members_TGM.topk(summands[config.group_score], dim=2).values.sum(dim=2)
+    members_TGM = selection_TE.unflatten(1, (config.num_groups, E // config.num_groups))
+    # One NaN must not decide about its whole group; a group of nothing else is below all others.
+    unknown_TGM = members_TGM.isnan()
+    best_TGM = members_TGM.masked_fill(unknown_TGM, -torch.inf).topk(summands[config.group_score])
+    return best_TGM.values.sum(dim=2).masked_fill(unknown_TGM.all(dim=2), torch.nan)
 
 
 def _descending(values: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ import torch
 
 from moe_reference.activations import product
 from moe_reference.alignment import local_ids
-from moe_reference.checks import FLOATS, IDS, check_tensor
+from moe_reference.checks import FLOATS, IDS, check_experts, check_routing, check_tensor
 from moe_reference.config import (
     BalanceConfig,
     ExpertsConfig,
@@ -32,8 +32,6 @@ from moe_reference.config import (
 )
 from moe_reference.dispatch import accumulation_dtype, count_tokens, inverse_permutation
 from moe_reference.experts import (
-    check_experts,
-    check_routing,
     experts,
     feed_forward,
     one_by_one,
@@ -55,7 +53,8 @@ def layer(
     Args:
         x: [N, L, H], any float dtype and strides.
         parameters: the layer's weights, any float dtype.
-        config: routing, experts, loss and dtypes.
+        config: routing, experts, loss and dtypes. A loss that is taken per sequence takes L as the
+            length of one where `config.balance` names none.
         token_ids: [N, L], int32 or int64; needed with a hash table.
         padding_mask: [N, L], bool, True = a real token; None: all are. A padded token is routed and
             computed like any other, but neither enters the loss nor is counted.
@@ -114,6 +113,12 @@ def router_logits(x: torch.Tensor, parameters: LayerWeights, config: LayerConfig
 
     Returns:
         [T, E], in the router's dtype. The sum over H is in float32 or float64.
+
+    >>> from moe_reference.config import RoutingConfig
+    >>> none = ExpertWeights(torch.ones(1, 1, 2), torch.ones(1, 2, 1))
+    >>> parameters = LayerWeights(torch.tensor([[1.0, 2.0]]), none, router_bias=torch.ones(1))
+    >>> router_logits(torch.ones(1, 2), parameters, LayerConfig(RoutingConfig(1))).item()
+    4.0
     """
     dtype = config.router_dtype or x.dtype
     if x.dtype == torch.float64:
@@ -129,7 +134,23 @@ def router_logits(x: torch.Tensor, parameters: LayerWeights, config: LayerConfig
 
 
 def shared_expert(x: torch.Tensor, parameters: LayerWeights, config: LayerConfig) -> torch.Tensor:
-    """What the shared expert adds for every token: [T, H] to [T, H], gated and scaled."""
+    """What the shared expert adds for every token, gated and scaled.
+
+    Args:
+        x: [T, H], any float dtype, in which everything is computed.
+        parameters: `shared` and `shared_gate`.
+        config: how it computes, and `shared_scale`.
+
+    Returns:
+        [T, H], x's dtype.
+
+    >>> from moe_reference.config import RoutingConfig
+    >>> one = ExpertWeights(torch.ones(1, 1, 1), torch.ones(1, 1, 1))
+    >>> parameters = LayerWeights(torch.ones(1, 1), one, shared=one, shared_gate=torch.zeros(1, 1))
+    >>> config = LayerConfig(RoutingConfig(1), ExpertsConfig("relu", gated=False))
+    >>> shared_expert(torch.tensor([[3.0]]), parameters, config).item()
+    1.5
+    """
     assert parameters.shared is not None
     [shared] = one_by_one(parameters.shared)
     y_TH = feed_forward(x, shared, config.experts)
@@ -172,8 +193,8 @@ def moe_infer(
     >>> moe_infer(x, ids, weights, one, ExpertsConfig("relu", gated=False)).tolist()
     [[4.5]]
     """
-    check_experts(experts, x, config)
     check_routing(x, weights, expert_ids)
+    check_experts(experts, x, config)
     T, K = expert_ids.shape
     E = len(experts.down)
 

@@ -94,7 +94,8 @@ def balance_loss(
     else:
         counts_NE = tokens_per_expert.detach().expand(N, E)
     counts_NE = counts_NE.to(P_NE)
-    f_NE = counts_NE / counts_NE.sum(dim=1, keepdim=True).clamp(min=1)
+    total_N1 = counts_NE.sum(dim=1, keepdim=True)
+    f_NE = counts_NE / total_N1.where(total_N1 > 0, 1.0)
 
     if config.loss == "deepseek_device":
         loss_N = _device_loss(f_NE, P_NE, config)
@@ -126,13 +127,23 @@ def concatenated_balance_loss(
         padding_mask: [T], bool, the same in every layer, or None.
 
     Raises:
-        ValueError: no layer, or not as many `expert_ids` as `logits`.
+        TypeError: a wrong dtype.
+        ValueError: a wrong shape, no layer, or not as many `expert_ids` as `logits`.
+
+    >>> logits = [torch.zeros(2, 4)] * 2
+    >>> expert_ids = [torch.tensor([[0], [1]]), torch.tensor([[2], [3]])]
+    >>> concatenated_balance_loss(logits, expert_ids, BalanceConfig("switch")).item()
+    1.0
     """
     if len(logits) == 0 or len(logits) != len(expert_ids):
         raise ValueError(
             f"expert_ids: expected one tensor for each of at least 1 layer, "
             f"got {len(expert_ids)} for {len(logits)} of logits"
         )
+    for logits_TE, expert_ids_TK in zip(logits, expert_ids, strict=True):
+        _check(logits_TE, expert_ids_TK, config, padding_mask, None)
+        check_tensor("logits", logits_TE, tuple(logits[0].shape), (logits[0].dtype,))
+        check_tensor("expert_ids", expert_ids_TK, tuple(expert_ids[0].shape), IDS)
     mask = None if padding_mask is None else padding_mask.repeat(len(logits))
     return balance_loss(torch.cat(list(logits)), torch.cat(list(expert_ids)), config, mask)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from moe_reference.checks import check_tensor
+from moe_reference.checks import check_float, check_tensor
 
 
 def inject_loss(output: torch.Tensor, loss: torch.Tensor | None) -> torch.Tensor:
@@ -57,8 +57,19 @@ def inject_scaled_loss(
         main_loss_scale: a number, or a tensor of one, read when `backward` runs: the scale of a
             micro-batch may be written into it after the forward pass.
 
+    Raises:
+        TypeError: not float tensors.
+        ValueError: the loss is not a scalar.
+
     Source: Megatron-LM's `MoEAuxLossAutoScaler`, which keeps the scale in a class attribute.
+
+    >>> x = torch.tensor(3.0, requires_grad=True)
+    >>> output = inject_scaled_loss(torch.ones(2, requires_grad=True), x**2, main_loss_scale=1000)
+    >>> output.sum().mul(1000).backward()
+    >>> x.grad.item()
+    6000.0
     """
+    check_float("output", output)
     if loss is None:
         return output
     check_tensor("loss", loss, ())

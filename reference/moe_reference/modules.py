@@ -59,9 +59,10 @@ class MoELayer(nn.Module):
     Attributes:
         tokens_per_expert: [E], int64, since the last `update_bias`.
 
+    >>> from moe_reference.config import RoutingConfig
     >>> one = ExpertWeights(gate_up=torch.ones(1, 2, 1), down=torch.ones(1, 1, 1))
     >>> parameters = LayerWeights(torch.ones(1, 1), one, selection_bias=torch.zeros(1))
-    >>> moe = MoELayer(parameters, LayerConfig(FAMILIES["olmoe"].config.routing.preset("llama-4")))
+    >>> moe = MoELayer(parameters, LayerConfig(RoutingConfig(top_k=1)))
     >>> moe(torch.ones(1, 3, 1)).output.sum().backward()
     >>> moe.tokens_per_expert
     tensor([3])

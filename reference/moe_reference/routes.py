@@ -17,7 +17,7 @@ import torch
 from moe_reference.activations import activate
 from moe_reference.alignment import local_ids
 from moe_reference.backends import Route
-from moe_reference.checks import IDS, check_tensor
+from moe_reference.checks import IDS, check_experts, check_routing, check_tensor
 from moe_reference.config import ExpertsConfig, ExpertWeights, WeightOn
 from moe_reference.dispatch import (
     accumulation_dtype,
@@ -27,8 +27,8 @@ from moe_reference.dispatch import (
     inclusive_offsets,
     unbatch_rows,
 )
-from moe_reference.experts import check_experts, check_routing, experts_batched, grouped_product
 from moe_reference.experts import experts as experts_one_by_one
+from moe_reference.experts import experts_batched, grouped_product
 
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor]
 
@@ -69,8 +69,8 @@ def experts_by_pair(
     >>> experts_by_pair(x, one, weights, ids, ExpertsConfig("relu", gated=False), out=x) is x
     True
     """
-    check_experts(experts, x, config)
     check_routing(x, weights, expert_ids)
+    check_experts(experts, x, config)
     if out is not None:
         check_tensor("out", out, tuple(x.shape), (x.dtype,))
         if any(
@@ -116,8 +116,8 @@ def experts_by_batch(
     >>> experts_by_batch(x, one, weights, ids, ExpertsConfig("relu", gated=False)).tolist()
     [[1.5]]
     """
-    check_experts(experts, x, config)
     check_routing(x, weights, expert_ids)
+    check_experts(experts, x, config)
     x_SH, tokens_per_expert, slots_S, weights_TK = _rows(
         x, experts, weights, expert_ids, config, expert_map
     )
@@ -144,7 +144,7 @@ def weigh_and_reduce(
         expert_ids: [T, K], int32 or int64.
         num_experts: E, the experts that made the pairs.
         weight_on: with input they are only added up.
-        expert_map: as `experts` has it.
+        expert_map: int32 or int64, one entry per global expert: its row, or -1; or None.
 
     Returns:
         [T, H], the dtype of `pairs`; summed in float32, or float64 for float64.
@@ -171,7 +171,9 @@ def weigh_and_reduce(
 def gathered_product(
     rows: torch.Tensor, matrices: torch.Tensor, biases: torch.Tensor | None, ends: torch.Tensor
 ) -> torch.Tensor:
-    """As `grouped_product`, with a copy of its expert's matrix for every row: S · A · B numbers.
+    """`grouped_product` with a copy of its expert's matrix for every row: S · A · B numbers.
+
+    Arguments and result are those of `grouped_product`.
 
     >>> rows, matrices = torch.tensor([[1.0], [1.0]]), torch.tensor([[[2.0]], [[3.0]]])
     >>> gathered_product(rows, matrices, None, torch.tensor([1, 2])).tolist()
@@ -190,12 +192,28 @@ def grouped_product_npu(
 ) -> torch.Tensor:
     """As `grouped_product`, in one call of `torch_npu.npu_grouped_matmul`.
 
-    Written from the operator's documentation, and not run on an NPU. It takes float16, bfloat16 and
-    float32 rows. Training needs an autograd function around it.
+    Written from the operator's documentation, and not run on an NPU. Training needs an autograd
+    function around it.
+
+    Args:
+        rows: [S, A] in expert order, float16, bfloat16 or float32.
+        matrices: [E, B, A].
+        biases: [E, B] or None.
+        ends: [E], where each expert's rows end.
+
+    Returns:
+        [S, B], the dtype of rows.
+
+    Raises:
+        ModuleNotFoundError: there is no torch_npu.
 
     Source: torch_npu 7.0.0: matrices [E, A, B]; with `group_list_type` 0 the list says where each
     group ends, with 1 how long it is; float32 biases for bfloat16 rows; one tensor as the result
     with `split_item` 3.
+
+    >>> grouped_product_npu(torch.ones(1, 1), torch.ones(1, 1, 1), None, torch.tensor([1]))
+    Traceback (most recent call last):
+    ModuleNotFoundError: No module named 'torch_npu'
     """
     bias_dtype = torch.float32 if rows.dtype == torch.bfloat16 else rows.dtype
     [product] = import_module("torch_npu").npu_grouped_matmul(

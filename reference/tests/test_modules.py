@@ -1,18 +1,24 @@
 """What `MoELayer` keeps: counts of training only, each token once, and a bias in float32."""
 
-import threading
+import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from moe_reference.bias_update import global_counts, update_bias
 from moe_reference.config import BalanceConfig, LayerConfig, LayerWeights, RoutingConfig
 from moe_reference.dispatch import count_tokens
 from moe_reference.experts import init_experts
 from moe_reference.layer import layer
 from moe_reference.modules import MoELayer, moe_layer
-from torch.testing._internal.distributed import multi_threaded_pg as threaded
 from torch.utils.checkpoint import checkpoint
+
+_spec = importlib.util.spec_from_file_location(
+    "ranks_of_threads", Path(__file__).with_name("ranks_of_threads.py")
+)
+ranks_of_threads = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(ranks_of_threads)
+on_ranks = ranks_of_threads.on_ranks
 
 E, H, I, K = 5, 4, 3, 2
 CONFIG = LayerConfig(RoutingConfig(top_k=K, score="sigmoid", renormalize=True))
@@ -157,36 +163,6 @@ def test_an_unknown_family_and_a_missing_tensor_are_named():
         moe_layer("gpt-5", {}, "mlp.")
     with pytest.raises(ValueError, match=r"tensors: expected 'mlp.gate.weight', got no such name"):
         moe_layer("olmoe", {}, "mlp.")
-
-
-def on_ranks(world_size, function):
-    """What each of several ranks returns, the ranks being threads of this process."""
-    torch._C._distributed_c10d._set_thread_isolation_mode(True)
-    world = threaded._install_threaded_pg()
-    store, results, errors = dist.HashStore(), [None] * world_size, []
-
-    def run(rank):
-        try:
-            dist.init_process_group("threaded", rank=rank, world_size=world_size, store=store)
-            results[rank] = function(rank)
-        except BaseException as error:
-            errors.append(error)
-            threaded.ProcessLocalGroup.exception_handle(error)
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
-    try:
-        for each in threads:
-            each.start()
-        for each in threads:
-            each.join(60)
-    finally:
-        threaded.ProcessLocalGroup.reset()
-        threaded._uninstall_threaded_pg()
-        torch._C._distributed_c10d._set_thread_isolation_mode(False)
-        del world
-    if errors:
-        raise errors[0]
-    return results
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
