@@ -354,7 +354,10 @@ def _equivalences(concept):
             if isinstance(test, ast.FunctionDef) and test.name.startswith(f"test_{concept}__"):
                 parts = ast.get_docstring(test).split("\n\n")
                 question, answer, *origin = (" ".join(part.split()) for part in parts)
-                verdict, rest = re.fullmatch(r"(Yes|No|Only (?:if|where))\b(.*)", answer).groups()
+                read = re.fullmatch(r"(Yes|No|Only (?:if|where))\b(.*)", answer)
+                if read is None:
+                    raise PluginError(f"{test.name}: expected Yes, No or Only if, got '{answer}'")
+                verdict, rest = read.groups()
                 lines = [f"### {question}", f"**{verdict}**{rest}"]
                 lines += [_linked(each) for each in origin]
                 lines.append(f"The test: `{test.name}`.")

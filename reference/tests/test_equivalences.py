@@ -497,8 +497,8 @@ def test_alignment__batched_and_flat():
 def test_alignment__dropping_and_mapping():
     """Is dropping the ids of other ranks before counting equal to mapping their blocks to -1?
 
-    Only in what is computed: the slots of the rank's own experts are the same, and without dropping
-    there are blocks of others between them, to be skipped.
+    Only where it is computed: the slots of the rank's own experts are the same, and without
+    dropping there are blocks of others between them, to be skipped.
 
     Asked: vLLM #19590, vLLM #29642
     """
