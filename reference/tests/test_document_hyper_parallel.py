@@ -78,10 +78,12 @@ def test_the_last_experts_rows_are_in_no_group():
     counts, x = torch.tensor([3, 2, 1]), torch.ones(6, 2)
     matrices = torch.arange(1.0, 4.0).view(3, 1, 1).expand(3, 4, 2)
     short = offsets_without_the_last_expert(counts)
-    computed = grouped_product(x, matrices[: len(short)], None, short)
+    computed = grouped_product(x[: int(short[-1])], matrices[: len(short)], None, short)
     assert computed[:, 0].tolist() == [2.0, 2.0, 2.0, 4.0, 4.0]
     whole = grouped_product(x, matrices, None, inclusive_offsets(counts))
     assert whole[:, 0].tolist() == [2.0, 2.0, 2.0, 4.0, 4.0, 6.0]
+    with pytest.raises(ValueError, match="ends: expected the last one at 6, got 5"):
+        grouped_product(x, matrices[: len(short)], None, short)
 
 
 @pytest.mark.parametrize(("in_features", "out_features"), [(5, 16), (16, 5)])
