@@ -205,14 +205,19 @@ def parts(operation: str, answer: Answer, count: int) -> list[Any]:
     return outputs
 
 
-def must_raise(case: Case, operation: str, bad: dict[str, dict[str, Any]]) -> None:
-    """Each of these calls by itself has to raise, for its reason.
+def must_raise(
+    case: Case, operation: str, good: dict[str, Any], bad: dict[str, dict[str, Any]]
+) -> None:
+    """Each of the bad calls by itself has to raise, for its reason.
 
     Args:
         case: what to call.
         operation: its name in the contract.
+        good: arguments that are right. They are tried first: whoever raises at everything has
+            refused nothing.
         bad: arguments by what is wrong with them.
     """
+    case.call(operation, layouts={}, **good)
     for name, arguments in bad.items():
         answer = case.attempt([case.planned(operation, layouts={}, **arguments)])[0]
 

@@ -970,6 +970,7 @@ def what_cannot_be_aligned_raises(case: Case) -> None:
     must_raise(
         case,
         "align",
+        good,
         {
             "block_size 0": good | {"block_size": 0},
             "a negative block_size": good | {"block_size": -case["block_size"]},
@@ -1211,6 +1212,7 @@ def what_cannot_be_aligned_in_batches_raises(case: Case) -> None:
     must_raise(
         case,
         "align_batched",
+        good,
         {
             "block_size 0": good | {"block_size": 0},
             "a negative block_size": good | {"block_size": -case["block_size"]},

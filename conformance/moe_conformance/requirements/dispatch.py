@@ -1263,6 +1263,7 @@ def what_does_not_fit_is_not_dispatched(case: Case) -> None:
     must_raise(
         case,
         "dispatch",
+        good,
         {
             "a token without ids": good | {"x": torch.cat([x, x[:1]])},
             "ids without a token": good | {"expert_ids": torch.cat([ids, ids[:1]])},
@@ -1291,6 +1292,7 @@ def what_does_not_fit_is_not_combined(case: Case) -> None:
     must_raise(
         case,
         "combine",
+        good,
         {
             "a slot too many": good | {"slots": torch.cat([slots, slots[:1]])},
             "slots with two dimensions": good | {"slots": slots[:, None]},
@@ -1322,6 +1324,7 @@ def what_cannot_be_dropped_raises(case: Case) -> None:
     must_raise(
         case,
         "drop_to_capacity",
+        good,
         {
             "a policy that there is not": good | {"policy": case["policy"] + "s"},
             "an empty policy": good | {"policy": ""},

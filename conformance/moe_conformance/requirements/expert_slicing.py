@@ -132,6 +132,7 @@ def a_share_that_cannot_be_raises(case: Case) -> None:
     must_raise(
         case,
         "assign_experts",
+        good,
         {
             "rank R": good | {"rank": case["world_size"]},
             "rank -1": good | {"rank": -1},
@@ -293,6 +294,7 @@ def a_slice_past_the_end_raises(case: Case) -> None:
     must_raise(
         case,
         "slice_experts",
+        good,
         {
             "one expert too many": good | {"count": count + 1},
             "from behind the end": good | {"start": count + 1, "count": 1},
@@ -592,7 +594,7 @@ def a_cut_that_cannot_be_raises(case: Case) -> None:
     }
     if experts.down.shape[2] > 1:
         bad["gate_up with one row more"] = good | {"experts": longer}
-    must_raise(case, "slice_tensor_parallel", bad)
+    must_raise(case, "slice_tensor_parallel", good, bad)
 
 
 # place_experts
@@ -830,4 +832,4 @@ def a_placement_that_cannot_be_raises(case: Case) -> None:
         bad["not as many on each rank"] = good | {"num_physical": P + 1}
     if load.is_floating_point():
         bad["a load of NaN"] = good | {"load": load * torch.nan}
-    must_raise(case, "place_experts", bad)
+    must_raise(case, "place_experts", good, bad)
