@@ -14,6 +14,7 @@ A marker is an HTML comment on a line of its own or inside a table cell:
 - `document: deepseek` - the behaviours of one document, from docs/data/documents
 - `documents table` - how many behaviours of each document are right, and how many are not
 - `equivalences: gating` - questions and answers, read off the tests that decide them
+- `calibration: rows` - what benchmarks/calibration.py recorded; also `environment`
 - `findings: broken` - what benchmarks/findings.py recorded; also `environment` and `sigmoid`
 - `help: check` - what `moespec check --help` prints
 - `terminal: 1: moespec check …` - runs a command in a folder with docs/examples, shows what it
@@ -52,8 +53,8 @@ from typer.testing import CliRunner
 
 DOCS = Path(__file__).parent
 MARKER = re.compile(r"<!-- (requirements|requirements table|operations table|concepts table|presets"
-                    r"|families"
-                    r"|seen|document|documents table|equivalences|findings|picture|help|terminal)"
+                    r"|families|seen|document|documents table|equivalences|calibration|findings"
+                    r"|picture|help|terminal)"
                     r"(?:: (.*?))? -->")  # fmt: skip
 LOADERS = re.compile(r"<!-- Load mathjax -->.*?<!-- End of mermaid configuration -->", re.DOTALL)
 THREAD = re.compile(r"([\w./-]+) ?(#\d+)")
@@ -144,6 +145,8 @@ def _fill(kind, argument, file):
         return _documents_table()
     if kind == "equivalences":
         return _equivalences(argument)
+    if kind == "calibration":
+        return _calibration(argument)
     if kind == "findings":
         return _findings(argument, file)
     if kind == "picture":
@@ -153,6 +156,27 @@ def _fill(kind, argument, file):
         return _fence(_help(argument))
     code, _, command = argument.partition(": ")
     return _fence(f"$ {command}\n{_terminal(command, int(code))}")
+
+
+def _calibration(part):
+    record = json.loads((DOCS.parent / "benchmarks/results/calibration.json").read_text())
+    if part == "environment":
+        machine = record["machine"]
+        return (
+            f"`{record['command']}` on {record['date']}, commit `{record['commit'][:10]}`, torch "
+            f"{machine['torch']}, Python {machine['python']}, {machine['platform']}: "
+            f"{record['cases']} cases, {record['accused']} accused."
+        )
+    rows = [
+        [each["variant"], each["dtype"], str(each["cases"]), f"{each['worst_z']:.2f}",
+         f"{each['worst_rms_of_limit']:.2f}", f"{each['other_bits']:.0%}", str(each["marginal"]),
+         str(each["accused"])]
+        for each in record["rows"]
+    ]  # fmt: skip
+    head = ["variant", "dtype", "cases", "largest error, in standard deviations",
+            "largest row, as a share of its limit", "cases with other bits than the reference",
+            "marginal", "accused"]  # fmt: skip
+    return _table(head, rows)
 
 
 def _findings(part, file):
