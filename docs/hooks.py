@@ -173,9 +173,7 @@ def _calibration(part):
          str(each["accused"])]
         for each in record["rows"]
     ]  # fmt: skip
-    head = ["variant", "dtype", "cases", "largest error, in standard deviations",
-            "largest row, as a share of its limit", "cases with other bits than the reference",
-            "marginal", "accused"]  # fmt: skip
+    head = ["variant", "dtype", "cases", "error", "row", "other bits", "marginal", "accused"]
     return _table(head, rows)
 
 
