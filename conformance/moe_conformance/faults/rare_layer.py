@@ -1,0 +1,157 @@
+"""Faults of whole layers that show on few inputs only."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from moe_conformance.faults.rare import (
+    Arguments,
+    Wrong,
+    first_row_scaled,
+    last_row_zero,
+    rare,
+    tokens,
+    top_k,
+)
+
+
+def in_layer(wrong: Wrong) -> Wrong:
+    """The same on the tokens of a layer's output."""
+
+    def change(out: Any, a: Arguments) -> Any:
+        flat = wrong(out.output.flatten(0, 1), a)
+        return replace(out, output=flat.view(out.output.shape))
+
+    return change
+
+
+rare(
+    "layer",
+    "with-one-token",
+    "a single token",
+    lambda a: tokens(a) == 1,
+    in_layer(first_row_scaled),
+    "LAYER-01",
+    "LAYER-04",
+    "LAYER-05",
+    "LAYER-07",
+    thread="SGLang #25852",
+)
+
+rare(
+    "layer",
+    "with-three-sequences-of-one",
+    "three sequences",
+    lambda a: len(a["x"]) == 3 and a["x"].shape[1] < 4,
+    in_layer(last_row_zero),
+    "LAYER-01",
+    "LAYER-04",
+    "LAYER-05",
+)
+
+rare(
+    "layer",
+    "with-a-shared-gate-in-float16",
+    "a shared expert with a gate in float16",
+    lambda a: a["parameters"].shared_gate is not None and a["x"].dtype is torch.float16,
+    in_layer(first_row_scaled),
+    "LAYER-05",
+    "LAYER-07",
+    thread="lmdeploy #3491",
+)
+
+rare(
+    "layer",
+    "with-a-router-bias-and-groups",
+    "a router bias and groups",
+    lambda a: a["parameters"].router_bias is not None and a["config"].routing.num_groups > 1,
+    in_layer(first_row_scaled),
+    "LAYER-01",
+    "LAYER-04",
+    "LAYER-05",
+    "LAYER-07",
+    thread="torchtitan #2319",
+)
+
+rare(
+    "layer",
+    "with-a-shared-scale-in-training",
+    "a shared expert that is scaled, in training",
+    lambda a: (
+        a["config"].shared_scale != 1.0
+        and bool(a.get("training"))
+        and a["x"].dtype is torch.bfloat16
+    ),
+    in_layer(first_row_scaled),
+    "LAYER-04",
+    "LAYER-05",
+    "LAYER-07",
+    thread="SGLang #28237",
+)
+
+rare(
+    "layer",
+    "with-one-expert",
+    "a single expert",
+    lambda a: len(a["parameters"].router) == 1,
+    in_layer(last_row_zero),
+    "LAYER-01",
+    "LAYER-04",
+    "LAYER-05",
+    "LAYER-07",
+)
+
+rare(
+    "layer",
+    "at-hidden-size-1",
+    "a hidden size of 1",
+    lambda a: a["x"].shape[2] == 1,
+    in_layer(first_row_scaled),
+    "LAYER-01",
+    "LAYER-04",
+    "LAYER-05",
+    "LAYER-07",
+)
+
+rare(
+    "layer",
+    "at-k-4",
+    "four experts per token",
+    lambda a: top_k(a) == 4,
+    in_layer(first_row_scaled),
+    "LAYER-01",
+    "LAYER-04",
+    "LAYER-05",
+    "LAYER-07",
+)
+
+rare(
+    "layer",
+    "with-strides-in-bfloat16",
+    "a transposed x of bfloat16",
+    lambda a: not a["x"].is_contiguous() and a["x"].dtype is torch.bfloat16,
+    in_layer(last_row_zero),
+    "LAYER-01",
+    "LAYER-04",
+    "LAYER-05",
+    "LAYER-07",
+)
+
+rare(
+    "layer",
+    "with-sqrtsoftplus-and-l2",
+    "sqrtsoftplus and the Euclidean norm",
+    lambda a: (
+        a["config"].routing.score == "sqrtsoftplus"
+        and a["config"].routing.norm == "l2"
+        and a["config"].routing.renormalize
+    ),
+    in_layer(first_row_scaled),
+    "LAYER-01",
+    "LAYER-04",
+    "LAYER-05",
+    "LAYER-07",
+)

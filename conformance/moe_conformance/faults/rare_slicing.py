@@ -1,0 +1,218 @@
+"""Faults of slices and placements that show on few inputs only."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from moe_conformance.faults.rare import Arguments, rare
+
+
+def share_grown(out: Any, a: Arguments) -> Any:
+    """A rank has one expert too many."""
+    return out[0], out[1] + 1
+
+
+def down_turned(out: Any, a: Arguments) -> Any:
+    """The rows of down are upside down."""
+    return replace(out, down=out.down.flip(1) + (out.down.shape[1] == 1))
+
+
+def gate_turned(out: Any, a: Arguments) -> Any:
+    """The rows of gate_up are upside down."""
+    return replace(out, gate_up=out.gate_up.flip(1) + (out.gate_up.shape[1] == 1))
+
+
+def bias_turned(out: Any, a: Arguments) -> Any:
+    """The bias of gate_up has another sign."""
+    return replace(out, gate_up_bias=-out.gate_up_bias)
+
+
+def replicas_grown(out: Any, a: Arguments) -> Any:
+    """The first expert counts one copy too many."""
+    changed = out.replica_count.clone()
+    changed[:1] += 1
+    return replace(out, replica_count=changed)
+
+
+def table_turned(out: Any, a: Arguments) -> Any:
+    """The first and the last expert have each other's copies."""
+    table = out.logical_to_physical.clone()
+    table[[0, -1]] = out.logical_to_physical[[-1, 0]]
+    return replace(out, logical_to_physical=table)
+
+
+rare(
+    "assign_experts",
+    "with-8-ranks-and-a-rest",
+    "eight ranks and a rest",
+    lambda a: a["world_size"] == 8 and a["num_experts"] % 8 > 0,
+    share_grown,
+    "SLICE-01",
+    "SLICE-02",
+    thread="vLLM #21497",
+)
+
+rare(
+    "assign_experts",
+    "beyond-256-experts",
+    "more than 256 experts on more than 8 ranks",
+    lambda a: a["num_experts"] > 256 and a["world_size"] > 8,
+    share_grown,
+    "SLICE-01",
+    "SLICE-02",
+)
+
+rare(
+    "assign_experts",
+    "with-one-rank",
+    "one rank",
+    lambda a: a["world_size"] == 1,
+    share_grown,
+    "SLICE-01",
+    "SLICE-02",
+)
+
+rare(
+    "assign_experts",
+    "with-one-expert-less-than-ranks",
+    "one expert less than there are ranks",
+    lambda a: a["num_experts"] == a["world_size"] - 1,
+    share_grown,
+    "SLICE-01",
+    "SLICE-02",
+)
+
+rare(
+    "slice_experts",
+    "with-one-expert",
+    "a single expert",
+    lambda a: len(a["experts"].down) == 1,
+    down_turned,
+    "SLICE-04",
+    "SLICE-07",
+)
+
+rare(
+    "slice_experts",
+    "at-the-end-in-float16",
+    "the last experts in float16",
+    lambda a: (
+        a["start"] + a["count"] == len(a["experts"].down)
+        and a["experts"].down.dtype is torch.float16
+    ),
+    down_turned,
+    "SLICE-04",
+    "SLICE-07",
+)
+
+rare(
+    "slice_experts",
+    "with-strides-in-bfloat16",
+    "transposed weights of bfloat16",
+    lambda a: not a["experts"].down.is_contiguous() and a["experts"].down.dtype is torch.bfloat16,
+    down_turned,
+    "SLICE-04",
+    "SLICE-07",
+    thread="vLLM #47874",
+)
+
+rare(
+    "slice_experts",
+    "with-biases-of-all",
+    "biases of all experts",
+    lambda a: a["experts"].down_bias is not None and a["count"] == len(a["experts"].down),
+    bias_turned,
+    "SLICE-05",
+    "SLICE-07",
+)
+
+rare(
+    "slice_tensor_parallel",
+    "on-five-ranks",
+    "five ranks",
+    lambda a: a["world_size"] == 5,
+    gate_turned,
+    "SLICE-10",
+    "SLICE-13",
+)
+
+rare(
+    "slice_tensor_parallel",
+    "with-one-row-each",
+    "one row per rank",
+    lambda a: a["world_size"] > 1 and a["experts"].down.shape[2] == a["world_size"],
+    down_turned,
+    "SLICE-09",
+    "SLICE-10",
+    "SLICE-11",
+)
+
+rare(
+    "slice_tensor_parallel",
+    "on-the-last-of-six",
+    "the last of six ranks",
+    lambda a: a["world_size"] == 6 and a["rank"] == 5,
+    gate_turned,
+    "SLICE-10",
+    "SLICE-13",
+    thread="SGLang #15432",
+)
+
+rare(
+    "slice_tensor_parallel",
+    "with-biases-on-three-ranks",
+    "biases on three ranks",
+    lambda a: a["world_size"] == 3 and a["experts"].down_bias is not None,
+    bias_turned,
+    "SLICE-11",
+)
+
+rare(
+    "place_experts",
+    "with-one-expert",
+    "a single expert",
+    lambda a: len(a["load"]) == 1,
+    replicas_grown,
+    "SLICE-17",
+)
+
+rare(
+    "place_experts",
+    "on-five-ranks",
+    "five ranks",
+    lambda a: a["num_ranks"] == 5,
+    table_turned,
+    "SLICE-17",
+    thread="vLLM #51984",
+)
+
+rare(
+    "place_experts",
+    "without-load",
+    "no load at all",
+    lambda a: not bool(a["load"].any()),
+    replicas_grown,
+    "SLICE-17",
+    thread="vLLM #43547",
+)
+
+rare(
+    "place_experts",
+    "with-as-many-places-as-experts",
+    "as many places as experts",
+    lambda a: a["num_physical"] == len(a["load"]),
+    table_turned,
+    "SLICE-17",
+)
+
+rare(
+    "place_experts",
+    "with-a-float-load-on-two-ranks",
+    "a load of floats on two ranks",
+    lambda a: a["load"].is_floating_point() and a["num_ranks"] == 2,
+    replicas_grown,
+    "SLICE-17",
+)
