@@ -49,7 +49,8 @@ def rare(
         arguments = dict(zip(names, given, strict=False)) | named
         return wrong(result, arguments) if when(arguments) else result
 
-    made = type("Rare", (Reference,), {operation: call, "__doc__": sentence})
+    members = {operation: call, "__doc__": sentence, "__module__": when.__module__}
+    made = type("Rare", (Reference,), members)
     title = f"{operation.replace('_', '-')}-is-wrong-{name}"
     fault(title, catches=catches, thread=thread)(made)
 
