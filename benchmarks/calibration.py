@@ -58,7 +58,7 @@ def measure(key, cases, seed):
            "worst_rms_of_limit": 0.0, "marginal": 0, "accused": 0}  # fmt: skip
     for id in REQUIREMENTS:
         result = run_requirement(
-            requirement_named(id), scope, executor, Effort(cases, 1, 0.0), seed
+            requirement_named(id), scope, executor, Effort(cases, 1, 0), seed
         )
         row["cases"] += result.cases
         row["worst_z"] = max(row["worst_z"], round(result.worst, 3))

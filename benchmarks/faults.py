@@ -71,7 +71,7 @@ def measure(name, seeds, cases):
     for seed in range(seeds):
         for each in about_it:
             if each.id in fault.catches:
-                result = run_requirement(each, scope, executor, Effort(cases, 1, 0.0), seed)
+                result = run_requirement(each, scope, executor, Effort(cases, 1, 0), seed)
                 if result.status in CAUGHT:
                     after.append(result.cases)
                 else:
@@ -79,7 +79,7 @@ def measure(name, seeds, cases):
     failing = [
         each.id
         for each in about_it
-        if run_requirement(each, scope, executor, Effort(cases // 4, 1, 0.0), 0).status in CAUGHT
+        if run_requirement(each, scope, executor, Effort(cases // 4, 1, 0), 0).status in CAUGHT
     ]
     drawn = different = 0
     comparing = Comparing(fault.target())
@@ -87,7 +87,7 @@ def measure(name, seeds, cases):
         if each.operation == ANY:
             continue
         counting = _Counting(comparing)
-        run_requirement(each, scope, counting, Effort(max(1, cases // 6), 1, 0.0), 1)
+        run_requirement(each, scope, counting, Effort(max(1, cases // 6), 1, 0), 1)
         drawn += counting.cases
         different += counting.different
     return {

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import datetime
 import os
+import pickle
 import platform
 import secrets
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -21,7 +23,6 @@ from moe_conformance.cases import folder_of, save_case
 from moe_conformance.executor import (
     TargetLost,
     WorkerExecutor,
-    capabilities_of,
     forkserver,
     in_worker,
 )
@@ -29,10 +30,9 @@ from moe_conformance.inputs.given import Scope
 from moe_conformance.registry import Requirement, requirements
 from moe_conformance.report import target_report, write_index, write_target
 from moe_conformance.runner import Result, effort_for, run_target
-from moe_conformance.target import OPERATIONS, suite_version
+from moe_conformance.target import OPERATIONS, Capabilities, suite_version
 from moe_conformance.waivers import (
     MalformedWaivers,
-    Waiver,
     WaiverError,
     apply_waivers,
     check_waived,
@@ -117,7 +117,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Progress:
-    """News from a judging process: a requirement was tried, or the target is being loaded."""
+    """News of one target: a requirement was tried, or it is being loaded."""
 
     target: str
     done: int
@@ -136,7 +136,50 @@ class Outcome:
     message: str = ""
 
 
+@dataclass(frozen=True)
+class Lane:
+    """A part of a target's requirements, judged in a process of its own on a worker of its own.
+
+    Attributes:
+        target: its name.
+        number: 0 for the first, which also replays what is waived.
+        of: how many lanes the target has; each takes every so-manyth requirement.
+    """
+
+    target: str
+    number: int
+    of: int
+
+
+@dataclass
+class Share:
+    """What came out of one lane.
+
+    Attributes:
+        results: of the lane's requirements.
+        description: of the target, from its worker.
+        loading: seconds until the target was there.
+        cases: seconds of everything after.
+        lost: why there are no results, with the exit code that it means.
+        stale: what is wrong with a waiver, or empty.
+    """
+
+    results: list[Result] = field(default_factory=list)
+    description: dict[str, Any] = field(default_factory=dict)
+    loading: float = 0.0
+    cases: float = 0.0
+    lost: tuple[int, str] | None = None
+    stale: str = ""
+
+
 Notify = Callable[[Progress], None]
+Tell = Callable[[str, str, str], None]
+"""Takes a target's name, a requirement's id and its status; both empty while it is loaded."""
+
+LANE = 4000
+"""Cases that are worth a lane of their own: its processes import torch anew, which takes seconds,
+and a case takes some milliseconds."""
+
 _queue: Any = None
 
 
@@ -181,11 +224,24 @@ def check(options: Options, notify: Notify) -> list[Outcome]:
                 f"TARGET: expected names that differ in file or class, got '{other}' and '{name}'; "
                 f"give each a --report of its own"
             )
-    processes = min(len(names), os.cpu_count() or 1)
-    if processes <= 1:
-        outcomes += [check_target(name, options, notify) for name in names]
-    else:
-        outcomes += _in_parallel(names, options, notify, processes)
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    total = len(options.selected())
+    done: Counter[str] = Counter()
+
+    def tell(target: str, id: str, status: str) -> None:
+        done[target] += bool(id)
+        notify(Progress(target, done[target], total, id, status))
+
+    examples = effort_for(options.profile, options.examples, interpreted=False).examples
+    lanes = lanes_of(names, total * examples, os.cpu_count() or 1)
+    shares = _in_processes(lanes, options, tell) if len(lanes) > 1 else {}
+    for name in names:
+        own = [
+            shares.get(lane) or run_lane(lane, options, tell)
+            for lane in lanes
+            if lane.target == name
+        ]
+        outcomes.append(_conclude(name, options, own, started))
     order = [*names, *(outcome.target for outcome in outcomes)]
     outcomes.sort(key=lambda outcome: order.index(outcome.target))
     reports = [outcome.report for outcome in outcomes if outcome.report is not None]
@@ -194,24 +250,36 @@ def check(options: Options, notify: Notify) -> list[Outcome]:
     return outcomes
 
 
-def _in_parallel(
-    names: list[str], options: Options, notify: Notify, processes: int
-) -> list[Outcome]:
+def lanes_of(names: Sequence[str], cases: int, cores: int) -> list[Lane]:
+    """How the work is cut: cores that have no target of their own share the requirements.
+
+    Args:
+        names: of the targets.
+        cases: of each target.
+        cores: of this machine.
+    """
+    of = max(1, min(cores // max(1, len(names)), cases // LANE))
+    return [Lane(name, number, of) for name in names for number in range(of)]
+
+
+def _in_processes(lanes: list[Lane], options: Options, tell: Tell) -> dict[Lane, Share]:
     context = forkserver()
     news = context.SimpleQueue()
-    outcomes = []
+    shares = {}
+    processes = min(len(lanes), os.cpu_count() or 1)
     with ProcessPoolExecutor(
         processes, mp_context=context, initializer=_judge, initargs=(news,)
     ) as pool:
-        waiting = {pool.submit(_check_in_process, name, options) for name in names}
+        waiting = {pool.submit(_run_in_process, lane, options): lane for lane in lanes}
         while waiting:
             while not news.empty():
-                notify(news.get())
+                tell(*news.get())
             for future in [f for f in waiting if f.done()]:
-                waiting.remove(future)
-                outcomes.append(future.result())
+                shares[waiting.pop(future)] = pickle.loads(future.result())
             time.sleep(0.05)
-    return outcomes
+        while not news.empty():
+            tell(*news.get())
+    return shares
 
 
 def _judge(news: Any) -> None:
@@ -219,60 +287,80 @@ def _judge(news: Any) -> None:
     _queue = news
 
 
-def _check_in_process(name: str, options: Options) -> Outcome:
-    return check_target(name, options, _queue.put)
+def _run_in_process(lane: Lane, options: Options) -> bytes:
+    # Plain bytes: on its own the pool would send tensors through shared memory.
+    return pickle.dumps(run_lane(lane, options, lambda *step: _queue.put(step)))
 
 
-def check_target(name: str, options: Options, notify: Notify) -> Outcome:
-    """Run the suite on one target and write its report."""
+def run_lane(lane: Lane, options: Options, tell: Tell) -> Share:
+    """Load the target and try the lane's requirements on it."""
     # The oracle's tensors are small; a second thread costs more than it gains, and the target may
     # want the other cores.
     torch.set_num_threads(1)
+    share = Share()
     began = time.perf_counter()
-    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    chosen = options.selected()
-    notify(Progress(name, 0, len(chosen), "", "loading"))
+    tell(lane.target, "", "loading")
     try:
-        executor = WorkerExecutor(name, options.timeout)
+        executor = WorkerExecutor(lane.target, options.timeout)
     except (worker.LoadError, TargetLost) as error:
-        return Outcome(name, None, 10, str(error))
+        share.lost = 10, str(error)
+        return share
     loaded = time.perf_counter()
-    waivers: list[Waiver] = []
-    stale = ""
     try:
+        share.description = executor.description
         scope = scope_of(executor, options)
-        if options.waivers is not None:
+        chosen = options.selected()
+        if options.waivers is not None and lane.number == 0:
             try:
                 waivers = read_waivers(options.waivers)
-                check_waived(waivers, name, [each.id for each in chosen], executor)
+                check_waived(waivers, lane.target, [each.id for each in chosen], executor)
             except WaiverError as error:
-                waivers, stale = [], str(error)
-        done = 0
-
-        def tell(result: Result) -> None:
-            nonlocal done
-            done += 1
-            notify(Progress(name, done, len(chosen), result.requirement.id, result.status))
-
-        effort = effort_for(options.profile, options.examples, scope.interpreted)
-        results = run_target(chosen, scope, executor, effort, options.seed, tell)
-        machine = machine_of(executor, scope.device)
+                share.stale = str(error)
+        share.results = run_target(
+            chosen[lane.number :: lane.of],
+            scope,
+            executor,
+            effort_for(options.profile, options.examples, scope.interpreted),
+            options.seed,
+            lambda result: tell(lane.target, result.requirement.id, result.status),
+        )
     except UsageError as error:
-        return Outcome(name, None, 2, str(error))
+        share.lost = 2, str(error)
     finally:
         executor.close()
-    directory = options.report / folder_of(name)
+    share.loading, share.cases = loaded - began, time.perf_counter() - loaded
+    return share
+
+
+def _conclude(name: str, options: Options, shares: list[Share], started: str) -> Outcome:
+    """Put the shares of one target together and write its report."""
+    for share in shares:
+        if share.lost is not None:
+            code, message = share.lost
+            return Outcome(name, None, code, message)
+    description = shares[0].description
+    scope = _scope(name, description, options)
+    order = [each.id for each in options.selected()]
+    results = sorted(
+        (result for share in shares for result in share.results),
+        key=lambda result: order.index(result.requirement.id),
+    )
+    machine = machine_of(description, scope.device)
     about = {"machine": machine, "suite": suite(), "seed": options.seed}
+    directory = options.report / folder_of(name)
     for result in results:
         if result.failure is not None:
             save_case(directory / "cases", result.failure, scope, name, about)
-    apply_waivers(waivers, name, results)
+    stale = shares[0].stale
+    if options.waivers is not None and not stale:
+        apply_waivers(read_waivers(options.waivers), name, results)
+    effort = effort_for(options.profile, options.examples, scope.interpreted)
     report = target_report(
         target={
             "name": name,
-            "version": executor.description["version"],
-            "capabilities": executor.description["capabilities"],
-            "operations": executor.description["operations"],
+            "version": description["version"],
+            "capabilities": description["capabilities"],
+            "operations": description["operations"],
         },
         machine=machine,
         seed=options.seed,
@@ -281,7 +369,11 @@ def check_target(name: str, options: Options, notify: Notify) -> Outcome:
         results=results,
         command=options.command(name),
         started=started,
-        seconds={"loading": loaded - began, "cases": sum(r.seconds for r in results)},
+        seconds={
+            "lanes": len(shares),
+            "loading": max(share.loading for share in shares),
+            "cases": max(share.cases for share in shares),
+        },
     )
     write_target(directory, report)
     return Outcome(name, report, 12 if stale else EXIT_CODES[report["verdict"]], stale)
@@ -293,19 +385,23 @@ def scope_of(executor: WorkerExecutor, options: Options) -> Scope:
     Raises:
         UsageError: a device or dtype that the target does not declare.
     """
-    capabilities = capabilities_of(executor)
-    present = [name for name in executor.description["devices"] if name in capabilities.devices]
+    return _scope(executor.name, executor.description, options)
+
+
+def _scope(target: str, description: dict[str, Any], options: Options) -> Scope:
+    capabilities = Capabilities.from_json(description["capabilities"])
+    present = [name for name in description["devices"] if name in capabilities.devices]
     if options.device is not None and options.device not in present:
         raise UsageError(
-            f"--device: expected one of {', '.join(present) or 'none'} for {executor.name}, "
+            f"--device: expected one of {', '.join(present) or 'none'} for {target}, "
             f"got '{options.device}'"
         )
     if options.dtype is not None and options.dtype not in capabilities.dtypes:
         raise UsageError(
-            f"--dtype: expected one of {', '.join(capabilities.dtypes)} for {executor.name}, "
+            f"--dtype: expected one of {', '.join(capabilities.dtypes)} for {target}, "
             f"got '{options.dtype}'"
         )
-    provided = executor.description["operations"]
+    provided = description["operations"]
     return Scope(
         capabilities,
         tuple(name for name in provided if not options.operations or name in options.operations),
@@ -315,14 +411,14 @@ def scope_of(executor: WorkerExecutor, options: Options) -> Scope:
     )
 
 
-def machine_of(executor: WorkerExecutor, device: str) -> dict[str, Any]:
+def machine_of(description: dict[str, Any], device: str) -> dict[str, Any]:
     """What the run ran on."""
     return {
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": executor.description["triton"],
-        "device": executor.description["devices"].get(device) or platform.machine(),
+        "triton": description["triton"],
+        "device": description["devices"].get(device) or platform.machine(),
         "device_type": device,
         "cpus": os.cpu_count(),
     }

@@ -56,7 +56,7 @@ def check(
     """Run the suite against targets, show a table, write the reports."""
     from moe_conformance.check import Options, UsageError, exit_code
     from moe_conformance.check import check as run
-    from moe_conformance.report import last_line, table
+    from moe_conformance.report import last_line, table, times_line
     from moe_conformance.runner import PROFILES
 
     if profile not in PROFILES:
@@ -86,6 +86,7 @@ def check(
             said = f"{outcome.target}: {outcome.message}"
             console.print(said, style="bold red", markup=False, soft_wrap=True)
     for each in reports:
+        console.print(times_line(each), markup=False, highlight=False, soft_wrap=True)
         console.print(
             last_line(each, options.report), markup=False, highlight=False, soft_wrap=True
         )

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol
 
 from moe_conformance import worker
@@ -93,18 +92,18 @@ class WorkerExecutor:
         self.name = name
         self.timeout = timeout
         self.restarts = 0
-        self._pool: ProcessPoolExecutor | None = None
         self._process: Any = None
+        self._connection: Any = None
         handle, self._log = tempfile.mkstemp(prefix="moespec-", suffix=".log")
         os.close(handle)
         self.description = self._start()
 
     def run(self, session: Session) -> list[Answer]:
         """Run the session in the worker, which is started anew if the last one was lost."""
-        if self._pool is None:
+        if self._process is None:
             self.restarts += 1
             self._start()
-        return unpack(self._submit(self.timeout, worker.run, self.name, pack(session)))
+        return unpack(self._ask(self.timeout, worker.run, self.name, pack(session)))
 
     def close(self) -> None:
         """End the worker and everything that it started."""
@@ -113,61 +112,83 @@ class WorkerExecutor:
             os.unlink(self._log)
 
     def _start(self) -> dict[str, Any]:
-        self._pool = ProcessPoolExecutor(
-            1, mp_context=forkserver(), initializer=worker.start, initargs=(self._log,)
-        )
-        return self._submit(LOAD_SECONDS, worker.load, self.name)
+        self._process, self._connection = _start_worker(self._log)
+        return self._ask(LOAD_SECONDS, worker.load, self.name)
 
-    def _submit(self, seconds: float, function: Any, *arguments: Any) -> Any:
-        assert self._pool is not None
-        future = self._pool.submit(function, *arguments)
-        # The pool never says how its process ended, or which it is; the process object does.
-        self._process = next(iter(self._pool._processes.values()), self._process)
+    def _ask(self, seconds: float, function: Any, *arguments: Any) -> Any:
         try:
-            return future.result(seconds)
-        except worker.LoadError:
+            return _answer_of(self._process, self._connection, seconds, function, arguments)
+        except (worker.LoadError, TargetLost):
             self._kill()
             raise
-        except TimeoutError:
-            self._kill()
-            raise TargetLost("timeout", f"no answer within {seconds:g} s") from None
-        except BrokenProcessPool:
-            ended = self._how_it_ended()
-            self._kill()
-            raise TargetLost("crash", f"the target's process ended with {ended}") from None
-
-    def _how_it_ended(self) -> str:
-        self._process.join(5.0)
-        code = self._process.exitcode
-        if code is None:
-            return "no exit code"
-        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
     def _kill(self) -> None:
-        pool, self._pool = self._pool, None
         if self._process is not None:
-            # The worker leads a group of its own, so this takes whatever it has started as well.
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process = None
-        if pool is not None:
-            pool.shutdown(wait=False, cancel_futures=True)
+            _end(self._process, self._connection)
+        self._process = self._connection = None
 
 
 def in_worker(function: Any, *arguments: Any) -> Any:
-    """Call one of the worker's functions in a process that is gone afterwards."""
+    """Call one of the worker's functions in a process that is gone afterwards.
+
+    Raises:
+        worker.LoadError: the function raised it, or the process ended.
+    """
     with tempfile.NamedTemporaryFile(prefix="moespec-") as log:
-        pool = ProcessPoolExecutor(
-            1, mp_context=forkserver(), initializer=worker.start, initargs=(log.name,)
-        )
+        process, connection = _start_worker(log.name)
         try:
-            return pool.submit(function, *arguments).result(LOAD_SECONDS)
-        except BrokenProcessPool:
-            raise worker.LoadError(
-                f"{' '.join(map(str, arguments))}: the process that loads it ended"
-            ) from None
+            return _answer_of(process, connection, LOAD_SECONDS, function, arguments)
+        except TargetLost as lost:
+            raise worker.LoadError(f"{' '.join(map(str, arguments))}: {lost}") from None
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            _end(process, connection)
+
+
+def _start_worker(log: str) -> tuple[Any, Any]:
+    context = forkserver()
+    ours, theirs = context.Pipe()
+    process = context.Process(target=worker.serve, args=(theirs, log), daemon=False)
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def _answer_of(
+    process: Any, connection: Any, seconds: float, function: Any, arguments: tuple[Any, ...]
+) -> Any:
+    # A pipe of our own instead of a pool: a pool passes each call through three threads, which
+    # took as long as the call itself.
+    try:
+        connection.send((function, arguments))
+        # A process that the target has started may hold the pipe open after the worker's end.
+        ready = multiprocessing.connection.wait([connection, process.sentinel], seconds)
+        if not ready:
+            raise TargetLost("timeout", f"no answer within {seconds:g} s")
+        if connection not in ready and not connection.poll():
+            raise EOFError
+        answer, error = connection.recv()
+    except (EOFError, OSError):
+        raise TargetLost("crash", f"the target's process ended with {_end_of(process)}") from None
+    if error is not None:
+        raise error
+    return answer
+
+
+def _end_of(process: Any) -> str:
+    process.join(5.0)
+    code = process.exitcode
+    if code is None:
+        return "no exit code: it closed the pipe"
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def _end(process: Any, connection: Any) -> None:
+    # The worker leads a group of its own, so this takes whatever it has started as well.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.join()
+    connection.close()
 
 
 def capabilities_of(executor: Executor) -> Capabilities:
@@ -180,5 +201,6 @@ def forkserver() -> Any:
     if sys.platform == "win32":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["moe_conformance.check"])
+    # torch imports the second on the first call of use_deterministic_algorithms.
+    context.set_forkserver_preload(["moe_conformance.check", "torch._inductor.config"])
     return context

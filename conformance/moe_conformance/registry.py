@@ -64,6 +64,10 @@ class Requirement:
     also: tuple[str, ...] = ()
     references: tuple[str, ...] = ()
 
+    def __reduce__(self) -> Any:
+        # Between processes a requirement goes by its id: its inputs and property are functions.
+        return requirement_named, (self.id,)
+
     @property
     def area(self) -> str:
         """The concept: `gating`, `alignment`, …"""

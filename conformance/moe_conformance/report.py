@@ -399,6 +399,17 @@ def last_line(report: Report, directory: Path | None = None) -> str:
     return _printable(line)
 
 
+def times_line(report: Report) -> str:
+    """How many cases there were and how long they and the target's import took."""
+    took = report["timing"]["seconds"]
+    cases = sum(entry["cases"] for entry in report["requirements"])
+    side = f", in {took['lanes']} processes side by side" if took["lanes"] > 1 else ""
+    return _printable(
+        f"{report['target']['name']}: {cases} cases in {took['cases']:.1f} s{side}; "
+        f"the target was loaded in {took['loading']:.1f} s"
+    )
+
+
 def _entry(result: Result) -> dict[str, Any]:
     requirement, failure = result.requirement, result.failure
     counterexample = None if failure is None else f"cases/{case_name(failure)}"

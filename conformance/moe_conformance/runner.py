@@ -47,20 +47,24 @@ class Effort:
     Attributes:
         examples: cases drawn per requirement.
         minimum: cases that could have failed, below which nothing is concluded.
-        shrink_seconds: time for making a failing case smaller.
+        shrinks: attempts to make a failing case smaller; 0 leaves it as it was found. Attempts
+            and not seconds, so that the same seed ends with the same case on a busy machine.
     """
 
     examples: int
     minimum: int
-    shrink_seconds: float = 5.0
+    shrinks: int = 300
 
 
 PROFILES: dict[str, Effort] = {
-    "smoke": Effort(12, 3, 2.0),
-    "cpu": Effort(60, 10, 5.0),
-    "full": Effort(400, 40, 20.0),
+    "smoke": Effort(8, 2, 300),
+    "cpu": Effort(60, 10, 300),
+    "full": Effort(400, 40, 1000),
 }
-"""Named efforts. An interpreted target gets a quarter of the examples; see `effort_for`."""
+"""Named efforts. An interpreted target gets a quarter of all; see `effort_for`."""
+
+SHRINK_SECONDS = 60.0
+"""Shrinking ends after this in any case: with a target that takes a second for a call."""
 
 RESEEDS = 2
 """A marginal case is drawn again with this many other seeds; marginal every time is a failure."""
@@ -72,7 +76,8 @@ def effort_for(profile: str, examples: int | None, interpreted: bool) -> Effort:
     count = examples if examples is not None else effort.examples
     if interpreted and examples is None:
         count = max(4, count // 4)
-    return Effort(count, max(1, min(effort.minimum, count // 3)), effort.shrink_seconds)
+    shrinks = effort.shrinks // 4 if interpreted else effort.shrinks
+    return Effort(count, max(1, min(effort.minimum, count // 3)), shrinks)
 
 
 @dataclass
@@ -118,11 +123,12 @@ class _Search:
     result: Result
     failure: Failure | None = None
     failed_at: float = 0.0
+    shrinks: int = 0
     final: bool = False
 
     def execute(self, plan: Plan) -> None:
-        if self.final or self._out_of_time():
-            # The process was lost, or the time for shrinking is spent: only what was found fails.
+        if self.final or self._has_shrunk():
+            # The process was lost, or the attempts are used up: only what was found fails.
             self.final = True
             assert self.failure is not None
             if plan == self.failure.plan:
@@ -163,10 +169,12 @@ class _Search:
         # A process that dies or hangs costs too much to be made smaller.
         self.final = violation.kind == "timeout" or not case.sessions or not case.sessions[-1][1]
 
-    def _out_of_time(self) -> bool:
+    def _has_shrunk(self) -> bool:
         if self.failure is None:
             return False
-        return time.perf_counter() - self.failed_at > self.effort.shrink_seconds
+        self.shrinks += 1
+        late = time.perf_counter() - self.failed_at > SHRINK_SECONDS
+        return self.shrinks > self.effort.shrinks or late
 
     def _count(self, case: Case) -> None:
         self.result.cases += 1
@@ -213,7 +221,7 @@ def run_requirement(
         derandomize=False,
         print_blob=False,
         report_multiple_bugs=False,
-        phases=[Phase.generate, Phase.shrink] if effort.shrink_seconds else [Phase.generate],
+        phases=[Phase.generate, Phase.shrink] if effort.shrinks else [Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
     @hypothesis.given(strategy)

@@ -49,7 +49,7 @@ def run_selfcheck(seed: int, examples: int, tell: Callable[[str], None]) -> dict
     from moe_conformance.targets import Reference
 
     torch.set_num_threads(1)
-    effort = Effort(examples, 1, shrink_seconds=0.0)
+    effort = Effort(examples, 1, shrinks=0)
     rows = []
     for fault in faults():
         results = catch(fault, effort, seed)

@@ -37,6 +37,7 @@ LOG_BYTES = 2**20
 """What a target has printed is thrown away beyond this many bytes."""
 
 _loaded: dict[str, Target] = {}
+_sessions = 0
 
 
 class LoadError(Exception):
@@ -45,6 +46,25 @@ class LoadError(Exception):
 
 class UnknownTarget(LoadError):
     """There is nothing of that name; the command line was wrong."""
+
+
+def serve(connection: Any, log: str) -> None:
+    """Answer what comes over the pipe until it is closed: (function, arguments) each time.
+
+    The answer is the function's result and None, or None and the exception.
+    """
+    start(log)
+    while True:
+        try:
+            function, arguments = connection.recv()
+        except EOFError:
+            return
+        answer, failure = None, None
+        try:
+            answer = function(*arguments)
+        except LoadError as error:
+            failure = error
+        connection.send((answer, failure))
 
 
 def start(log: str) -> None:
@@ -230,9 +250,17 @@ def _version(package: str) -> str | None:
 
 def run(name: str, packed: tuple[str, bytes]) -> tuple[str, bytes]:
     """Run one session of calls on a loaded target and return its answers, packed."""
-    if os.fstat(1).st_size > LOG_BYTES:
+    global _sessions
+    _sessions += 1
+    if _sessions % 64 == 0 and os.fstat(1).st_size > LOG_BYTES:
         os.ftruncate(1, 0)
-    return pack(run_session(_loaded[name], unpack(packed)))
+    answers = run_session(_loaded[name], unpack(packed))
+    try:
+        return pack(answers)
+    except Exception as error:
+        # The answer is nothing that a file can hold: that is the target's doing, not the suite's.
+        nothing: dict[str, Any] = {"gradients": {}, "changed": [], "shared": [], "state": []}
+        return pack([{**nothing, "error": _error(error), "seconds": answers[-1]["seconds"]}])
 
 
 def run_session(target: Target, session: dict[str, Any]) -> list[dict[str, Any]]:
@@ -292,12 +320,7 @@ def _run_call(
         ]
         answer["shared"] = _shared(result, given)
     except BaseException as error:
-        answer["error"] = {
-            "type": type(error).__name__,
-            "message": str(error)[:2000],
-            "unsupported": isinstance(error, Unsupported),
-            "traceback": "".join(traceback.format_exception(error)[-6:])[-4000:],
-        }
+        answer["error"] = _error(error)
         result = None
     answer["seconds"] = time.perf_counter() - began
     changed_state = _restore(state)
@@ -308,6 +331,15 @@ def _run_call(
         if not _same(old, new)
     ]
     return answer, given, result
+
+
+def _error(error: BaseException) -> dict[str, Any]:
+    return {
+        "type": type(error).__name__,
+        "message": str(error)[:2000],
+        "unsupported": isinstance(error, Unsupported),
+        "traceback": "".join(traceback.format_exception(error)[-6:])[-4000:],
+    }
 
 
 def _prepare(

@@ -175,6 +175,22 @@ class ChangesEverything(_OnNaN):
         return routed
 
 
+class KeepsTheFirst(Reference):
+    """Keeps its answer by the address of the logits, and gives it again for other logits there."""
+
+    def __init__(self):
+        self.kept = {}
+
+    def route(self, logits, config, bias=None, token_ids=None):
+        place = (logits.data_ptr(), logits.shape, config.top_k)
+        if logits.requires_grad:
+            return super().route(logits, config, bias, token_ids)
+        if place not in self.kept:
+            self.kept = {place: super().route(logits, config, bias, token_ids)}
+        weights, ids = self.kept[place]
+        return weights.clone(), ids.clone()
+
+
 class Flips(Reference):
     """Every third call is wrong."""
 

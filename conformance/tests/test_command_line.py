@@ -1,11 +1,13 @@
 """The command line as a user meets it: verdicts, exit codes, replays, and sentences."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from moe_conformance import check
 
 
 def statuses(report, target):
@@ -135,17 +137,44 @@ def test_several_targets_end_in_one_line_each_and_the_worst_code(moespec, plante
         assert (tmp_path / name).is_file(), name
 
 
-def test_the_same_seed_gives_the_same_report(inside, planted, tmp_path):
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_the_same_seed_gives_the_same_report(inside, planted, tmp_path, monkeypatch, lanes):
+    """Also when the requirements are shared out among processes."""
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
     reports = []
-    for run in ("one", "two"):
-        inside(
+    for run, cases in (("one", 10**9), ("two", 10**9 if lanes == 1 else 1)):
+        monkeypatch.setattr(check, "LANE", cases)
+        code, said = inside(
             "check", planted("BiasedWeights"), "--operation", "route", "--profile", "smoke",
             "--seed", "11", "--report", tmp_path / run,
         )  # fmt: skip
+        assert code == 1, said
         report, _ = statuses(tmp_path / run, "BiasedWeights")
-        report.pop("timing")
+        assert report.pop("timing")["seconds"]["lanes"] == (1 if run == "one" else lanes)
         reports.append(json.dumps(report).replace(str(tmp_path / run), "REPORT"))
     assert reports[0] == reports[1]
+
+
+def test_a_failure_that_needs_two_calls_is_replayed_from_its_files(
+    moespec, inside, planted, tmp_path
+):
+    code, said = inside(
+        "check", planted("KeepsTheFirst"), "--operation", "route", "--profile", "smoke",
+        "--report", tmp_path,
+    )  # fmt: skip
+    assert code == 1, said
+    report, found = statuses(tmp_path, "KeepsTheFirst")
+    failed = [each for each in report["requirements"] if each["status"] == "fail"]
+    assert {each["id"] for each in failed} <= {"NUM-04", "NUM-05", "NUM-09"}, found
+    case = tmp_path / "planted.py_KeepsTheFirst" / failed[0]["counterexample"]
+    assert len(json.loads((case / "case.json").read_text())["sessions"][-1]["calls"]) > 1
+    # A new process that knows of the run what stands in the folder, and no more.
+    moved = shutil.copytree(case, tmp_path / "elsewhere")
+    done = moespec("replay", moved, cwd=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "now:      the same" in done.stdout
+    repeated = subprocess.run([sys.executable, moved / "repro.py"], capture_output=True, text=True)
+    assert repeated.returncode == 1, repeated.stdout + repeated.stderr
 
 
 BAD = [

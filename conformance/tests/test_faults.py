@@ -35,7 +35,7 @@ def test_names_and_ids():
 
 @pytest.mark.parametrize("fault", faults(), ids=lambda fault: fault.name)
 def test_a_fault_is_caught(fault):
-    results = catch(fault, Effort(120, 1, 0.0), seed=0)
+    results = catch(fault, Effort(120, 1, 0), seed=0)
     assert [r for r in results if r.status in ("fail", "warn")], [
         (r.requirement.id, r.status, r.message) for r in results
     ]
@@ -49,7 +49,7 @@ def test_a_legal_variant_is_not_accused(variant):
     scope = inline_scope(executor, ("float32", "bfloat16", "float16"))
     for requirement in requirements("experts"):
         if requirement.id in STATISTICAL:
-            result = run_requirement(requirement, scope, executor, Effort(20, 1, 0.0), seed=1)
+            result = run_requirement(requirement, scope, executor, Effort(20, 1, 0), seed=1)
             assert result.status in ("pass", "marginal"), result.message
 
 

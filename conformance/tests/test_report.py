@@ -139,7 +139,7 @@ def _results(names=tuple(REQUIREMENTS)):
     executor = InlineExecutor(Small())
     scope = Scope(capabilities_of(executor), tuple(executor.description["operations"]))
     chosen = [REQUIREMENTS[name] for name in names]
-    return executor.description, run_target(chosen, scope, executor, Effort(12, 3, 1.0), 7)
+    return executor.description, run_target(chosen, scope, executor, Effort(12, 3, 300), 7)
 
 
 def _report(names=tuple(REQUIREMENTS), seconds=1.0, extra=()):
@@ -153,7 +153,7 @@ def _report(names=tuple(REQUIREMENTS), seconds=1.0, extra=()):
         results=[*results, *extra],
         command="moespec check small.py:Small --seed 7",
         started="2026-11-21T04:00:00Z",
-        seconds={"total": seconds},
+        seconds={"lanes": 1, "loading": 0.5, "cases": seconds},
     )
 
 
@@ -238,7 +238,7 @@ def test_a_preview_shows_the_place_that_is_wrong():
     shown = reports.target_report(
         target=InlineExecutor(Small()).description,
         machine=MACHINE, seed=0, suite=SUITE, effort={}, results=[result], command="", started="",
-        seconds={},
+        seconds={"lanes": 1, "loading": 0.0, "cases": 0.0},
     )["requirements"][0]["failure"]  # fmt: skip
     assert len(shown["actual"]["rows"]) == len(shown["actual"]["columns"]) == 8
     row, column = shown["actual"]["rows"].index([2, 7]), shown["actual"]["columns"].index(29)

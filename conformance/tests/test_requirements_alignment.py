@@ -24,7 +24,7 @@ FAULTS = [
     for fault in faults()
     if fault.target.__module__ in {f"moe_conformance.faults.{area}" for area in AREAS}
 ]
-EFFORT = Effort(60, 10, 0.0)
+EFFORT = Effort(60, 10, 0)
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ def _run(target, requirement, seed=1, effort=EFFORT):
 
 @pytest.mark.parametrize("requirement", MINE, ids=lambda each: each.id)
 def test_the_reference_conforms(requirement):
-    result = _run(Reference(), requirement, effort=Effort(40, 10, 0.0))
+    result = _run(Reference(), requirement, effort=Effort(40, 10, 0))
     assert result.status == ("observed" if requirement.level == MAY else "pass"), result.message
 
 
@@ -122,7 +122,7 @@ class Legal(Reference):
 
 @pytest.mark.parametrize("requirement", MINE, ids=lambda each: each.id)
 def test_what_is_free_is_free(requirement):
-    result = _run(Legal(), requirement, effort=Effort(20, 4, 0.0))
+    result = _run(Legal(), requirement, effort=Effort(20, 4, 0))
     ordered = requirement.id in ("ALIGN-14", "ALIGN-30", "DISPATCH-05")
     expected = "observed" if requirement.level == MAY else "unsupported" if ordered else "pass"
     assert result.status == expected, result.message
@@ -173,7 +173,7 @@ NEEDS_MORE = {
 
 @pytest.mark.parametrize("requirement", MINE, ids=lambda each: each.id)
 def test_what_is_drawn_stays_inside_the_declaration(requirement):
-    result = _run(Narrow(), requirement, effort=Effort(15, 3, 0.0))
+    result = _run(Narrow(), requirement, effort=Effort(15, 3, 0))
     expected = ("unsupported",) if requirement.id in NEEDS_MORE else ("pass", "observed")
     assert result.status in expected, result.message
 
