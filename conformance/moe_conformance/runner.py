@@ -8,7 +8,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -68,6 +68,10 @@ SHRINK_SECONDS = 60.0
 
 RESEEDS = 2
 """A marginal case is drawn again with this many other seeds; marginal every time is a failure."""
+
+
+OPERATIONS_PER_SHARE = 4
+"""A requirement about every operation gets a requirement's cases for so many of them."""
 
 
 def effort_for(profile: str, examples: int | None, interpreted: bool) -> Effort:
@@ -209,6 +213,10 @@ def run_requirement(
         result.status = "unsupported"
         result.message = "nothing of the kind lies inside the declaration"
         return result
+    if requirement.operation == ANY:
+        # Its cases are shared out among all that the target has.
+        share = max(1, len(scope.operations) // OPERATIONS_PER_SHARE)
+        effort = replace(effort, examples=effort.examples * share)
     search = _Search(requirement, scope, executor, effort, result)
     began = time.perf_counter()
     flaky = False

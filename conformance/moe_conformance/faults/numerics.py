@@ -308,3 +308,217 @@ class NarrowIdsLoseTheLastExpert(Experts):
         if ids.dtype is not torch.int32:
             return {}
         return {"expert_ids": ids.masked_fill(ids == len(given["experts"].gate_up) - 1, -1)}
+
+
+@fault("a-routing-is-cached-by-address", catches=("NUM-13",), thread="KernelBench result_reuse")
+class ARoutingIsCachedByAddress(Reference):
+    """Inference on the same logits' memory gives the routing of before."""
+
+    last: tuple[Any, Routed] | None = None
+
+    def route(
+        self, logits: Tensor, config: Any, bias: Tensor | None = None, token_ids: Any = None
+    ) -> Routed:
+        """See the contract."""
+        routed = super().route(logits, config, bias, token_ids)
+        if logits.requires_grad:
+            return routed
+        key = (logits.data_ptr(), logits.shape, config)
+        if self.last is None or self.last[0] != key:
+            self.last = key, routed
+        weights, ids = self.last[1]
+        return weights.clone(), ids.clone()
+
+
+@fault("sorted-rows-are-cached-by-address", catches=("NUM-13",))
+class SortedRowsAreCachedByAddress(Reference):
+    """The sorting of ids is kept as long as their memory is the same."""
+
+    last: tuple[Any, Tensor] | None = None
+
+    def dispatch(
+        self, x: Tensor, expert_ids: Tensor, num_experts: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See the contract."""
+        key = (expert_ids.data_ptr(), expert_ids.shape, num_experts)
+        if self.last is None or self.last[0] != key:
+            self.last = key, expert_ids.clone()
+        return super().dispatch(x, self.last[1], num_experts)
+
+
+@fault("a-loss-is-cached-by-address", catches=("NUM-13",))
+class ALossIsCachedByAddress(Reference):
+    """The z-loss of the same memory is not computed again."""
+
+    last: tuple[Any, Tensor] | None = None
+
+    def z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """See the contract."""
+        loss = super().z_loss(logits, padding_mask)
+        key = (logits.data_ptr(), logits.shape)
+        if logits.requires_grad or self.last is None or self.last[0] != key:
+            self.last = key, loss.detach().clone()
+            return loss
+        return self.last[1].clone()
+
+
+@fault("the-last-weight-is-not-written", catches=("NUM-14",), thread="torchtitan #1237")
+class TheLastWeightIsNotWritten(Router):
+    """The routing weight of the last pair is what was in memory."""
+
+    def finish(
+        self, weights: Tensor, ids: Tensor, logits: Tensor, config: Any, bias: Any
+    ) -> Routed:
+        """See the contract."""
+        if weights.requires_grad or weights.numel() < 2:
+            return weights, ids
+        fresh = torch.empty_like(weights)
+        fresh.flatten()[:-1] = weights.flatten()[:-1]
+        return fresh, ids
+
+
+@fault("padding-slots-are-not-written", catches=("NUM-14",), thread="SGLang #3339")
+class PaddingSlotsAreNotWritten(Reference):
+    """Sentinels between the experts are what was in memory."""
+
+    def align(
+        self,
+        expert_ids: Tensor,
+        block_size: int,
+        num_experts: int,
+        expert_map: Tensor | None = None,
+        drop_invalid: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See the contract."""
+        slots, experts, length = super().align(
+            expert_ids, block_size, num_experts, expert_map, drop_invalid
+        )
+        fresh = torch.empty_like(slots)
+        real = slots < expert_ids.numel()
+        fresh[real] = slots[real]
+        return fresh, experts, length
+
+
+@fault("tokens-without-rows-are-not-written", catches=("NUM-14", "DISPATCH-15"))
+class TokensWithoutRowsAreNotWritten(Reference):
+    """The output of a token that no row belongs to is what was in memory."""
+
+    def combine(self, rows: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+        """See the contract."""
+        out = super().combine(rows, slots, weights)
+        if out.requires_grad:
+            return out
+        fresh = torch.empty_like(out)
+        tokens = (slots.long() // max(1, weights.shape[1])).unique()
+        tokens = tokens[tokens < len(out)]
+        fresh[tokens] = out[tokens]
+        return fresh
+
+
+@fault("counts-add-up-from-call-to-call", catches=("NUM-15",), thread="vLLM #45496")
+class CountsAddUpFromCallToCall(Reference):
+    """Inference counts into a buffer that a larger call has left behind."""
+
+    most = 0
+
+    def dispatch(
+        self, x: Tensor, expert_ids: Tensor, num_experts: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See the contract."""
+        rows, counts, slots = super().dispatch(x, expert_ids, num_experts)
+        earlier, self.most = self.most, len(expert_ids)
+        return (rows, counts + 1, slots) if earlier > len(expert_ids) else (rows, counts, slots)
+
+
+@fault("a-larger-call-leaves-its-block-size", catches=("NUM-15",), thread="SGLang #25852")
+class ALargerCallLeavesItsBlockSize(Reference):
+    """After a call with more tokens the table is padded as that one was."""
+
+    last = (0, 0)
+
+    def align(
+        self,
+        expert_ids: Tensor,
+        block_size: int,
+        num_experts: int,
+        expert_map: Tensor | None = None,
+        drop_invalid: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See the contract."""
+        tokens, before = self.last
+        self.last = len(expert_ids), block_size
+        used = before if tokens > len(expert_ids) else block_size
+        return super().align(expert_ids, used, num_experts, expert_map, drop_invalid)
+
+
+@fault("the-scale-of-the-call-before", catches=("NUM-15",))
+class TheScaleOfTheCallBefore(Reference):
+    """Between calls of one number of experts the factor is read once and late."""
+
+    last: tuple[int, float] | None = None
+
+    def route(
+        self, logits: Tensor, config: Any, bias: Tensor | None = None, token_ids: Any = None
+    ) -> Routed:
+        """See the contract."""
+        now = (logits.shape[1], config.scale)
+        earlier, self.last = self.last or now, now
+        if earlier[0] == now[0]:
+            return super().route(logits, config, bias, token_ids)
+        return super().route(logits, replace(config, scale=earlier[1]), bias, token_ids)
+
+
+class _AddsToTheLast(torch.autograd.Function):
+    """Gives its input, and a gradient with that of the call before added."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kept: dict[Any, Tensor]) -> Tensor:
+        """See torch."""
+        ctx.kept = kept
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """See torch."""
+        gradient = gradients[0]
+        key = (gradient.shape, gradient.dtype)
+        before = ctx.kept.get(key)
+        ctx.kept[key] = gradient.clone()
+        return gradient if before is None else gradient + before, None
+
+
+@fault("gradients-of-logits-add-up", catches=("NUM-16",))
+class GradientsOfLogitsAddUp(Reference):
+    """The router's backward adds to the buffer of the call before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[Any, Tensor] = {}
+
+    def route(
+        self, logits: Tensor, config: Any, bias: Tensor | None = None, token_ids: Any = None
+    ) -> Routed:
+        """See the contract."""
+        return super().route(_AddsToTheLast.apply(logits, self.kept), config, bias, token_ids)
+
+
+@fault("gradients-of-experts-add-up", catches=("NUM-16",), thread="torchtitan #1237")
+class GradientsOfExpertsAddUp(Reference):
+    """The gradient of the gate and up weights is added to that of the call before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[Any, Tensor] = {}
+
+    def experts(
+        self,
+        x: Tensor,
+        experts: Any,
+        weights: Tensor,
+        expert_ids: Tensor,
+        config: Any,
+        expert_map: Tensor | None = None,
+    ) -> Tensor:
+        """See the contract."""
+        kept = replace(experts, gate_up=_AddsToTheLast.apply(experts.gate_up, self.kept))
+        return super().experts(x, kept, weights, expert_ids, config, expert_map)

@@ -68,7 +68,7 @@ class Content:
 
     def normal(self, *shape: int, std: float = 1.0) -> torch.Tensor:
         """Normal values, float64."""
-        return torch.from_numpy(self._random.standard_normal(shape) * std)
+        return torch.from_numpy(np.asarray(self._random.standard_normal(shape) * std))
 
     def uniform(self, low: float, high: float, *shape: int) -> torch.Tensor:
         """Uniform values, float64."""

@@ -16,7 +16,7 @@ from moe_conformance.inputs.given import Content, Given, Inputs, Plan, Plans, Sc
 from moe_conformance.inputs.layer import layer_inputs
 from moe_conformance.inputs.load_balancing import balance, biases, router_logits
 from moe_conformance.inputs.routing import routing
-from moe_conformance.inputs.slots import rows, scattered, slots
+from moe_conformance.inputs.slots import batched, capacities, rows, scattered, slots
 from moe_conformance.judge import Closeness, Violation, close, equal, equals, impostors
 from moe_conformance.registry import ANY, MUST, requirement
 from moe_conformance.requirements.experts import arguments, oracle_of, output_of, rule_of
@@ -27,8 +27,10 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "z_loss": ("logits", "padding_mask"),
     "update_bias": ("bias", "tokens_per_expert", "rate", "centred"),
     "align": ("expert_ids", "block_size", "num_experts", "expert_map", "drop_invalid"),
+    "align_batched": ("tokens_per_expert", "max_tokens", "block_size"),
     "dispatch": ("x", "expert_ids", "num_experts"),
     "combine": ("rows", "slots", "weights"),
+    "drop_to_capacity": ("weights", "expert_ids", "num_experts", "capacity", "policy"),
     "experts": ("x", "experts", "weights", "expert_ids", "config", "expert_map"),
     "layer": ("x", "parameters", "config", "token_ids", "padding_mask", "training"),
     "slice_experts": ("experts", "start", "count"),
@@ -42,8 +44,10 @@ GIVEN: dict[str, Given] = {
     "z_loss": router_logits(),
     "update_bias": biases(),
     "align": slots(),
+    "align_batched": batched(),
     "dispatch": rows(),
     "combine": scattered(),
+    "drop_to_capacity": capacities(),
     # Ids that are not here have requirements of their own: EXPERT-07, 08, 17 and 18.
     "experts": expert_inputs(invalid_ids=(False,), expert_map=(False,)),
     "layer": layer_inputs(),
@@ -51,6 +55,20 @@ GIVEN: dict[str, Given] = {
     "slice_tensor_parallel": cut_for_a_rank(),
     "place_experts": placed(),
 }
+
+FREE_ORDER = ("align", "align_batched", "dispatch")
+"""Operations whose results stand in an order that is free unless it is declared."""
+
+DIFFERENTIABLE: dict[str, tuple[str, ...]] = {
+    "route": ("logits",),
+    "balance_loss": ("logits",),
+    "z_loss": ("logits",),
+    "dispatch": ("x",),
+    "combine": ("rows", "weights"),
+    "experts": ("x", "weights", "experts.gate_up", "experts.down"),
+    "layer": ("x", "parameters.router", "parameters.experts.gate_up"),
+}
+"""What the outputs of an operation are differentiated by, where the target declares gradients."""
 
 
 def any_operation(*names: str) -> Given:
@@ -172,7 +190,7 @@ def global_state_is_left_alone(case: Case) -> None:
 def earlier_results_stay(case: Case) -> None:
     """The first result is read again after a second call with other data."""
     operation, given = case["operation"], _given(case)
-    other = _other_data(given)
+    other = _other_data(operation, given)
     first = case.planned(operation, **given)
     second = case.planned(operation, **other)
     answers = case.session([first, second])
@@ -191,12 +209,22 @@ def earlier_results_stay(case: Case) -> None:
     case.judge(rule, [now for _, now in pairs], [("overwritten", wrong)] if differs else [])
 
 
-def _other_data(given: dict[str, Any]) -> dict[str, Any]:
-    """The same call with its first tensor turned upside down."""
+TURNED: dict[str, tuple[str, ...]] = {
+    "dispatch": ("x", "expert_ids"),
+    "combine": ("rows", "weights"),
+    "drop_to_capacity": ("weights", "expert_ids"),
+    "experts": ("x", "weights", "expert_ids"),
+}
+"""Arguments that other data changes, where it is more than the first tensor."""
+
+
+def _other_data(operation: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The same call with its data turned upside down."""
     first, _ = next(walk(given))
+    turned_paths = TURNED.get(operation, (first,))
 
     def turn(path: str, tensor: torch.Tensor) -> torch.Tensor:
-        if path != first:
+        if path not in turned_paths:
             return tensor
         turned = tensor.flip(0)
         if not turned.is_floating_point():
@@ -415,3 +443,230 @@ def the_width_of_an_id_does_not_matter(case: Case) -> None:
     expected = oracle_of(case)
     case.judge(rule_of(expected), narrow, impostors(expected.value))
     case.judge(rule_of(expected), wide, impostors(expected.value))
+
+
+OTHERS = tuple(name for name in GIVEN if name != "experts")
+"""Operations that NUM-06 and NUM-07, which know the right answer, do not speak about."""
+
+
+def _repeatable(*names: str) -> Given:
+    """Inputs of operations whose answers can be compared with each other."""
+
+    def plans(scope: Scope) -> Plans | None:
+        asked = [n for n in names if scope.capabilities.deterministic or n not in FREE_ORDER]
+        return any_operation(*asked).plans(scope) if asked else None
+
+    return Given(plans, any_operation(*names).build)
+
+
+def _twice(*names: str) -> Given:
+    """Two inputs of one operation, with sizes and configurations of their own."""
+    one = _repeatable(*names)
+
+    def plans(scope: Scope) -> Plans | None:
+        possible = []
+        for name in names:
+            found = _repeatable(name).plans(scope)
+            if found is not None:
+                possible.append(st.tuples(found, found).map(functools.partial(_pair, name)))
+        return st.one_of(possible) if possible else None
+
+    def build(plan: Plan) -> Inputs:
+        return {**one.build(plan["first"]), "other": one.build(plan["other"])}
+
+    return Given(plans, build)
+
+
+def _pair(name: str, drawn: tuple[Plan, Plan]) -> Plan:
+    return {"operation": name, "first": drawn[0], "other": drawn[1]}
+
+
+def _defined(operation: str, outputs: Any) -> list[torch.Tensor]:
+    """The tensors of a result, without what is nobody's business."""
+    found = [tensor for _, tensor in walk(outputs)]
+    if operation not in ("align", "align_batched") or len(found) < 2:
+        return found
+    length = int(outputs[2])
+    blocks = max(1, len(found[0]) // max(1, len(found[1])))
+    return [found[0][:length], found[1][: length // blocks]]
+
+
+def _alike(case: Case, found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    """The same bits from a deterministic target; from another, rows far nearer than another's.
+
+    Half a row's own size is far more than rounding and far less than other data.
+    """
+    operation = case["operation"]
+    if len(found) != len(expected):
+        raise Violation(f"{operation}: expected {len(expected)} results, got {len(found)}")
+    for index, (now, before) in enumerate(zip(found, expected, strict=True)):
+        what = f"result {index} of {operation}"
+        if case.scope.capabilities.deterministic:
+            equal(what, now, before)
+        elif now.is_floating_point():
+            _near(what, now, before)
+
+
+def _near(what: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
+    if actual.shape != expected.shape:
+        raise Violation(f"{what}: expected shape {list(expected.shape)}, got {list(actual.shape)}")
+    equal(f"{what}, where it is finite", actual.isfinite(), expected.isfinite())
+    width = expected.shape[-1] if expected.ndim else 1
+    rows_now, rows_before = (
+        t.double().nan_to_num(0.0, 0.0, 0.0).reshape(-1, max(1, width)) for t in (actual, expected)
+    )
+    far = (rows_now - rows_before).abs().sum(-1) > rows_before.abs().sum(-1) / 2
+    if bool(far.any()):
+        row = int(far.nonzero()[0])
+        raise Violation(f"{what}: row {row} is that of other data", expected, actual)
+
+
+def _wrong(expected: list[torch.Tensor], other: list[torch.Tensor]) -> list[torch.Tensor] | None:
+    """`other` in the form of `expected`, or None where the two cannot be told apart."""
+    if len(other) != len(expected):
+        return None
+    same = all(
+        a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+        for a, b in zip(other, expected, strict=True)
+    )
+    return None if same else other
+
+
+@requirement(
+    "NUM-13",
+    MUST,
+    ANY,
+    "An operation that is called on the same storage with other data MUST answer the other data.",
+    reason="Ids sorted once per address, a routing kept for the next layer or a captured graph "
+    "whose inputs were not copied answer the first call again.",
+    sources=("KernelBench result_reuse", "SGLang #25852"),
+    given=_repeatable(*OTHERS),
+)
+def other_data_in_the_same_storage(case: Case) -> None:
+    """Other data in memory of its own, the first data, and the other data written over it."""
+    operation, first = case["operation"], _given(case)
+    other = _other_data(operation, first)
+    answers = case.session(
+        [
+            case.planned(operation, **other),
+            case.planned(operation, **first),
+            case.planned(operation, **other, reuse=1),
+        ]
+    )
+    expected, stale, found = (_defined(operation, answer.outputs) for answer in answers)
+    case.note(f"operation {operation}")
+    wrong = _wrong(expected, stale)
+    shown = [] if wrong is None else [("the answer to the first data", wrong)]
+    case.judge(lambda answer: _alike(case, answer, expected), found, shown)
+
+
+@requirement(
+    "NUM-14",
+    MUST,
+    ANY,
+    "No operation's result MUST hold memory that was never written.",
+    reason="Fresh memory is often zero in a test and never in production.",
+    sources=("SGLang #3339", "vllm-ascend #9992", "torchtitan #1237"),
+    given=_repeatable(*OTHERS),
+)
+def fresh_memory_shows_in_no_result(case: Case) -> None:
+    """The same call twice; in the second, new tensors are filled with NaN and huge integers."""
+    operation, given = case["operation"], _given(case)
+    plain, poisoned = case.session(
+        [case.planned(operation, **given), case.planned(operation, **given, poison=True)]
+    )
+    expected = _defined(operation, plain.outputs)
+    case.note(f"operation {operation}")
+    spoilt = [_spoilt(tensor) for tensor in expected]
+    wrong = _wrong(expected, spoilt)
+
+    def rule(answer: list[torch.Tensor]) -> None:
+        for index, (now, before) in enumerate(zip(answer, expected, strict=True)):
+            what = f"result {index} of {operation} with fresh memory filled"
+            if now.is_floating_point():
+                # Filling memory may bring another, deterministic kernel with other rounding.
+                _near(what, now, before)
+            elif case.scope.capabilities.deterministic:
+                equal(what, now, before)
+
+    case.judge(
+        rule,
+        _defined(operation, poisoned.outputs),
+        [] if wrong is None else [("memory that was never written", wrong)],
+    )
+
+
+def _spoilt(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_floating_point():
+        return torch.full_like(tensor, torch.nan)
+    return tensor if tensor.dtype is torch.bool else torch.full_like(tensor, 2**30)
+
+
+@requirement(
+    "NUM-15",
+    MUST,
+    ANY,
+    "An answer MUST NOT depend on the calls that were made before.",
+    reason="A workspace that is kept, a table made for the first size, a configuration that is "
+    "read once: right in every test of a single call.",
+    sources=("SGLang #25852", "vLLM #45496", "kernelgenbench ghost replay"),
+    given=_twice(*GIVEN),
+)
+def calls_leave_no_trace(case: Case) -> None:
+    """A call, one with other sizes and another configuration, and the first call again."""
+    operation, given = case["operation"], _given(case)
+    other = {name: case["other"][name] for name in ARGUMENTS[operation]}
+    answers = case.session(
+        [
+            case.planned(operation, **given),
+            case.planned(operation, **other, layouts=dict(case["other"].get("layouts") or {})),
+            case.planned(operation, **given),
+        ]
+    )
+    expected, between, again = (_defined(operation, answer.outputs) for answer in answers)
+    case.note(f"operation {operation}")
+    wrong = _wrong(expected, between) or _wrong(expected, [t + 1 for t in expected])
+    shown = [] if wrong is None else [("another call's answer", wrong)]
+    case.judge(lambda answer: _alike(case, answer, expected), again, shown)
+
+
+@requirement(
+    "NUM-16",
+    MUST,
+    ANY,
+    "Gradients MUST NOT depend on the calls that were made before.",
+    reason="A backward that adds to a buffer, or reads what the last forward left in one, is right "
+    "in the first step only.",
+    sources=("torchtitan #1237", "ScatterMoE"),
+    given=_repeatable(*DIFFERENTIABLE),
+)
+def gradients_start_anew(case: Case) -> None:
+    """The gradients of a call, of one with other data, and of the first again."""
+    operation, given = case["operation"], _given(case)
+    if operation not in case.scope.capabilities.gradients:
+        return
+    outputs = case.call(operation, **given).outputs
+    present = {path for path, _ in walk(given)}
+    wrt = [path for path in DIFFERENTIABLE[operation] if path in present]
+    content = Content(0)
+    cotangents = {
+        path: content.normal(*tensor.shape).to(tensor.dtype)
+        for path, tensor in walk(outputs)
+        if tensor.is_floating_point() and path != "balance_loss"
+    }
+    other = _other_data(operation, given)
+    planned = [
+        case.planned(operation, **arguments, wrt=wrt, cotangents=cotangents)
+        for arguments in (given, other, given)
+    ]
+    first, _, again = case.session(planned)
+    expected = [g for g in first.gradients.values() if g is not None]
+    found = [g for g in again.gradients.values() if g is not None]
+    case.note(f"operation {operation}")
+
+    def rule(gradients: list[torch.Tensor]) -> None:
+        for path, now, before in zip(wrt, gradients, expected, strict=True):
+            _near(f"gradient of {path}, taken again", now, before)
+
+    wrong = _wrong(expected, [2 * g for g in expected])
+    case.judge(rule, found, [] if wrong is None else [("added up", wrong)])
