@@ -11,11 +11,26 @@ import sys
 import pytest
 from moe_optimized.interpreter import HAS_TRITON
 
+BACKWARD = (
+    "experts_bounds_kernel",
+    "experts_d_hidden_kernel",
+    "experts_d_weights_kernel",
+    "experts_d_matrices_kernel",
+    "experts_d_biases_kernel",
+    "experts_d_rows_kernel",
+)
+
+FEW_BYTES = 64
+"""Of a thread's registers that may be spilled to memory: more costs time at every tile."""
+
 SHARED_MEMORY = 227 * 1024
 """What a program may use on an H100 or H200, in bytes."""
 
 PROGRAM = r"""
 import json
+import os
+import subprocess
+import tempfile
 import warnings
 
 import torch
@@ -24,25 +39,39 @@ warnings.simplefilter("ignore")
 torch.cuda.is_available = lambda: True  # Kernels are decorated for the compiler.
 
 import triton
+import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moe_optimized import alignment, dispatch, experts, gating
+from moe_optimized import alignment, dispatch, experts_backward, experts_triton, gating
 
 POINTERS = {
     "logits_ptr": "*bf16", "table_ptr": "*i32", "token_ids_ptr": "*i64", "ids_ptr": "*i64",
     "bias_ptr": "*fp32", "weights_ptr": "*fp32", "epsilon": "fp32", "factor": "fp32",
-    "alpha": "fp32", "limit": "fp32",
+    "alpha": "fp32", "limit": "fp32", "dots_ptr": "*fp32",
 }
 
 
-def compile(kernel, dtype=None, num_warps=4, num_stages=3, **constants):
+TOOLS = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin")
+
+
+def spilled_bytes(cubin):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = [os.path.join(TOOLS, "cuobjdump"), "--dump-resource-usage", file.name]
+        usage = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
+    return int(usage.split("STACK:")[1].split()[0])
+
+
+def compile(kernel, dtype=None, num_warps=4, num_stages=3, measured=True, **constants):
     names = kernel.arg_names
     def kind(name):
         if name in constants:
             return "constexpr"
         if dtype and name.split("_ptr")[0] in (
-            "x", "gate_up", "down", "hidden", "packed", "rows", "out"
+            "x", "gate_up", "down", "hidden", "pre", "packed", "rows", "out", "grad", "d_pre",
+            "activated", "left", "right",
         ):
             return dtype
         return POINTERS.get(name, "*i32" if name.endswith("_ptr") else "i32")
@@ -51,7 +80,8 @@ def compile(kernel, dtype=None, num_warps=4, num_stages=3, **constants):
     aligned = [
         i for i, name in enumerate(names)
         if signature[name][0] == "*"
-        or signature[name] == "i32" and (name[:6] == "stride" or name in ("width", "depth"))
+        or signature[name] == "i32"
+        and (name[:6] == "stride" or name in ("height", "width", "depth"))
     ]
     source = ASTSource(
         kernel,
@@ -61,12 +91,22 @@ def compile(kernel, dtype=None, num_warps=4, num_stages=3, **constants):
     )
     options = {"num_warps": num_warps, "num_stages": num_stages}
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    product = measured and "BLOCK_K" in constants and kernel.fn.__name__.startswith("experts")
+    step = 0
+    if product:
+        # One step's operands; the first product has two right ones.
+        columns = constants["BLOCK_N"] * (2 if "up" in kernel.fn.__name__ else 1)
+        step = (constants["BLOCK_M"] + columns) * constants["BLOCK_K"]
+        step *= 2 if dtype == "*bf16" else 4
     print(json.dumps({
         "name": kernel.fn.__name__,
         "shared": made.metadata.shared,
         "cubin": len(made.asm["cubin"]),
         "tensor_cores": "wgmma" in made.asm["ptx"] or "mma.sync" in made.asm["ptx"],
         "asynchronous": "cp.async" in made.asm["ptx"],
+        "stages": num_stages if product else 0,
+        "step": step,
+        "spilled": spilled_bytes(made.asm["cubin"]),
     }))
 
 
@@ -97,20 +137,74 @@ compile(
 )
 activations = iter(("gelu", "swigluoai", "relu2"))
 # The smallest and the greatest tiles.
-half = experts._HALF[0], experts._HALF[-1]
-for dtype, table in (("*bf16", half), ("*fp32", experts._SINGLE[-1:])):
-    for row, (_, up, down) in enumerate(table):
-        def shape(tile):
+half = experts_triton._HALF[0], experts_triton._HALF[-1]
+for dtype, table in (("*bf16", half), ("*fp32", experts_triton._SINGLE[-1:])):
+    for row, (_, shapes) in enumerate(table):
+        first, even, activation = row == 0, row % 2 == 1, next(activations)
+        def rows_of(tile):
             return dict(
                 num_warps=tile.num_warps, num_stages=tile.num_stages, GROUP_M=tile.group_m,
-                BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, WIDEN=False,
-                HAS_BIAS=row % 2 == 0, EVEN_K=row % 2 == 1,
+                BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, WIDEN=False, EVEN_K=even,
             )
         compile(
-            experts.experts_up_kernel, dtype, stride_xh=1, stride_gh=1, GATED=True, WEIGH=row == 0,
-            ACTIVATION=next(activations), **shape(up),
+            experts_triton.experts_up_kernel, dtype, stride_xh=1, stride_gh=1, GATED=True,
+            WEIGH=first, HAS_BIAS=first, ACTIVATION=activation, KEEP=True, ROUND_KEPT=False,
+            **rows_of(shapes.up),
         )
-        compile(experts.experts_down_kernel, dtype, stride_di=1, **shape(down))
+        compile(
+            experts_triton.experts_down_kernel, dtype, stride_di=1, HAS_BIAS=first,
+            **rows_of(shapes.down),
+        )
+        compile(
+            experts_backward.experts_d_hidden_kernel, dtype, stride_gh=1, stride_di=1,
+            ACTIVATION=activation, GATED=True, WEIGH=True, D_PRE=True, ACTIVATED=True, DOTS=True,
+            **rows_of(shapes.d_hidden),
+        )
+        compile(
+            experts_backward.experts_d_rows_kernel, dtype, stride_gh=1, stride_xh=1, WEIGH=first,
+            ROWS=True, DOTS=first, **rows_of(shapes.d_rows),
+        )
+        tile = rows_of(shapes.d_matrices)
+        del tile["EVEN_K"]
+        for gather_left in (False, True):
+            compile(
+                experts_backward.experts_d_matrices_kernel, dtype, stride_lm=1, stride_rn=1,
+                GATHER_LEFT=gather_left, WEIGH=first and not gather_left, ROUND_BITS=False, **tile,
+            )
+compile(
+    experts_backward.experts_d_weights_kernel, "*bf16", stride_gh=1, stride_bh=1, HAS_BIAS=True,
+    BLOCK_M=128, BLOCK_H=64,
+)
+compile(experts_backward.experts_bounds_kernel, BLOCK=256)
+compile(
+    experts_backward.experts_d_biases_kernel, "*bf16", stride_rn=1, GATHER=True, WEIGH=True,
+    ROUND_BITS=False, BLOCK_S=64, BLOCK_N=64,
+)
+
+# Triton takes a size or stride of 1 for a constant, which has no dtype and no methods.
+tile = dict(num_warps=1, GROUP_M=1, BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, WIDEN=False, EVEN_K=False)
+for kernel, flags in (
+    (experts_triton.experts_up_kernel, dict(
+        ACTIVATION="silu", GATED=True, WEIGH=True, HAS_BIAS=True, KEEP=True, ROUND_KEPT=False,
+        **tile,
+    )),
+    (experts_triton.experts_down_kernel, dict(HAS_BIAS=True, **tile)),
+    (experts_backward.experts_d_hidden_kernel, dict(
+        ACTIVATION="relu", GATED=False, WEIGH=True, D_PRE=True, ACTIVATED=True, DOTS=True, **tile,
+    )),
+    (experts_backward.experts_d_rows_kernel, dict(WEIGH=True, ROWS=True, DOTS=True, **tile)),
+    (experts_backward.experts_d_matrices_kernel, dict(
+        GATHER_LEFT=True, WEIGH=True, ROUND_BITS=False,
+        **{name: value for name, value in tile.items() if name != "EVEN_K"},
+    )),
+    (experts_backward.experts_d_weights_kernel, dict(HAS_BIAS=True, BLOCK_M=16, BLOCK_H=64)),
+    (experts_backward.experts_bounds_kernel, dict(BLOCK=256)),
+    (experts_backward.experts_d_biases_kernel, dict(
+        GATHER=True, WEIGH=True, ROUND_BITS=False, BLOCK_S=64, BLOCK_N=64,
+    )),
+):
+    sizes = [n for n in kernel.arg_names if n.islower() and n[-4:] != "_ptr" and n not in POINTERS]
+    compile(kernel, "*bf16", measured=False, **dict.fromkeys(sizes, 1), **flags)
 """
 
 
@@ -130,11 +224,17 @@ def test_every_kernel_compiles_for_hopper(tmp_path, monkeypatch):
         "combine_rows_kernel",
         "experts_up_kernel",
         "experts_down_kernel",
+        *BACKWARD,
     }
+    products = []
     for kernel in compiled:
         assert kernel["cubin"] > 0
         assert kernel["shared"] <= SHARED_MEMORY
-        if kernel["name"].startswith("experts"):
+        if kernel["stages"]:
+            products.append(kernel)
+            # Every step's operands in flight: what is not pipelined holds a single step.
             assert kernel["asynchronous"], "loads are not pipelined"
-    products = [kernel for kernel in compiled if kernel["name"].startswith("experts")]
-    assert sum(kernel["tensor_cores"] for kernel in products) == 4
+            assert kernel["shared"] >= (kernel["stages"] - 1) * kernel["step"], kernel
+            assert kernel["spilled"] <= FEW_BYTES, kernel
+    assert sum(kernel["tensor_cores"] for kernel in products) == 12
+    assert len(products) == 18
