@@ -181,7 +181,7 @@ class InFloat64(Reference):
         token_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See the contract."""
-        weights, ids = super().route(logits.double(), config, _double(bias), token_ids)
+        weights, ids = super().route(_double(logits), config, _double(bias), token_ids)
         return weights.to(_wide(logits)), ids
 
     def balance_loss(
@@ -194,24 +194,24 @@ class InFloat64(Reference):
     ) -> Tensor:
         """See the contract."""
         loss = super().balance_loss(
-            logits.double(), expert_ids, config, padding_mask, tokens_per_expert
+            _double(logits), expert_ids, config, padding_mask, tokens_per_expert
         )
         return loss.to(_wide(logits))
 
     def z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """See the contract."""
-        return super().z_loss(logits.double(), padding_mask).to(_wide(logits))
+        return super().z_loss(_double(logits), padding_mask).to(_wide(logits))
 
     def update_bias(
         self, bias: Tensor, tokens_per_expert: Tensor, rate: float, centred: bool
     ) -> Tensor:
         """See the contract."""
-        wide = bias.double() if bias.is_floating_point() else bias
-        return super().update_bias(wide, tokens_per_expert, rate, centred).to(_wide(bias))
+        updated = super().update_bias(_double(bias), tokens_per_expert, rate, centred)
+        return updated.to(_wide(bias))
 
     def combine(self, rows: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
         """See the contract."""
-        return super().combine(rows.double(), slots, weights.double()).to(rows.dtype)
+        return super().combine(_double(rows), slots, _double(weights)).to(rows.dtype)
 
     def experts(
         self,
@@ -223,24 +223,25 @@ class InFloat64(Reference):
         expert_map: Tensor | None = None,
     ) -> Tensor:
         """See the contract."""
-        wide = _mapped(experts, Tensor.double)
-        out = super().experts(x.double(), wide, weights.double(), expert_ids, config, expert_map)
+        wide = _mapped(experts, _double)
+        out = super().experts(_double(x), wide, _double(weights), expert_ids, config, expert_map)
         return out.to(x.dtype)
 
     def experts_batched(
         self, x: Tensor, tokens_per_expert: Tensor, experts: ExpertWeights, config: ExpertsConfig
     ) -> Tensor:
         """See the contract."""
-        wide = _mapped(experts, Tensor.double)
-        return super().experts_batched(x.double(), tokens_per_expert, wide, config).to(x.dtype)
+        wide = _mapped(experts, _double)
+        return super().experts_batched(_double(x), tokens_per_expert, wide, config).to(x.dtype)
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _double(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.double()
+def _double(tensor: Any) -> Any:
+    # What is no number of the right kind is left for the reference to refuse.
+    return tensor.double() if isinstance(tensor, Tensor) and tensor.is_floating_point() else tensor
 
 
 def _flip(tensor: Tensor | None, *dims: int) -> Tensor | None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from moe_reference.checks import check_experts, check_routing
 from moe_reference.config import ExpertsConfig, ExpertWeights
 
 from moe_conformance.experts_oracle import activation_parts, local_ids
@@ -138,6 +139,8 @@ def variant_target(variant: Variant) -> Target:
             expert_map: torch.Tensor | None = None,
         ) -> torch.Tensor:
             """See the contract."""
+            check_routing(x, weights, expert_ids)
+            check_experts(experts, x, config)
             return _experts(variant, x, experts, weights, expert_ids, config, expert_map)
 
     return Legal()
