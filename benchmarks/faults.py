@@ -1,29 +1,37 @@
 """How reliably each seeded fault is caught, on how much of what is drawn it shows, and by what.
 
-For every fault: with each of several seeds, whether each requirement that it names fails; the share
-of all cases drawn for its operations in which any answer is another than the reference's; and the
-set of requirements that fail. A crash is not a catch. Interrupted, the run goes on where it was.
+For every fault: with how many of several seeds it fails the profile `cpu`, the requirements that it
+names being tried first; how many numbers the smallest case found has; the share of the cases drawn
+for its operations in which any answer is another than the reference's; and the set of requirements
+that fail. A crash is not a catch. Interrupted, the run goes on where it was.
 
-    python benchmarks/faults.py [--seeds N] [--cases N] [--fault PATTERN]
+    python benchmarks/faults.py [--seeds N] [--first SEED] [--jobs N] [--fault PATTERN]
 """
 
 import argparse
 import fnmatch
+import functools
+import json
+import statistics
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import torch
 from moe_conformance.codec import digest
 from moe_conformance.executor import InlineExecutor
 from moe_conformance.faults import fault_named, faults
 from moe_conformance.registry import ANY, requirements
-from moe_conformance.runner import Effort, run_requirement
+from moe_conformance.runner import PROFILES, Effort, run_requirement
 from moe_conformance.selfcheck import inline_scope
 from moe_conformance.target import OPERATIONS
 from moe_conformance.targets import Reference
 from record import about, resumed, write
 
 CAUGHT = ("fail", "warn")
+EFFORT = PROFILES["cpu"]
+SAMPLE = 150
+"""Cases on which a fault is compared with the reference."""
 COMPARED = ("outputs", "gradients", "changed", "shared", "state", "kinds", "afterwards", "error")
 
 
@@ -56,50 +64,53 @@ def operations_of(fault):
     return {name for name in OPERATIONS if any(name in vars(cls) for cls in own)}
 
 
-def measure(name, seeds, cases):
+def measure(name, seeds, first):
     fault = fault_named(name)
     operations = operations_of(fault)
-    about_it = [
-        each
-        for each in requirements()
-        if each.id in fault.catches or operations & {each.operation, *each.also}
-        or each.operation == ANY
-    ]  # fmt: skip
     executor = InlineExecutor(fault.target())
     scope = inline_scope(executor)
-    missed, after = Counter(), []
-    for seed in range(seeds):
-        for each in about_it:
-            if each.id in fault.catches:
-                result = run_requirement(each, scope, executor, Effort(cases, 1, 0), seed)
-                if result.status in CAUGHT:
-                    after.append(result.cases)
-                else:
-                    missed[each.id] += 1
+    named = [each for each in requirements() if each.id in fault.catches]
+    others = [
+        each
+        for each in requirements()
+        if each not in named and operations & {each.operation, *each.also}
+    ]
+    everywhere = [each for each in requirements() if each.operation == ANY and each not in named]
+    by, after, scalars = Counter(), [], None
+    for seed in range(first, first + seeds):
+        cases = 0
+        for each in (*named, *others, *everywhere):
+            # A counterexample is made small once; that takes longer than to find it.
+            effort = EFFORT if scalars is None else replace(EFFORT, shrinks=0)
+            result = run_requirement(each, scope, executor, effort, seed)
+            cases += result.cases
+            if result.status in CAUGHT:
+                by[each.id] += 1
+                after.append(cases)
+                if scalars is None:
+                    scalars = result.failure.size[0]
+                break
     failing = [
         each.id
-        for each in about_it
-        if run_requirement(each, scope, executor, Effort(cases // 4, 1, 0), 0).status in CAUGHT
+        for each in (*named, *others)
+        if run_requirement(each, scope, executor, Effort(5, 1, 0), first).status in CAUGHT
     ]
-    drawn = different = 0
-    comparing = Comparing(fault.target())
+    about_it = [each for each in (*named, *others) if each.operation != ANY]
+    counting = _Counting(Comparing(fault.target()))
     for each in about_it:
-        if each.operation == ANY:
-            continue
-        counting = _Counting(comparing)
-        run_requirement(each, scope, counting, Effort(max(1, cases // 6), 1, 0), 1)
-        drawn += counting.cases
-        different += counting.different
+        run_requirement(each, scope, counting, Effort(max(2, SAMPLE // len(about_it)), 1, 0), first)
     return {
         "fault": name,
         "operations": sorted(operations),
         "thread": fault.thread,
         "seeds": seeds,
-        "missed": dict(missed),
+        "caught": sum(by.values()),
+        "by": dict(by.most_common()),
         "median_cases": sorted(after)[len(after) // 2] if after else None,
-        "failing": failing,
-        "drawn": drawn,
-        "different": different,
+        "scalars": scalars,
+        "failing": sorted(failing),
+        "drawn": counting.cases,
+        "different": counting.different,
     }
 
 
@@ -124,26 +135,33 @@ class _Counting:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--cases", type=int, default=120)
-    parser.add_argument("--fault", default="*", help="a pattern of names")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--fault", default="*", help="a pattern of names; nothing is written")
     options = parser.parse_args()
     torch.set_num_threads(1)
     names = [each.name for each in faults() if fnmatch.fnmatch(each.name, options.fault)]
-    rows = resumed("faults", names, lambda name: measure(name, options.seeds, options.cases))
-    rare = sum(row["different"] < row["drawn"] / 10 for row in rows)
+    one = functools.partial(measure, seeds=options.seeds, first=options.first)
+    some = options.fault != "*"
+    rows = [one(name) for name in names] if some else resumed("faults", names, one, options.jobs)
+    scalars = [row["scalars"] for row in rows if row["scalars"] is not None]
     record = {
         "what": "how reliably each seeded fault is caught, and on how many cases it shows",
         **about(),
+        "effort": {"examples": EFFORT.examples, "seeds": [options.first, options.seeds]},
         "faults": len(rows),
-        "missed": sum(bool(row["missed"]) for row in rows),
-        "showing_on_less_than_a_tenth": rare,
+        "missed": [row["fault"] for row in rows if row["caught"] < row["seeds"]],
+        "showing_on_less_than_a_tenth": sum(row["different"] < row["drawn"] / 10 for row in rows),
         "sets_of_failing_requirements": len({tuple(row["failing"]) for row in rows}),
+        "median_scalars_of_a_counterexample": statistics.median(scalars) if scalars else None,
         "by_operation": dict(Counter(name for row in rows for name in row["operations"])),
         "rows": rows,
     }
-    path = write("faults", record)
+    where = "not written" if some else write("faults", record)
     short = {name: value for name, value in record.items() if name not in ("rows", "what")}
-    print(f"{path}: {short}")
+    print(f"{where}: {json.dumps(short, indent=1)}")
+    if some:
+        print(json.dumps(rows, indent=1))
     return 1 if record["missed"] else 0
 
 

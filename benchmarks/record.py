@@ -6,7 +6,8 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,14 @@ def write(name: str, record: Row) -> Path:
     return path
 
 
-def resumed(name: str, keys: Iterable[str], measure: Callable[[str], Row]) -> list[Row]:
+def resumed(
+    name: str, keys: Sequence[str], measure: Callable[[str], Row], jobs: int = 1
+) -> list[Row]:
     """A row for each key. Rows of an earlier run that was cut are taken over.
 
-    They are kept line by line in benchmarks/results/<name>.partial until all are there, under the
-    commit and the arguments: rows of other code or another question are not taken over.
+    With several jobs, `measure` runs in as many processes. Rows are kept line by line in
+    benchmarks/results/<name>.partial until all are there, under the commit and the arguments: rows
+    of other code or another question are not taken over.
     """
     partial = RESULTS / f"{name}.partial"
     RESULTS.mkdir(exist_ok=True)
@@ -69,14 +73,13 @@ def resumed(name: str, keys: Iterable[str], measure: Callable[[str], Row]) -> li
                 found[row.pop("key")] = row
     else:
         partial.write_text(json.dumps(question) + "\n")
-    rows = []
-    with partial.open("a") as kept:
-        for key in keys:
-            if key not in found:
-                found[key] = measure(key)
-                kept.write(json.dumps({"key": key, **found[key]}) + "\n")
-                kept.flush()
-                print(key, found[key], file=sys.stderr, flush=True)
-            rows.append(found[key])
+    left = [key for key in keys if key not in found]
+    with partial.open("a") as kept, ProcessPoolExecutor(jobs) as pool:
+        answers = pool.map(measure, left) if jobs > 1 else map(measure, left)
+        for key, row in zip(left, answers, strict=True):
+            found[key] = row
+            kept.write(json.dumps({"key": key, **row}) + "\n")
+            kept.flush()
+            print(key, row, file=sys.stderr, flush=True)
     partial.unlink()
-    return rows
+    return [found[key] for key in keys]

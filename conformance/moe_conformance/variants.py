@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from moe_reference.checks import check_experts, check_routing
 from moe_reference.config import ExpertsConfig, ExpertWeights
+from moe_reference.experts import local_ids
 
-from moe_conformance.experts_oracle import activation_parts, local_ids
+from moe_conformance.experts_oracle import activation_parts
 from moe_conformance.target import Capabilities, Target
 
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
