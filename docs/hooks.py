@@ -17,8 +17,9 @@ A marker is an HTML comment on a line of its own or inside a table cell:
 - `calibration: rows` - what benchmarks/calibration.py recorded; also `environment`
 - `findings: broken` - what benchmarks/findings.py recorded; also `environment` and `sigmoid`
 - `help: check` - what `moespec check --help` prints
-- `terminal: 1: moespec check …` - runs a command in a folder with docs/examples, shows what it
-  prints, and stops the build unless it ends with that exit code
+- `faults: rows` - what benchmarks/faults.py recorded; also `environment`, `operations`
+- `terminal: 1: moespec check …` - runs a command, or several joined by `&&`, in a folder with
+  docs/examples, shows what they print, and stops the build unless the last ends with that exit code
 
 An unknown marker stops the build.
 """
@@ -54,7 +55,7 @@ from typer.testing import CliRunner
 DOCS = Path(__file__).parent
 MARKER = re.compile(r"<!-- (requirements|requirements table|operations table|concepts table|presets"
                     r"|families|seen|document|documents table|equivalences|calibration|findings"
-                    r"|picture|help|terminal)"
+                    r"|faults|picture|help|terminal)"
                     r"(?:: (.*?))? -->")  # fmt: skip
 LOADERS = re.compile(r"<!-- Load mathjax -->.*?<!-- End of mermaid configuration -->", re.DOTALL)
 THREAD = re.compile(r"([\w./-]+) ?(#\d+)")
@@ -149,13 +150,15 @@ def _fill(kind, argument, file):
         return _calibration(argument)
     if kind == "findings":
         return _findings(argument, file)
+    if kind == "faults":
+        return _faults(argument, file)
     if kind == "picture":
         concept, name = argument.split(".")
         return getattr(import_module(f"pictures.{concept}"), name)()
     if kind == "help":
         return _fence(_help(argument))
-    code, _, command = argument.partition(": ")
-    return _fence(f"$ {command}\n{_terminal(command, int(code))}")
+    code, _, commands = argument.partition(": ")
+    return _fence(_terminal(commands, int(code)))
 
 
 def _calibration(part):
@@ -165,16 +168,50 @@ def _calibration(part):
         return (
             f"`{record['command']}` on {record['date']}, commit `{record['commit'][:10]}`, torch "
             f"{machine['torch']}, Python {machine['python']}, {machine['platform']}: "
-            f"{record['cases']} cases, {record['accused']} accused."
+            f"{record['cases']:,} cases, {record['accused']} accusations."
         )
     rows = [
         [each["variant"], each["dtype"], str(each["cases"]), f"{each['worst_z']:.2f}",
          f"{each['worst_rms_of_limit']:.2f}", f"{each['other_bits']:.0%}", str(each["marginal"]),
-         str(each["accused"])]
+         str(len(each["accused"]))]
         for each in record["rows"]
     ]  # fmt: skip
     head = ["variant", "dtype", "cases", "error", "row", "other bits", "marginal", "accused"]
     return _table(head, rows)
+
+
+def _faults(part, file):
+    record = json.loads((DOCS.parent / "benchmarks/results/faults.json").read_text())
+    rows = record["rows"]
+    if part == "environment":
+        machine = record["machine"]
+        first, seeds = record["effort"]["seeds"]
+        caught = sum(row["caught"] for row in rows)
+        return (
+            f"`{record['command']}` on {record['date']}, commit `{record['commit'][:10]}`, torch "
+            f"{machine['torch']}, Python {machine['python']}, {machine['platform']}: "
+            f"{len(rows)} faults, each with {seeds} seeds (from {first} on) and "
+            f"{record['effort']['examples']} cases per requirement: {caught:,} of "
+            f"{len(rows) * seeds:,} runs caught it. {record['showing_on_less_than_a_tenth']} show "
+            f"on less than a tenth of the cases that are drawn for their operation; they make "
+            f"{record['sets_of_failing_requirements']} different sets of requirements fail. The "
+            f"median smallest case has {record['median_scalars_of_a_counterexample']:g} numbers."
+        )
+    if part == "operations":
+        made = [
+            [f"`{name}`", str(sum(name in row["operations"] for row in rows)),
+             str(sum(row["caught"] == row["seeds"] for row in rows if name in row["operations"]))]
+            for name in OPERATIONS if any(name in row["operations"] for row in rows)
+        ]  # fmt: skip
+        return _table(["operation", "faults", "caught with every seed"], made)
+    by_id = {each.id: each for each in requirements()}
+    made = [
+        [f"`{row['fault']}`", ", ".join(_link(by_id[id], file) for id in list(row["by"])[:3]),
+         f"{row['caught']}/{row['seeds']}", f"{row['different'] / max(1, row['drawn']):.0%}",
+         str(row["median_cases"])]
+        for row in rows
+    ]  # fmt: skip
+    return _table(["fault", "caught by", "seeds", "shows on", "cases until then"], made)
 
 
 def _findings(part, file):
@@ -398,26 +435,34 @@ def _help(command):
 
 
 @cache
-def _terminal(command, code):
+def _terminal(commands, code):
     folder = Path(tempfile.mkdtemp())
     shutil.copytree(DOCS / "examples", folder, dirs_exist_ok=True)
-    arguments = shlex.split(command)
-    if arguments[0] != "moespec":
-        raise PluginError(f"expected a moespec command, got '{command}'")
-    ran = subprocess.run(
-        [sys.executable, "-m", "moe_conformance", *arguments[1:]],
-        cwd=folder,
-        env={**os.environ, "COLUMNS": "88", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
+    said = []
+    for command in commands.split(" && "):
+        program, *arguments = shlex.split(command)
+        if program != "moespec":
+            raise PluginError(f"expected a moespec command, got '{command}'")
+        arguments = [
+            str(found.relative_to(folder)) if "*" in each else each
+            for each in arguments
+            for found in (sorted(folder.glob(each)) if "*" in each else [each])
+        ]
+        ran = subprocess.run(
+            [sys.executable, "-m", "moe_conformance", *arguments],
+            cwd=folder,
+            env={**os.environ, "COLUMNS": "88", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        said.append(f"$ {command}\n{ran.stdout}")
     if ran.returncode != code:
         raise PluginError(
-            f"'{command}' ended with {ran.returncode}, not {code}:\n{ran.stdout}{ran.stderr}"
+            f"'{commands}' ended with {ran.returncode}, not {code}:\n{ran.stdout}{ran.stderr}"
         )
-    if code == 1:
+    if code == 1 and len(said) == 1:
         _reports.append(folder / "moespec-report")
     else:
         shutil.rmtree(folder)
-    return ran.stdout
+    return "\n".join(said)

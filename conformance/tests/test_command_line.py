@@ -1,13 +1,17 @@
 """The command line as a user meets it: verdicts, exit codes, replays, and sentences."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from moe_conformance import check
+
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
 
 def statuses(report, target):
@@ -261,3 +265,18 @@ def test_the_plugin_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_workflow_of_the_guide_runs_as_it_is_written(moespec, tmp_path):
+    """Its check step, on the skeleton and with no waivers yet."""
+    workflow = yaml.safe_load((EXAMPLES / "moe-conformance.yml").read_text())
+    [step] = [s for s in workflow["jobs"]["conformance"]["steps"] if s.get("name") == "Check"]
+    profile = "${{ github.event_name == 'schedule' && 'cpu' || 'smoke' }}"
+    assert profile in step["run"]
+    program, *arguments = shlex.split(step["run"].replace(profile, "smoke"))
+    waivers = arguments.index("--waivers")
+    assert program == "moespec"
+    moespec("init", tmp_path / "conformance_target.py")
+    done = moespec(*arguments[:waivers], *arguments[waivers + 2 :], "--seed", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "report" / "junit.xml").is_file()
