@@ -1,4 +1,4 @@
-"""From router logits to expert ids and weights, in one kernel.
+"""From router logits to expert ids and weights, in one kernel each way.
 
 Stages, and what each gains:
 
@@ -6,8 +6,11 @@ Stages, and what each gains:
    a token share, so the fast, unstable `topk` is deterministic. This is what a CPU user gets.
 2. `route_triton`: one kernel that reads the logits once and keeps the row in registers for score,
    bias, groups, top-k, renormalisation and scale; K passes of argmax over integer keys.
+3. `route_with_counts`: the same launch also counts the tokens of each expert, which would else read
+   the ids back. Atomics add integers, so their order changes nothing.
+4. The backward pass is one kernel too (`gating_backward`): closed form, no [T, E] intermediate.
 
-Both give the results of `moe_reference.gating.route`; ties go to the lowest expert id.
+All give the results of `moe_reference.gating.route`; ties go to the lowest expert id.
 
 Dimension key: T tokens, E experts, K experts per token, G groups.
 """
@@ -15,11 +18,12 @@ Dimension key: T tokens, E experts, K experts per token, G groups.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from moe_reference.checks import FLOATS, IDS, check_tensor
 from moe_reference.config import RoutingConfig
 from torch.autograd.function import once_differentiable
 
+from moe_optimized.dispatch import count_tokens
+from moe_optimized.gating_backward import norm_block, route_gradient
 from moe_optimized.interpreter import (
     INTERPRETED,
     KERNEL_DTYPES,
@@ -29,6 +33,7 @@ from moe_optimized.interpreter import (
     power_of_two,
     tl,
 )
+from moe_optimized.scores import score, score_block
 
 # Selection keys below that of -inf: a lane without an expert or one that was chosen already, an
 # expert of a group that was not chosen, a NaN.
@@ -42,6 +47,7 @@ def route(
     config: RoutingConfig,
     bias: torch.Tensor | None = None,
     token_ids: torch.Tensor | None = None,
+    ids_dtype: torch.dtype = torch.int64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose K experts per token and weigh them, with the fastest means of the logits' device.
 
@@ -50,17 +56,54 @@ def route(
         config: which routing is meant.
         bias: [E] or None, added to the scores that choose, never to those that weigh.
         token_ids: [T], int32 or int64; needed with `config.hash_table` and unused otherwise.
+        ids_dtype: int32 or int64, of the expert ids.
 
     Returns:
         weights: [T, K], float32 (float64 for float64 logits), differentiable in the logits.
-        expert_ids: [T, K], int64, descending by selection score.
+        expert_ids: [T, K], descending by selection score.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype or shape, a token id outside the
-            table, or a configuration that E experts cannot satisfy.
+            table, or a configuration that E experts cannot satisfy. While a CUDA graph is captured
+            nothing can be read back: a token id outside the table then gives expert ids of -1.
     """
     run = route_triton if has_kernels(logits) else route_torch
-    return run(logits, config, bias, token_ids)
+    return run(logits, config, bias, token_ids, ids_dtype)
+
+
+def route_with_counts(
+    logits: torch.Tensor,
+    config: RoutingConfig,
+    bias: torch.Tensor | None = None,
+    token_ids: torch.Tensor | None = None,
+    padding_mask: torch.Tensor | None = None,
+    ids_dtype: torch.dtype = torch.int64,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `route`, and how many tokens each expert got.
+
+    Args:
+        logits: [T, E], any float dtype.
+        config: which routing is meant.
+        bias: [E] or None.
+        token_ids: [T], int32 or int64, or None.
+        padding_mask: [T], bool, True = a real token, or None. Padding is routed like any other
+            token and left out of the counts.
+        ids_dtype: int32 or int64, of the expert ids.
+
+    Returns:
+        weights: [T, K], as from `route`.
+        expert_ids: [T, K], as from `route`.
+        tokens_per_expert: [E], int64.
+
+    Raises:
+        TypeError, ValueError: as for `route`, or a mask of the wrong dtype or shape.
+
+    >>> logits = torch.tensor([[0.0, 2.0, 1.0], [0.0, 2.0, 1.0]])
+    >>> route_with_counts(logits, RoutingConfig(top_k=2))[2].tolist()
+    [0, 2, 2]
+    """
+    run = route_with_counts_triton if has_kernels(logits) else route_with_counts_torch
+    return run(logits, config, bias, token_ids, padding_mask, ids_dtype)
 
 
 def route_torch(
@@ -68,13 +111,14 @@ def route_torch(
     config: RoutingConfig,
     bias: torch.Tensor | None = None,
     token_ids: torch.Tensor | None = None,
+    ids_dtype: torch.dtype = torch.int64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `route`, in whole-tensor torch operations."""
-    _check(logits, config, bias, token_ids)
+    _check(logits, config, bias, token_ids, ids_dtype)
     logits = logits if logits.dtype is torch.float64 else logits.float()
     scores = None
     if config.order == "score_then_topk":
-        scores = _score(logits, config)
+        scores = score(logits, config.score)
     if config.hash_table is not None:
         table = config.hash_table.to(logits.device)
         expert_ids = table[token_ids.to(logits.device).long()].long()
@@ -83,7 +127,24 @@ def route_torch(
         if bias is not None:
             selection = selection + bias.detach().to(selection.dtype)
         expert_ids = _select_experts(selection, config)
-    return _weigh(logits, scores, expert_ids, config), expert_ids
+    return _weigh(logits, scores, expert_ids, config), expert_ids.to(ids_dtype)
+
+
+def route_with_counts_torch(
+    logits: torch.Tensor,
+    config: RoutingConfig,
+    bias: torch.Tensor | None = None,
+    token_ids: torch.Tensor | None = None,
+    padding_mask: torch.Tensor | None = None,
+    ids_dtype: torch.dtype = torch.int64,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `route_with_counts`, in whole-tensor torch operations."""
+    weights, expert_ids = route_torch(logits, config, bias, token_ids, ids_dtype)
+    _check_mask(padding_mask, logits)
+    counted = expert_ids
+    if padding_mask is not None:
+        counted = expert_ids.where(padding_mask[:, None], -1)
+    return weights, expert_ids, count_tokens(counted, logits.shape[1])
 
 
 def route_triton(
@@ -91,14 +152,28 @@ def route_triton(
     config: RoutingConfig,
     bias: torch.Tensor | None = None,
     token_ids: torch.Tensor | None = None,
+    ids_dtype: torch.dtype = torch.int64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `route`, in one Triton kernel; float64 is not supported.
-
-    The gradient is computed by torch operations from the saved logits and ids.
-    """
+    """As `route`, in one Triton kernel, and one for the gradient; float64 is not supported."""
     check_tensor("logits", logits, ("T", "E"), KERNEL_DTYPES)
-    _check(logits, config, bias, token_ids)
-    return _Route.apply(logits, bias, token_ids, config)
+    _check(logits, config, bias, token_ids, ids_dtype)
+    weights, expert_ids, _ = _Route.apply(logits, bias, token_ids, None, config, ids_dtype, False)
+    return weights, expert_ids
+
+
+def route_with_counts_triton(
+    logits: torch.Tensor,
+    config: RoutingConfig,
+    bias: torch.Tensor | None = None,
+    token_ids: torch.Tensor | None = None,
+    padding_mask: torch.Tensor | None = None,
+    ids_dtype: torch.dtype = torch.int64,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `route_with_counts`, in one Triton kernel; float64 is not supported."""
+    check_tensor("logits", logits, ("T", "E"), KERNEL_DTYPES)
+    _check(logits, config, bias, token_ids, ids_dtype)
+    _check_mask(padding_mask, logits)
+    return _Route.apply(logits, bias, token_ids, padding_mask, config, ids_dtype, True)
 
 
 def _check(
@@ -106,8 +181,11 @@ def _check(
     config: RoutingConfig,
     bias: torch.Tensor | None,
     token_ids: torch.Tensor | None,
+    ids_dtype: torch.dtype,
 ) -> None:
     check_tensor("logits", logits, ("T", "E"), FLOATS)
+    if ids_dtype not in IDS:
+        raise TypeError(f"ids_dtype: expected torch.int32 or torch.int64, got {ids_dtype}")
     if not isinstance(config, RoutingConfig):
         raise TypeError(f"config: expected a RoutingConfig, got {type(config).__name__}")
     T, E = logits.shape
@@ -136,32 +214,27 @@ def _check(
         )
 
 
+def _check_mask(padding_mask: torch.Tensor | None, logits: torch.Tensor) -> None:
+    if padding_mask is not None:
+        check_tensor("padding_mask", padding_mask, (logits.shape[0],), (torch.bool,))
+
+
 def _check_table(table: torch.Tensor, token_ids: torch.Tensor, num_experts: int) -> None:
+    if token_ids.numel() == 0 or _is_captured(table) or _is_captured(token_ids):
+        return
     for name, ids, end in (
         ("token_ids", token_ids, table.shape[0]),
         ("hash_table", table, num_experts),
     ):
         if ids.numel():
-            low, high = (int(bound) for bound in ids.aminmax())
+            low, high = torch.stack(ids.aminmax()).tolist()
             if low < 0 or high >= end:
                 came = low if low < 0 else high
                 raise ValueError(f"{name}: expected ids in [0, {end}), got {came}")
 
 
-def _score(logits: torch.Tensor, config: RoutingConfig) -> torch.Tensor:
-    if config.score == "softmax":
-        return logits.softmax(-1)
-    if config.score == "sigmoid":
-        # torch.sigmoid rounds the last elements of a CPU tensor unlike the rest, which would tell
-        # equal logits apart.
-        positive = logits >= 0
-        small = torch.exp(torch.where(positive, -logits, logits))
-        return torch.where(positive, 1.0, small) / (1.0 + small)
-    # Below -40 the logarithm of 1 + e^x is e^x to the last bit of a double; the root of that
-    # neither underflows early nor divides zero by zero in the gradient.
-    far = logits < -40.0
-    root = (-F.logsigmoid(-logits.masked_fill(far, 0.0))).sqrt()
-    return torch.where(far, (logits.clamp(max=-40.0) / 2).exp(), root)
+def _is_captured(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _select_experts(selection: torch.Tensor, config: RoutingConfig) -> torch.Tensor:
@@ -212,7 +285,7 @@ def _weigh(
     config: RoutingConfig,
 ) -> torch.Tensor:
     if scores is None:
-        weights = _score(logits.gather(1, expert_ids), config)
+        weights = score(logits.gather(1, expert_ids), config.score)
     else:
         weights = scores.gather(1, expert_ids)
     renormalized = _renormalizes(config)
@@ -246,40 +319,43 @@ class _Route(torch.autograd.Function):
         logits: torch.Tensor,
         bias: torch.Tensor | None,
         token_ids: torch.Tensor | None,
+        padding_mask: torch.Tensor | None,
         config: RoutingConfig,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        weights, expert_ids = _launch(logits, bias, token_ids, config)
+        ids_dtype: torch.dtype,
+        counted: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        T, E = logits.shape
+        weights = logits.new_empty((T, config.top_k), dtype=torch.float32)
+        expert_ids = logits.new_empty((T, config.top_k), dtype=ids_dtype)
+        counts = logits.new_zeros(E, dtype=torch.int64) if counted else None
+        _launch(logits, bias, token_ids, padding_mask, config, weights, expert_ids, counts)
         ctx.save_for_backward(logits, expert_ids)
         ctx.config = config
-        ctx.mark_non_differentiable(expert_ids)
-        return weights, expert_ids
+        ctx.mark_non_differentiable(*((expert_ids, counts) if counted else (expert_ids,)))
+        return weights, expert_ids, counts
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, grad: torch.Tensor, _: torch.Tensor
-    ) -> tuple[torch.Tensor, None, None, None]:
+        ctx: Any, grad: torch.Tensor, *_: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
         logits, expert_ids = ctx.saved_tensors
-        with torch.enable_grad():
-            wide = logits.detach().float().requires_grad_()
-            scores = None
-            if ctx.config.order == "score_then_topk":
-                scores = _score(wide, ctx.config)
-            weights = _weigh(wide, scores, expert_ids, ctx.config)
-            (wide_grad,) = torch.autograd.grad(weights, wide, grad)
-        return wide_grad.to(logits.dtype), None, None, None
+        how = ctx.config
+        out = route_gradient(logits, expert_ids, grad, how, _renormalizes(how), _factor(how))
+        return out, None, None, None, None, None, None
 
 
 def _launch(
     logits: torch.Tensor,
     bias: torch.Tensor | None,
     token_ids: torch.Tensor | None,
+    padding_mask: torch.Tensor | None,
     config: RoutingConfig,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    weights: torch.Tensor,
+    expert_ids: torch.Tensor,
+    counts: torch.Tensor | None,
+) -> None:
     T, E = logits.shape
-    K = config.top_k
-    weights = logits.new_empty((T, K), dtype=torch.float32)
-    expert_ids = logits.new_empty((T, K), dtype=torch.int64)
     # A group starts at a power of two, so that a row is [groups, members] and a row of experts.
     limited = config.num_groups > config.topk_groups and config.hash_table is None
     groups = config.num_groups if limited else 1
@@ -287,22 +363,28 @@ def _launch(
     block_t, num_warps = _rows_per_program(T, block_g * block_m)
     hashed = config.hash_table is not None
     table = config.hash_table.to(logits.device) if hashed else expert_ids
+    token_ids = token_ids.to(logits.device) if hashed else expert_ids
+    mask = expert_ids if padding_mask is None else padding_mask.view(torch.uint8)
     launch(
         route_topk_kernel,
         (-(-T // block_t),),
         logits,
         logits if bias is None else bias,
         table,
-        token_ids.to(logits.device) if hashed else expert_ids,
+        token_ids,
+        mask,
         weights,
         expert_ids,
+        expert_ids if counts is None else counts,
         T,
+        table.shape[0],
         logits.stride(0),
         logits.stride(1),
         0 if bias is None else bias.stride(0),
         table.stride(0),
         table.stride(1),
-        token_ids.stride(0) if hashed else 0,
+        token_ids.stride(0),
+        mask.stride(0),
         float(config.epsilon),
         float(_factor(config)),
         SCORE=config.score,
@@ -317,17 +399,18 @@ def _launch(
         TOPK_GROUPS=config.topk_groups if limited else 1,
         SUMMED=_summed_experts(config),
         ZERO_FILL=config.mask_fill == "zero",
-        TOP_K=K,
+        TOP_K=config.top_k,
+        COUNT=counts is not None,
+        PADDED=padding_mask is not None,
         TAKEN=_TAKEN,
         MASKED=_MASKED,
         NAN=_NAN,
         BLOCK_T=block_t,
         BLOCK_G=block_g,
         BLOCK_M=block_m,
-        BLOCK_K=power_of_two(K),
+        BLOCK_K=power_of_two(config.top_k),
         num_warps=num_warps,
     )
-    return weights, expert_ids
 
 
 def _rows_per_program(T: int, lanes: int) -> tuple[int, int]:
@@ -337,30 +420,6 @@ def _rows_per_program(T: int, lanes: int) -> tuple[int, int]:
     if lanes > 512:
         return 1, 4
     return (min(4, 512 // lanes) if T >= 1024 else 1), 1
-
-
-@jit
-def score_block(x, SCORE: tl.constexpr):
-    """The score function along the lanes of [BLOCK_T, lanes]; lanes of -inf are no experts."""
-    if SCORE == "softmax":
-        shifted = tl.exp(x - tl.max(x, 1)[:, None])
-        return shifted / tl.sum(shifted, 1)[:, None]
-    else:
-        # The exponential of a number that is never positive cannot overflow.
-        z = tl.exp(-tl.abs(x))
-        if SCORE == "sigmoid":
-            return tl.where(x >= 0, 1.0, z) / (1.0 + z)
-        else:
-            # log(1 + z) = 2 artanh(z / (2 + z)), whose argument is at most 1/3: eight terms give
-            # all of float32, where the logarithm of 1 + z would lose a small z.
-            s = z / (2.0 + z)
-            s2 = s * s
-            series = 1.0 / 13 + s2 * (1.0 / 15)
-            series = 1.0 / 9 + s2 * (1.0 / 11 + s2 * series)
-            series = 1.0 / 5 + s2 * (1.0 / 7 + s2 * series)
-            series = 1.0 + s2 * (1.0 / 3 + s2 * series)
-            root = tl.sqrt(2.0 * s * series + tl.where(x > 0, x, 0.0))
-            return tl.where(x < -40.0, tl.exp(x * 0.5), root)
 
 
 @jit
@@ -377,15 +436,19 @@ def route_topk_kernel(
     bias_ptr,
     table_ptr,
     token_ids_ptr,
+    mask_ptr,
     weights_ptr,
     ids_ptr,
+    counts_ptr,
     num_tokens,
+    vocabulary,
     stride_lt,
     stride_le,
     stride_be,
     stride_vt,
     stride_vk,
     stride_it,
+    stride_m,
     epsilon,
     factor,
     SCORE: tl.constexpr,
@@ -401,6 +464,8 @@ def route_topk_kernel(
     SUMMED: tl.constexpr,
     ZERO_FILL: tl.constexpr,
     TOP_K: tl.constexpr,
+    COUNT: tl.constexpr,
+    PADDED: tl.constexpr,
     TAKEN: tl.constexpr,
     MASKED: tl.constexpr,
     NAN: tl.constexpr,
@@ -423,7 +488,8 @@ def route_topk_kernel(
         values = score_block(values, SCORE)
 
     if HASHED:
-        token_ids = tl.load(token_ids_ptr + rows * stride_it, mask=in_rows, other=0).to(tl.int64)
+        token_ids = tl.load(token_ids_ptr + rows * stride_it, mask=in_rows, other=-1).to(tl.int64)
+        in_table = (token_ids >= 0) & (token_ids < vocabulary)
     else:
         selection = values
         if HAS_BIAS:
@@ -456,10 +522,11 @@ def route_topk_kernel(
 
     columns = tl.arange(0, BLOCK_K)[None, :]
     chosen = tl.full((BLOCK_T, BLOCK_K), float("-inf"), tl.float32)
+    taken = tl.zeros((BLOCK_T, BLOCK_G * BLOCK_M), tl.int32)
     for k in range(TOP_K):
         if HASHED:
             entry = table_ptr + token_ids * stride_vt + k * stride_vk
-            expert = tl.load(entry, mask=in_rows, other=0).to(tl.int32)
+            expert = tl.load(entry, mask=in_table, other=-1).to(tl.int32)
             hit = (experts[None, :] == expert[:, None]) & in_experts[None, :]
         else:
             lane = tl.argmax(keys, 1)
@@ -468,21 +535,23 @@ def route_topk_kernel(
             keys = tl.where(hit, TAKEN, keys)
         value = tl.sum(tl.where(hit, values, 0.0), 1)
         chosen = tl.where(columns == k, value[:, None], chosen)
-        tl.store(ids_ptr + rows * TOP_K + k, expert.to(tl.int64), mask=in_rows)
+        taken += hit.to(tl.int32)
+        tl.store(ids_ptr + rows * TOP_K + k, expert.to(ids_ptr.dtype.element_ty), mask=in_rows)
+
+    if COUNT:
+        real = in_rows
+        if PADDED:
+            real = real & (tl.load(mask_ptr + rows * stride_m, mask=in_rows, other=0) != 0)
+        counts = tl.sum(tl.where(real[:, None], taken, 0), 0)
+        used = in_experts & (counts > 0)
+        counts = counts.to(counts_ptr.dtype.element_ty)
+        tl.atomic_add(counts_ptr + experts, counts, mask=used, sem="relaxed")
 
     if not SCORE_FIRST:
         chosen = score_block(chosen, SCORE)
     chosen = tl.where(columns < TOP_K, chosen, 0.0)
     if RENORMALIZE:
-        if SQUARES:
-            # Scaled by the greatest, so that squares of small scores do not underflow.
-            greatest = tl.max(chosen, 1)
-            usable = (greatest > 0) & (greatest < float("inf"))
-            greatest = tl.where(usable, greatest, 1.0)
-            scaled = chosen / greatest[:, None]
-            norm = greatest * tl.sqrt(tl.sum(scaled * scaled, 1))
-        else:
-            norm = tl.sum(chosen, 1)
+        norm = norm_block(chosen, SQUARES)
         # tl.maximum would turn a NaN into epsilon.
         norm = tl.where(norm < epsilon, epsilon, norm) if CLAMP else norm + epsilon
         chosen = chosen / norm[:, None]

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from moe_conformance.target import Capabilities, Target, Unsupported, suite_version
 from moe_reference.config import (
+    BalanceConfig,
     ExpertsConfig,
     ExpertWeights,
     LayerConfig,
@@ -13,7 +14,7 @@ from moe_reference.config import (
     RoutingConfig,
 )
 
-from moe_optimized import alignment, dispatch, gating, layer
+from moe_optimized import alignment, dispatch, gating, layer, load_balancing
 from moe_optimized import experts as _experts
 from moe_optimized.dispatch import Policy
 from moe_optimized.interpreter import INTERPRETED, require_triton
@@ -47,11 +48,12 @@ class Optimized(Target):
     capabilities = Capabilities(
         devices=("cpu", "cuda") if torch.cuda.is_available() else ("cpu",),
         dtypes=("float32", "bfloat16", "float16", "float64"),
-        # moe_optimized has no losses of its own: those of moe_reference.load_balancing are
-        # vectorised already.
+        # `layer` computes no loss: a training step calls `balance_loss` beside it.
         layer={"balance": (None,)},
         gradients=(
             "route",
+            "balance_loss",
+            "z_loss",
             "dispatch",
             "combine",
             "drop_to_capacity",
@@ -73,6 +75,31 @@ class Optimized(Target):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `moe_optimized.gating.route`."""
         return gating.route(logits, config, bias, token_ids)
+
+    def balance_loss(
+        self,
+        logits: torch.Tensor,
+        expert_ids: torch.Tensor,
+        config: BalanceConfig,
+        padding_mask: torch.Tensor | None = None,
+        tokens_per_expert: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `moe_optimized.load_balancing.balance_loss`."""
+        return load_balancing.balance_loss(
+            logits, expert_ids, config, padding_mask, tokens_per_expert
+        )
+
+    def z_loss(
+        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See `moe_optimized.load_balancing.z_loss`."""
+        return load_balancing.z_loss(logits, padding_mask)
+
+    def update_bias(
+        self, bias: torch.Tensor, tokens_per_expert: torch.Tensor, rate: float, centred: bool
+    ) -> torch.Tensor:
+        """See `moe_optimized.load_balancing.update_bias`."""
+        return load_balancing.update_bias(bias, tokens_per_expert, rate, centred)
 
     def align(
         self,
@@ -185,6 +212,34 @@ class OptimizedTriton(Optimized):
         """See `moe_optimized.gating.route_triton`."""
         _refuse_float64("logits", logits)
         return gating.route_triton(logits, config, bias, token_ids)
+
+    def balance_loss(
+        self,
+        logits: torch.Tensor,
+        expert_ids: torch.Tensor,
+        config: BalanceConfig,
+        padding_mask: torch.Tensor | None = None,
+        tokens_per_expert: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `moe_optimized.load_balancing.balance_loss_triton`."""
+        _refuse_float64("logits", logits)
+        return load_balancing.balance_loss_triton(
+            logits, expert_ids, config, padding_mask, tokens_per_expert
+        )
+
+    def z_loss(
+        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See `moe_optimized.load_balancing.z_loss_triton`."""
+        _refuse_float64("logits", logits)
+        return load_balancing.z_loss_triton(logits, padding_mask)
+
+    def update_bias(
+        self, bias: torch.Tensor, tokens_per_expert: torch.Tensor, rate: float, centred: bool
+    ) -> torch.Tensor:
+        """See `moe_optimized.load_balancing.update_bias_triton`."""
+        _refuse_float64("bias", bias)
+        return load_balancing.update_bias_triton(bias, tokens_per_expert, rate, centred)
 
     def align(
         self,

@@ -14,6 +14,9 @@ from moe_reference.config import (
 
 PROVIDED = {
     "route",
+    "balance_loss",
+    "z_loss",
+    "update_bias",
     "align",
     "align_batched",
     "dispatch",
@@ -41,6 +44,9 @@ def arguments(dtype=torch.float32):
     counts = torch.tensor([1, 0, 2])
     return {
         "route": (torch.randn(5, 4).to(dtype), routing),
+        "balance_loss": (torch.randn(5, 4).to(dtype), ids, BalanceConfig()),
+        "z_loss": (torch.randn(5, 4).to(dtype),),
+        "update_bias": (torch.randn(3).to(dtype), counts, 0.001, True),
         "align": (ids, 4, 3),
         "align_batched": (counts, 2, 4),
         "dispatch": (x, ids, 3),
