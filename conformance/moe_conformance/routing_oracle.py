@@ -104,7 +104,8 @@ class RoutingOracle:
             value = logits.sigmoid()
             error = value * u * ((1 - value) * (C * logits.abs() + C) + 4)
         else:
-            soft = F.softplus(logits, threshold=1e9)
+            # F.softplus is the identity above its threshold, and overflows above 709 without one.
+            soft = -F.logsigmoid(-logits)
             value = soft.sqrt()
             # softplus(x) = log1p(exp(x)); below 0 its relative error is that of exp(x).
             relative = torch.where(logits < 0, C * logits.abs() + C, C) + 4

@@ -275,7 +275,7 @@ class TheBiasComesAfterTheGroups(Router):
         if bias is None or config.num_groups == 1 or config.topk_groups == config.num_groups:
             return weights, ids
         size = logits.shape[1] // config.num_groups
-        one = replace(config, top_k=1, hash_table=None)
+        one = replace(config, top_k=1, topk_groups=1, hash_table=None)
         group = Reference.route(self, logits, one)[1] // size
         inside = torch.arange(logits.shape[1]) // size == group
         free = replace(config, num_groups=1, topk_groups=1, top_k=min(config.top_k, size))
@@ -462,10 +462,10 @@ class TheNormIsDetached(Router):
         self, weights: Tensor, ids: Tensor, logits: Tensor, config: Any, bias: Any
     ) -> Routed:
         """See the contract."""
-        if not config.renormalize:
+        if not config.renormalize or config.hash_table is not None:
             return weights, ids
         plain = Reference.route(self, logits, replace(config, renormalize=False), bias)[0]
-        if plain.shape != weights.shape or config.hash_table is not None:
+        if plain.shape != weights.shape:
             return weights, ids
         ratio = (weights / plain).detach().nan_to_num()
         return weights.detach() + ratio * (plain - plain.detach()), ids

@@ -31,8 +31,8 @@ def in_layer(wrong: Wrong) -> Wrong:
 rare(
     "layer",
     "with-one-token",
-    "a single token",
-    lambda a: tokens(a) == 1,
+    "a single token in training",
+    lambda a: tokens(a) == 1 and bool(a.get("training")),
     in_layer(first_row_scaled),
     "LAYER-01",
     "LAYER-04",
@@ -66,8 +66,12 @@ rare(
 rare(
     "layer",
     "with-a-router-bias-and-groups",
-    "a router bias and groups",
-    lambda a: a["parameters"].router_bias is not None and a["config"].routing.num_groups > 1,
+    "a router bias and groups in float16",
+    lambda a: (
+        a["x"].dtype is torch.float16
+        and a["parameters"].router_bias is not None
+        and a["config"].routing.num_groups > 1
+    ),
     in_layer(first_row_scaled),
     "LAYER-01",
     "LAYER-04",
@@ -95,8 +99,8 @@ rare(
 rare(
     "layer",
     "with-one-expert",
-    "a single expert",
-    lambda a: len(a["parameters"].router) == 1,
+    "a single expert and padding",
+    lambda a: len(a["parameters"].router) == 1 and a.get("padding_mask") is not None,
     in_layer(last_row_zero),
     "LAYER-01",
     "LAYER-04",
@@ -107,8 +111,8 @@ rare(
 rare(
     "layer",
     "at-hidden-size-1",
-    "a hidden size of 1",
-    lambda a: a["x"].shape[2] == 1,
+    "a hidden size of 1 and several sequences",
+    lambda a: a["x"].shape[2] == 1 and len(a["x"]) > 1,
     in_layer(first_row_scaled),
     "LAYER-01",
     "LAYER-04",

@@ -68,8 +68,8 @@ rare(
 rare(
     "assign_experts",
     "with-one-rank",
-    "one rank",
-    lambda a: a["world_size"] == 1,
+    "one rank and more than eight experts",
+    lambda a: a["world_size"] == 1 and a["num_experts"] > 8,
     share_grown,
     "SLICE-01",
     "SLICE-02",
@@ -123,7 +123,7 @@ rare(
     "slice_experts",
     "with-biases-of-all",
     "biases of all experts",
-    lambda a: a["experts"].down_bias is not None and a["count"] == len(a["experts"].down),
+    lambda a: a["experts"].gate_up_bias is not None and a["count"] == len(a["experts"].down),
     bias_turned,
     "SLICE-05",
     "SLICE-07",
@@ -132,8 +132,8 @@ rare(
 rare(
     "slice_tensor_parallel",
     "on-five-ranks",
-    "five ranks",
-    lambda a: a["world_size"] == 5,
+    "five ranks and biases",
+    lambda a: a["world_size"] == 5 and a["experts"].down_bias is not None,
     gate_turned,
     "SLICE-10",
     "SLICE-13",
@@ -142,8 +142,8 @@ rare(
 rare(
     "slice_tensor_parallel",
     "with-one-row-each",
-    "one row per rank",
-    lambda a: a["world_size"] > 1 and a["experts"].down.shape[2] == a["world_size"],
+    "one row on each of three ranks or more",
+    lambda a: a["world_size"] > 2 and a["experts"].down.shape[2] == a["world_size"],
     down_turned,
     "SLICE-09",
     "SLICE-10",
@@ -165,7 +165,7 @@ rare(
     "slice_tensor_parallel",
     "with-biases-on-three-ranks",
     "biases on three ranks",
-    lambda a: a["world_size"] == 3 and a["experts"].down_bias is not None,
+    lambda a: a["world_size"] == 3 and a["experts"].gate_up_bias is not None,
     bias_turned,
     "SLICE-11",
 )
@@ -173,8 +173,8 @@ rare(
 rare(
     "place_experts",
     "with-one-expert",
-    "a single expert",
-    lambda a: len(a["load"]) == 1,
+    "a single expert on several ranks",
+    lambda a: len(a["load"]) == 1 and a["num_ranks"] > 1,
     replicas_grown,
     "SLICE-17",
 )
@@ -182,8 +182,8 @@ rare(
 rare(
     "place_experts",
     "on-five-ranks",
-    "five ranks",
-    lambda a: a["num_ranks"] == 5,
+    "five ranks and a load of floats",
+    lambda a: a["num_ranks"] == 5 and a["load"].is_floating_point(),
     table_turned,
     "SLICE-17",
     thread="vLLM #51984",
@@ -192,8 +192,8 @@ rare(
 rare(
     "place_experts",
     "without-load",
-    "no load at all",
-    lambda a: not bool(a["load"].any()),
+    "no load at all on several ranks",
+    lambda a: a["num_ranks"] > 1 and not bool(a["load"].any()),
     replicas_grown,
     "SLICE-17",
     thread="vLLM #43547",

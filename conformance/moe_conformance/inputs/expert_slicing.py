@@ -24,6 +24,14 @@ from moe_conformance.inputs.given import (
 LOADS = ("even", "skewed", "one hot", "none", "ties")
 """How the load is spread over experts."""
 
+LOAD_DTYPES = ("int64", "float32", "int32", "float64")
+
+SCALES = ("tokens", "fractions", "billions")
+"""Sizes of a load: tokens of a step, shares of it, or tokens since the start."""
+
+BIASES = ("both", "both", "gate_up", "down")
+"""Which of the two biases there are, where there are biases."""
+
 
 def shares() -> Given:
     """Inputs of `assign_experts`: E and R, fewer experts than ranks among them."""
@@ -61,7 +69,7 @@ def sliced(*, least_experts: int = 1, most_count: int | None = None) -> Given:
             experts = draw(st.integers(least, most))
             start = draw(st.integers(0, experts - 1))
             count = draw(st.integers(0, experts - start))
-            drawn = _drawn(draw, scope, choices)
+            drawn = _drawn(draw, scope, choices, BIASES)
             wide = draw(st.integers(1, 6)) * scope.capabilities.intermediate_multiple
             return {
                 **drawn,
@@ -77,8 +85,8 @@ def sliced(*, least_experts: int = 1, most_count: int | None = None) -> Given:
 
 
 def cut(
-    *, even: bool = True, ranks: tuple[int, int] = (1, 6), gated: bool | None = None,
-    bias: bool | None = None,
+    *, even: bool = True, ranks: tuple[int, int] = (1, 9), gated: bool | None = None,
+    bias: bool | None = None, biases: tuple[str, ...] = BIASES,
 ) -> Given:  # fmt: skip
     """Inputs of `slice_tensor_parallel` inside the declaration.
 
@@ -87,6 +95,7 @@ def cut(
         ranks: the fewest and the most.
         gated: with a gate, without, or (None) either.
         bias: likewise.
+        biases: which of them, where there are biases.
     """
 
     def plans(scope: Scope) -> Plans | None:
@@ -98,12 +107,12 @@ def cut(
 
         @st.composite
         def plan(draw: st.DrawFn) -> Plan:
-            world_size = draw(st.integers(*ranks))
+            world_size = draw(_numbers(*ranks))
             part = draw(st.integers(1, 5)) * multiple
             # Not a multiple of R, and sometimes fewer rows than ranks.
-            uneven = draw(st.integers(1, 12).filter(lambda n: n % world_size != 0))
+            uneven = draw(sizes(33, 8, 16).filter(lambda n: n % world_size != 0))
             return {
-                **_drawn(draw, scope, choices),
+                **_drawn(draw, scope, choices, biases),
                 "experts": draw(st.integers(1, most_experts)),
                 "intermediate": part * world_size if even else uneven,
                 "world_size": world_size,
@@ -112,6 +121,12 @@ def cut(
         return plan()
 
     return Given(plans, build_cut)
+
+
+def _numbers(least: int, most: int) -> st.SearchStrategy[int]:
+    """How many ranks there are, mostly few."""
+    few = st.integers(least, min(most, least + 3))
+    return st.one_of(few, st.integers(least, most))
 
 
 def cut_for_a_rank() -> Given:
@@ -129,7 +144,7 @@ def placed(
     *,
     loads: tuple[str, ...] = LOADS,
     redundant: bool = False,
-    ranks: tuple[int, int] = (1, 6),
+    ranks: tuple[int, int] = (1, 9),
 ) -> Given:
     """Inputs of `place_experts` inside the declaration.
 
@@ -140,13 +155,15 @@ def placed(
     """
 
     def plans(scope: Scope) -> Plans | None:
-        most = min(20, scope.capabilities.max_experts or 20)
+        most = min(72, scope.capabilities.max_experts or 72)
         least = min(scope.capabilities.min_experts, most)
 
         @st.composite
         def plan(draw: st.DrawFn) -> Plan:
-            count = draw(st.integers(*ranks))
-            experts = draw(st.integers(least, most))
+            count = draw(_numbers(*ranks))
+            experts = draw(
+                st.one_of(st.integers(least, min(most, 20)), sizes(most, 32, least=least))
+            )
             fewest = -(-experts // count)
             more = draw(st.integers(1 if redundant else 0, 3))
             return {
@@ -154,7 +171,9 @@ def placed(
                 "num_ranks": count,
                 "num_physical": (fewest + more) * count,
                 "load": draw(st.sampled_from(loads)),
-                "dtype": draw(st.sampled_from(("int64", "float32"))),
+                "dtype": (dtype := draw(st.sampled_from(LOAD_DTYPES))),
+                "scale": draw(st.sampled_from(_scales(dtype))),
+                "layout": draw(st.sampled_from(layouts(scope))),
                 "seed": draw(seeds()),
             }
 
@@ -180,12 +199,15 @@ def _choices(
     )
 
 
-def _drawn(draw: st.DrawFn, scope: Scope, choices: list[tuple[bool, bool]]) -> Plan:
+def _drawn(
+    draw: st.DrawFn, scope: Scope, choices: list[tuple[bool, bool]], biases: tuple[str, ...]
+) -> Plan:
     gated, bias = draw(st.sampled_from(choices))
     return {
         "hidden": draw(st.integers(1, 5)) * scope.capabilities.hidden_multiple,
         "gated": gated,
-        "bias": bias,
+        "biases": draw(st.sampled_from(biases)) if bias else None,
+        "special": not scope.capabilities.finite_only and draw(st.booleans()),
         "dtype": draw(st.sampled_from(scope.dtypes)),
         "layout": draw(st.sampled_from(layouts(scope))),
         "seed": draw(seeds()),
@@ -202,11 +224,31 @@ def _coded(plan: Plan) -> ExpertWeights:
     gate_up[:, :, 0] = code.repeat(halves)
     down = content.normal(experts, hidden, inner)
     down[:, 0, :] = code
-    made: list[torch.Tensor | None] = [gate_up, down, None, None]
-    if plan["bias"]:
-        made[2:] = [content.normal(experts, halves * inner), content.normal(experts, hidden)]
+    gate_up_bias, down_bias = (
+        content.normal(experts, halves * inner),
+        content.normal(experts, hidden),
+    )
     dtype = torch_dtype(plan["dtype"])
-    return ExpertWeights(*(None if each is None else each.to(dtype) for each in made))  # type: ignore[arg-type]
+    if plan["special"]:
+        # Never in what says which row or column it is.
+        for tensor in (gate_up[:, :, 1:], down[:, 1:], gate_up_bias, down_bias):
+            _plant(content, tensor, dtype)
+    return ExpertWeights(
+        gate_up.to(dtype),
+        down.to(dtype),
+        gate_up_bias.to(dtype) if plan["biases"] in ("both", "gate_up") else None,
+        down_bias.to(dtype) if plan["biases"] in ("both", "down") else None,
+    )
+
+
+def _plant(content: Content, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    """Put some values there that a copy keeps, and arithmetic, or another dtype, does not."""
+    info = torch.finfo(dtype)
+    kinds = [torch.nan, torch.inf, -torch.inf, info.max, info.smallest_normal / 4, 1 + info.eps]
+    for at in content.uniform(0, 1, 6).mul(max(1, tensor.numel())).long().tolist():
+        if tensor.numel():
+            index = torch.unravel_index(torch.tensor(at), tensor.shape)
+            tensor[index] = kinds[int(content.integers(0, len(kinds) - 1))]
 
 
 def _laid_out(experts: ExpertWeights, layout: str) -> dict[str, str]:
@@ -246,9 +288,21 @@ def build_placed(plan: Plan) -> Inputs:
         "none": lambda: torch.zeros(experts, dtype=torch.int64),
         "ties": lambda: content.integers(1, 3, experts) * 60,
     }
-    load = kinds[plan["load"]]()
+    load = kinds[plan["load"]]().double()
+    if plan["load"] in ("even", "skewed") and plan["dtype"] in ("float32", "float64"):
+        load = load + content.uniform(0, 1, experts)
+    # Powers of two: what ties goes on to tie, and nothing is rounded.
+    load = load * {"tokens": 1.0, "fractions": 2.0**-20, "billions": 2.0**26}[plan["scale"]]
     return {
         "load": load.to(torch_dtype(plan["dtype"])),
         "num_physical": plan["num_physical"],
         "num_ranks": plan["num_ranks"],
+        "layouts": {"load": plan["layout"]},
     }
+
+
+def _scales(dtype: str) -> tuple[str, ...]:
+    """Sizes that the dtype has numbers for."""
+    if dtype == "int32":
+        return SCALES[:1]
+    return ("tokens", "billions") if dtype == "int64" else ("tokens", "fractions")

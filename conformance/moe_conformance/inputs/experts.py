@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -9,6 +10,7 @@ import torch
 from hypothesis import strategies as st
 from moe_reference.config import Activation, ExpertsConfig, ExpertWeights
 
+from moe_conformance.codec import walk
 from moe_conformance.inputs.given import (
     ID_DTYPES,
     Content,
@@ -21,12 +23,13 @@ from moe_conformance.inputs.given import (
     sizes,
     torch_dtype,
 )
+from moe_conformance.target import Capabilities
 
 UNIVERSE: dict[str, tuple[Any, ...]] = {
     "activation": get_args(Activation),
     "gated": (True, False),
-    "alpha": (1.702, 1.0),
-    "limit": (7.0, 3.0),
+    "alpha": (1.702, 1.0, 0.5),
+    "limit": (7.0, 3.0, 0.625),
     "weight_on": ("output", "input"),
     "bias": (False, True),
     "expert_map": (False, True),
@@ -37,6 +40,25 @@ UNIVERSE: dict[str, tuple[Any, ...]] = {
 LOADS = ("uniform", "skewed", "one expert", "half empty", "duplicates")
 CLAMPED = ("swigluoai", "swiglu_limit")
 
+WEIGHTS = ("positive", "signed", "any")
+"""Routing weights: as a softmax gives them; of both signs; zero, negative and above one as well."""
+
+BIASES = ("both", "both", "gate_up", "down")
+"""Which of the two biases there are, where there are biases."""
+
+SHAPES = ("usual", "usual", "usual", "usual", "many experts", "many pairs", "square")
+"""What is large, or equal: more experts than a warp or a byte of flags, more pairs than are held in
+registers, matrices whose shape does not tell how they are laid out."""
+
+MANY_EXPERTS = (16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129)
+MANY_PAIRS = (6, 7, 8, 9, 10, 15, 16, 17)
+
+STORED = frozenset(
+    ("product", "pre_activation", "gate_activation", "activation_steps", "activation",
+     "expert_output", "weighted_output", "combine")
+)  # fmt: skip
+"""Rounding points at which a float16 may overflow where the output does not."""
+
 
 def expert_inputs(
     *,
@@ -44,6 +66,7 @@ def expert_inputs(
     least_k: int = 1,
     loads: tuple[str, ...] = LOADS,
     content: str = "normal",
+    mixed: bool = False,
     **fixed: tuple[Any, ...],
 ) -> Given:
     """Inputs of `experts` inside the declaration.
@@ -54,12 +77,13 @@ def expert_inputs(
         loads: how tokens spread over experts.
         content: `normal`, or `exact`: small integers whose products and sums are exact in every
             order and every dtype, so that any legal answer is equal to the last bit.
+        mixed: the experts' weights have a dtype of their own.
         **fixed: the values that a field may take here, inside the declared ones.
     """
 
     def plans(scope: Scope) -> Plans | None:
         made = [
-            _plans(scope, choice, least_tokens, least_k, loads, content, fixed)
+            _plans(scope, choice, least_tokens, least_k, loads, content, mixed, fixed)
             for choice in scope.capabilities.alternatives("experts")
         ]
         possible = [each for each in made if each is not None]
@@ -75,6 +99,7 @@ def _plans(
     least_k: int,
     loads: tuple[str, ...],
     content: str,
+    mixed: bool,
     fixed: Mapping[str, tuple[Any, ...]],
 ) -> Plans | None:
     choices = {}
@@ -87,14 +112,21 @@ def _plans(
         choices[name] = values
     capabilities = scope.capabilities
     exact = content == "exact"
-    if not scope.dtypes:
+    if not scope.dtypes or (mixed and True not in declared.get("mixed_dtypes", (True,))):
         return None
     small = scope.interpreted
     hidden = multiples(48 if small else 80, capabilities.hidden_multiple)
     inner = multiples(32 if small else 48, capabilities.intermediate_multiple)
     most_experts = min(6 if small else 12, capabilities.max_experts or 12)
-    if least_k > min(most_experts, capabilities.max_top_k or most_experts):
+    most_pairs = min(capabilities.max_top_k or MANY_PAIRS[-1], 3 if exact else MANY_PAIRS[-1])
+    if least_k > min(most_experts, most_pairs):
         return None
+    limit = min(33 if small else MANY_EXPERTS[-1], capabilities.max_experts or MANY_EXPERTS[-1])
+    many_experts = [n for n in MANY_EXPERTS if n <= limit]
+    many_pairs = [n for n in MANY_PAIRS if least_k <= n <= min(most_pairs, limit)]
+    shapes = [s for s in SHAPES if s not in ("many experts", "many pairs")]
+    shapes += ["many experts"] if many_experts else []
+    shapes += ["many pairs"] if many_pairs else []
 
     @st.composite
     def plan(draw: st.DrawFn) -> Plan:
@@ -106,29 +138,72 @@ def _plans(
             config["gated"] = True
         else:
             config["alpha"], config["limit"] = choices["alpha"][0], choices["limit"][0]
+        shape = draw(st.sampled_from(shapes))
         local = draw(st.integers(least_k, most_experts))
+        top_k = None
+        if shape == "many experts":
+            local = draw(st.sampled_from(many_experts))
+        elif shape == "many pairs":
+            top_k = draw(st.sampled_from(many_pairs))
+            local = min(limit, top_k + draw(st.integers(0, 2)))
         experts = local + (draw(st.integers(0, 4)) if extras["expert_map"] else 0)
-        most_k = min(experts, 3 if exact else 5, capabilities.max_top_k or 5)
-        top_k = draw(st.integers(least_k, most_k))
+        if top_k is None:
+            top_k = draw(st.integers(least_k, min(experts, most_pairs, 5)))
+        dtype = draw(st.sampled_from(scope.dtypes))
+        spread = draw(st.sampled_from(_spreads(capabilities, dtype)))
         return {
             "tokens": draw(sizes(20 if small else 70, 16, 64, least=least_tokens)),
-            "hidden": draw(hidden),
-            "intermediate": draw(inner),
+            **_widths(draw, shape, hidden, inner, config["gated"], capabilities),
             "experts": experts,
             "local": local,
             "top_k": top_k,
             "config": config,
             **extras,
+            "biases": draw(st.sampled_from(BIASES)) if extras["bias"] else None,
             "load": draw(st.sampled_from(loads)),
             "content": content,
-            "spread": draw(st.sampled_from(("even", "positive", "outliers", "large"))),
-            "dtype": draw(st.sampled_from(scope.dtypes)),
+            "spread": spread,
+            "weights": draw(st.sampled_from(WEIGHTS[: 2 if spread == "huge" else 3])),
+            "dtype": dtype,
+            "experts_dtype": draw(st.sampled_from(scope.dtypes)) if mixed else dtype,
+            "weights_dtype": draw(st.one_of(st.none(), st.none(), st.sampled_from(scope.dtypes))),
             "ids": draw(st.sampled_from(capabilities.id_dtypes)),
+            "map": draw(st.sampled_from(capabilities.id_dtypes)) if extras["expert_map"] else None,
             "layout": draw(st.sampled_from(layouts(scope))),
             "seed": draw(seeds()),
         }
 
     return plan()
+
+
+def _widths(
+    draw: st.DrawFn,
+    shape: str,
+    hidden: st.SearchStrategy[int],
+    inner: st.SearchStrategy[int],
+    gated: bool,
+    capabilities: Capabilities,
+) -> Plan:
+    """H and I: small ones beside many experts; equal, or gate_up square, where the shape is."""
+    of_h, of_i = capabilities.hidden_multiple, capabilities.intermediate_multiple
+    if shape == "many experts":
+        return {
+            "hidden": of_h * draw(st.integers(1, max(1, 8 // of_h))),
+            "intermediate": of_i * draw(st.integers(1, max(1, 8 // of_i))),
+        }
+    if shape == "square":
+        both = math.lcm(of_h, of_i)
+        size = both * draw(st.integers(1, max(1, 24 // both)))
+        rows = 2 if gated and draw(st.booleans()) else 1
+        return {"hidden": rows * size, "intermediate": size}
+    return {"hidden": draw(hidden), "intermediate": draw(inner)}
+
+
+def _spreads(capabilities: Capabilities, dtype: str) -> tuple[str, ...]:
+    """Shapes of x and of the weights; `huge` ones overflow what is stored in float16 on the way."""
+    usual = ("even", "positive", "outliers", "large")
+    narrow = capabilities.accumulator == "float16" or STORED & set(capabilities.rounding_points)
+    return usual if dtype == "float16" and narrow else (*usual, "huge")
 
 
 def layouts(scope: Scope) -> tuple[str, ...]:
@@ -153,28 +228,53 @@ def build_experts(plan: Plan) -> Inputs:
     tokens, top_k = plan["tokens"], plan["top_k"]
     ids = draw_ids(content, tokens, plan["experts"], top_k, plan["load"])
     if plan["invalid_ids"]:
-        bad = torch.tensor([-1, plan["experts"], -plan["experts"], 2**30])
+        bad = torch.tensor(_bad_ids(plan))
         where = content.uniform(0, 1, tokens, top_k) < 0.3
-        ids = ids.where(~where, bad[content.integers(0, 3, tokens, top_k)])
+        ids = ids.where(~where, bad[content.integers(0, len(bad) - 1, tokens, top_k)])
     expert_map = None
     if plan["expert_map"]:
         rows = torch.full((plan["experts"],), -1)
         kept = content.permutation(plan["experts"])[: plan["local"]]
         rows[kept] = content.permutation(plan["local"])
-        expert_map = rows.to(torch.int32)
+        expert_map = rows.to(ID_DTYPES[plan["map"]])
     fill = _exact if plan["content"] == "exact" else _normal
     x, experts, weights = fill(content, plan, config)
-    if plan["dtype"] != "float64":
-        weights = weights.float()
-    return {
+    inputs = {
         "x": x.to(dtype),
-        "experts": ExpertWeights(*(None if t is None else t.to(dtype) for t in experts)),  # type: ignore[arg-type]
-        "weights": weights,
+        "experts": ExpertWeights(
+            *(None if t is None else beside(t, dtype, plan["experts_dtype"]) for t in experts)  # type: ignore[arg-type]
+        ),
+        "weights": _routing_weights(weights, plan),
         "expert_ids": ids.to(ID_DTYPES[plan["ids"]]),
         "config": config,
         "expert_map": expert_map,
-        "layouts": {"x": plan["layout"]},
     }
+    layouts_ = dict.fromkeys((path for path, _ in walk(inputs)), plan["layout"])
+    return {**inputs, "layouts": layouts_}
+
+
+def _bad_ids(plan: Plan) -> list[int]:
+    """Ids that are not here: next to the right ones, and right ones where bits are cut off."""
+    experts = plan["experts"]
+    near = [-1, -2, -experts, experts, experts + 1, 256, 2**16, 2**30, 2**31 - 1, -(2**31)]
+    far = [2**31, 2**32, 2**32 + experts - 1, -(2**32)] if plan["ids"] == "int64" else []
+    return [each for each in near if not 0 <= each < experts] + far
+
+
+def beside(tensor: torch.Tensor, dtype: torch.dtype, own: str) -> torch.Tensor:
+    """In a dtype of its own, with values that both dtypes have.
+
+    Whether wider weights are rounded to the dtype of x before the products is left open.
+    """
+    other = torch_dtype(own)
+    return tensor.to(dtype).to(other).to(dtype).to(other)
+
+
+def _routing_weights(weights: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """In their own dtype; beside a narrower x float64 ones are such that float32 has them."""
+    wide = torch.float64 if plan["dtype"] == "float64" else torch.float32
+    own = wide if plan["weights_dtype"] is None else torch_dtype(plan["weights_dtype"])
+    return weights.to(wide).to(own)
 
 
 def draw_ids(content: Content, tokens: int, experts: int, top_k: int, load: str) -> torch.Tensor:
@@ -210,15 +310,35 @@ def _normal(
         x = x.abs()
     elif plan["spread"] == "outliers":
         x[:, content.integers(0, hidden - 1, 2)] *= 3 if half else 20
-    # Pre-activations of a few units: beyond the clamps of swigluoai in `large` ones.
+    # Pre-activations of a few units: beyond the clamps of swigluoai in `large` ones. In `huge` ones
+    # their exponential overflows float32 and their product float16, and the output is small again.
     reach = 4.0 if plan["spread"] == "large" and not half else 1.0
+    shrink = 1.0
+    if plan["spread"] == "huge":
+        power = 0 if config.activation in CLAMPED else config.gated + 1
+        power += config.activation == "relu2"
+        reach = 60.0 if power == 3 else 300.0
+        shrink = reach**-power
     gate_up = content.normal(local, width, hidden, std=reach / hidden**0.5)
-    down = content.normal(local, hidden, inner, std=1 / inner**0.5)
-    biases: Tensors = (None, None)
-    if plan["bias"]:
-        biases = (content.normal(local, width), content.normal(local, hidden))
-    weights = content.uniform(0.05, 1.0, tokens, plan["top_k"])
-    return x, (gate_up, down, *biases), weights
+    down = content.normal(local, hidden, inner, std=shrink / inner**0.5)
+    gate_up_bias = content.normal(local, width, std=min(reach, 4.0))
+    down_bias = content.normal(local, hidden)
+    has = plan["biases"]
+    biases: Tensors = (
+        gate_up_bias if has in ("both", "gate_up") else None,
+        down_bias if has in ("both", "down") else None,
+    )
+    return x, (gate_up, down, *biases), _weights(content, plan)
+
+
+def _weights(content: Content, plan: Plan) -> torch.Tensor:
+    shape = plan["tokens"], plan["top_k"]
+    if plan["weights"] == "positive":
+        return content.uniform(0.05, 1.0, *shape)
+    if plan["weights"] == "signed":
+        return content.uniform(-1.0, 1.0, *shape)
+    weights = content.normal(*shape, std=1.5)
+    return weights.masked_fill(content.uniform(0, 1, *shape) < 0.2, 0.0)
 
 
 def _exact(
@@ -226,17 +346,18 @@ def _exact(
 ) -> tuple[torch.Tensor, Tensors, torch.Tensor]:
     """Integers for which every order of summation is exact, also in bfloat16.
 
-    x has at most two ones a row, so a gate is a sum of two of {0, 32, 64}: 0 or at least 32, where
-    silu, gelu and relu are the identity after rounding. Then gate · up is a multiple of 32 of at
-    most 8 · 32, each output a sum of at most two of them, and with weights 1, 1/2 or 1/4 and K <= 3
-    every partial sum is a multiple of 8 of at most 192 · 8: eight significant bits.
+    x has at most two ones a row, so a gate is a sum of two of {0, 64, 128}: 0 or at least 64, where
+    silu, gelu and relu are the identity after rounding, to float64 as well (exp(-64) is 1.6e-28).
+    Then gate · up is a multiple of 64 of at most 8 · 64, each output a sum of at most two of them,
+    and with weights 1, 1/2 or 1/4 and K <= 3 every partial sum is a multiple of 16 of at most
+    192 · 16: eight significant bits.
     """
     tokens, hidden, inner, local = (
         plan[name] for name in ("tokens", "hidden", "intermediate", "local")
     )
     x = torch.zeros(tokens, hidden, dtype=torch.float64)
     x.scatter_(1, content.integers(0, hidden - 1, tokens, 2), 1.0)
-    gate = 32 * content.integers(0, 2, local, inner, hidden).double()
+    gate = 64 * content.integers(0, 2, local, inner, hidden).double()
     up = content.integers(-1, 1, local, inner, hidden).double()
     gate_up = torch.cat([gate, up], 1) if config.gated else gate
     down = torch.zeros(local, hidden, inner, dtype=torch.float64)
@@ -244,3 +365,43 @@ def _exact(
     down.scatter_(2, content.integers(0, inner - 1, local, hidden, 2), signs)
     weights = 2 ** content.integers(-2, 0, tokens, plan["top_k"]).double()
     return x, (gate_up, down, None, None), weights
+
+
+def expert_batches(**fixed: Any) -> Given:
+    """Inputs of `experts_batched`: rows [E, C, H] and counts in the place of ids.
+
+    Args:
+        **fixed: as for `expert_inputs`.
+    """
+    given = expert_inputs(
+        expert_map=(False,), invalid_ids=(False,), loads=("uniform", "skewed"), **fixed
+    )
+
+    def build(plan: Plan) -> Inputs:
+        inputs = given.build(plan)
+        content = Content(plan["seed"])
+        local = plan["local"]
+        capacity = min(plan["tokens"], 9) if local > 16 else plan["tokens"]
+        counts = _counts(content, local, capacity, plan["load"])
+        x = content.normal(local, capacity, plan["hidden"]).to(inputs["x"].dtype)
+        return {
+            "x": x,
+            "tokens_per_expert": counts.to(ID_DTYPES[plan["ids"]]),
+            "experts": inputs["experts"],
+            "config": inputs["config"],
+            "layouts": {**inputs["layouts"], "tokens_per_expert": plan["layout"]},
+        }
+
+    return Given(given.plans, build)
+
+
+def _counts(content: Content, experts: int, capacity: int, load: str) -> torch.Tensor:
+    """Rows in use: anything, or (skewed) all, none, one, full tiles and one off."""
+    counts = content.integers(0, capacity, experts)
+    if load == "skewed":
+        edges = [n for n in (0, 1, 7, 8, 9, 15, 16, 17, 32, 33, 64, 65) if n < capacity]
+        edges += [capacity] * (1 + len(edges) // 2)
+        counts = torch.tensor(edges)[content.integers(0, len(edges) - 1, experts)]
+    if content.uniform(0, 1, 1).item() < 0.2:
+        counts = torch.full_like(counts, 0 if content.uniform(0, 1, 1).item() < 0.5 else capacity)
+    return counts

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from moe_reference.config import (
+    BalanceConfig,
     ExpertsConfig,
     ExpertWeights,
     LayerConfig,
@@ -15,9 +16,11 @@ from moe_reference.config import (
     RoutingConfig,
 )
 
+from moe_conformance.codec import walk
 from moe_conformance.inputs import experts as expert_inputs
 from moe_conformance.inputs import routing as routing_inputs
 from moe_conformance.inputs.given import (
+    ID_DTYPES,
     Content,
     Given,
     Inputs,
@@ -32,19 +35,36 @@ from moe_conformance.inputs.given import (
 UNIVERSE: dict[str, tuple[Any, ...]] = {
     "shared": (False, True),
     "shared_gate": (False, True),
-    "shared_scale": (1.0, 0.5),
+    "shared_scale": (1.0, 0.5, 2.5),
     "router_bias": (False, True),
-    "router_dtype": ("float32",),
+    "router_dtype": ("float32", None, "bfloat16", "float64"),
     "training": (False, True),
+    "padding_mask": (False, True),
+    "balance": (None, "switch", "deepseek_expert", "deepseek_sequence", "deepseek_device"),
 }
-"""Every value that the suite draws for `LayerConfig` and for what goes with it."""
+"""Every value that the suite draws for `LayerConfig` and for what goes with it. The loss of gshard
+is not among them: it counts first choices, and the order of a token's ids is free."""
+
+LENGTHS = (16, 17, 31, 32, 33, 64, 65)
+"""Lengths of the few long sequences."""
+
+MANY_EXPERTS = (16, 17, 32, 33, 64, 65)
+TOP_K = (1, 2, 3, 4, 6, 8, 9)
 
 
-def layer_inputs(*, least_tokens: int = 1, **fixed: tuple[Any, ...]) -> Given:
+def layer_inputs(
+    *,
+    least_tokens: int = 1,
+    hashed: bool | None = None,
+    mixed: bool = False,
+    **fixed: tuple[Any, ...],
+) -> Given:
     """Inputs of `layer` inside the declaration.
 
     Args:
         least_tokens: smallest number of tokens per sequence.
+        hashed: experts come from a table, by token; never; or (None) sometimes.
+        mixed: experts and router have dtypes of their own.
         **fixed: the values that a field of `UNIVERSE` may take here, inside the declared ones.
     """
 
@@ -52,10 +72,10 @@ def layer_inputs(*, least_tokens: int = 1, **fixed: tuple[Any, ...]) -> Given:
         routings = [
             each
             for choice in scope.capabilities.alternatives("routing")
-            if (each := _routing(scope, choice, fixed)) is not None
+            if (each := _routing(scope, choice, hashed, fixed)) is not None
         ]
         made = [
-            _plans(scope, layer, experts, routings, least_tokens, fixed)
+            _plans(scope, layer, experts, routings, least_tokens, mixed, fixed)
             for layer in scope.capabilities.alternatives("layer")
             for experts in scope.capabilities.alternatives("experts")
         ]
@@ -66,7 +86,10 @@ def layer_inputs(*, least_tokens: int = 1, **fixed: tuple[Any, ...]) -> Given:
 
 
 def _routing(
-    scope: Scope, declared: Mapping[str, tuple[Any, ...]], fixed: Mapping[str, tuple[Any, ...]]
+    scope: Scope,
+    declared: Mapping[str, tuple[Any, ...]],
+    hashed: bool | None,
+    fixed: Mapping[str, tuple[Any, ...]],
 ) -> dict[str, tuple[Any, ...]] | None:
     chosen = {}
     for name, universe in routing_inputs.UNIVERSE.items():
@@ -79,8 +102,16 @@ def _routing(
     capabilities = scope.capabilities
     most = capabilities.max_experts or 32
     most_k = min(capabilities.max_top_k or most, most)
-    chosen["top_k"] = tuple(k for k in declared.get("top_k", range(1, 5)) if k <= most_k)
-    if False not in chosen["hash_table"] or not chosen["top_k"]:
+    chosen["top_k"] = tuple(k for k in declared.get("top_k", TOP_K) if k <= most_k)
+    wanted = (False, False, False, True) if hashed is None else (hashed,)
+    chosen["hash_table"] = tuple(v for v in wanted if v in chosen["hash_table"])
+    if not chosen["hash_table"] or not chosen["top_k"]:
+        return None
+    if hashed and (
+        1 not in chosen["num_groups"]
+        or "score_then_topk" not in chosen["order"]
+        or False not in chosen["selection_bias"]
+    ):
         return None
     least = max(min(8, capabilities.min_experts), min(chosen["top_k"]))
     chosen["num_groups"] = tuple(
@@ -97,6 +128,7 @@ def _plans(
     experts: Mapping[str, tuple[Any, ...]],
     routings: list[dict[str, tuple[Any, ...]]],
     least_tokens: int,
+    mixed: bool,
     fixed: Mapping[str, tuple[Any, ...]],
 ) -> Plans | None:
     choices: dict[str, tuple[Any, ...]] = {}
@@ -108,7 +140,14 @@ def _plans(
             if not values:
                 return None
             choices[name] = values
-    if not scope.dtypes:
+    choices["router_dtype"] = tuple(
+        name
+        for name in choices["router_dtype"]
+        if name in (None, "float32", *scope.capabilities.dtypes)
+    )
+    if not scope.dtypes or not choices["router_dtype"]:
+        return None
+    if mixed and True not in experts.get("mixed_dtypes", (True,)):
         return None
     capabilities = scope.capabilities
     small = scope.interpreted
@@ -123,12 +162,23 @@ def _plans(
         allowed = dict(draw(st.sampled_from(routings)))
         allowed_k = allowed.pop("top_k")
         routing = {name: draw(st.sampled_from(values)) for name, values in allowed.items()}
-        bias = routing.pop("selection_bias")
-        routing.pop("hash_table")
+        bias, table = routing.pop("selection_bias"), routing.pop("hash_table")
+        if table:
+            possible = routing_inputs.UNIVERSE["order"][0] in allowed["order"]
+            table = possible and 1 in allowed["num_groups"] and False in allowed["selection_bias"]
+        if table:
+            routing |= {"num_groups": 1, "order": "score_then_topk"}
+            bias = False
+        if 1 in allowed["num_groups"] and draw(st.booleans()):
+            routing["num_groups"] = 1
         groups = routing["num_groups"]
         least = routing_inputs.smallest_group(groups, max(fewest, min(allowed_k)))
         most = (capabilities.max_experts or 32) // groups
-        per_group = draw(st.integers(least, max(least, min(most, 4 if groups > 1 else 8))))
+        per_group = draw(st.integers(least, max(least, min(most, 4 if groups > 1 else 12))))
+        many = [n for n in MANY_EXPERTS if least <= n <= (capabilities.max_experts or n)]
+        crowded = groups == 1 and bool(many) and not small and draw(st.integers(0, 3)) == 3
+        if crowded:
+            per_group = draw(st.sampled_from(many))
         experts_ = groups * per_group
         routing["topk_groups"] = draw(st.integers(-(-min(allowed_k) // per_group), groups))
         reachable = per_group * routing["topk_groups"]
@@ -137,36 +187,70 @@ def _plans(
             routing["topk_groups"] = min(routing["topk_groups"], routing["top_k"])
             if routing["top_k"] // routing["topk_groups"] > per_group:
                 routing["topk_groups"] = routing["top_k"]
-        activation = drawn["activation"] if drawn["gated"] else "silu"
+        activation = drawn["activation"]
         if activation in expert_inputs.CLAMPED and not drawn["gated"]:
-            activation = "silu"
+            activation = "silu" if "silu" in choices["activation"] else "gelu"
+        sequences, length = draw(st.integers(1, 4)), draw(sizes(12, 8, least=least_tokens))
+        if not small and draw(st.integers(0, 7)) == 7:
+            sequences, length = draw(st.integers(1, 2)), draw(st.sampled_from(LENGTHS))
+        dtype = draw(st.sampled_from(scope.dtypes))
+        widths = {"hidden": draw(hidden), "intermediate": draw(inner)}
+        if crowded:
+            widths = {
+                "hidden": capabilities.hidden_multiple * draw(st.integers(1, 6)),
+                "intermediate": capabilities.intermediate_multiple * draw(st.integers(1, 6)),
+            }
         return {
-            "sequences": draw(st.integers(1, 3)),
-            "length": draw(sizes(12, 8, least=least_tokens)),
-            "hidden": draw(hidden),
-            "intermediate": draw(inner),
+            "sequences": sequences,
+            "length": length,
+            **widths,
             "experts": experts_,
             "routing": routing,
+            "vocabulary": draw(st.integers(1, 50)) if table else None,
+            "ids": draw(st.sampled_from(capabilities.id_dtypes)) if table else None,
             "selection_bias": bias,
             "activation": activation,
             "gated": drawn["gated"],
             "alpha": drawn["alpha"],
             "limit": drawn["limit"],
             "weight_on": drawn["weight_on"],
-            "bias": drawn["bias"],
+            "biases": draw(st.sampled_from(expert_inputs.BIASES)) if drawn["bias"] else None,
             "shared": drawn["shared"],
+            "shared_biases": (
+                draw(st.sampled_from((*expert_inputs.BIASES, None))) if drawn["bias"] else None
+            ),
             "shared_width": draw(inner),
             "shared_gate": drawn["shared"] and drawn["shared_gate"],
             "shared_scale": drawn["shared_scale"] if drawn["shared"] else 1.0,
             "router_bias": drawn["router_bias"],
             "router_dtype": drawn["router_dtype"],
             "training": drawn["training"],
-            "dtype": draw(st.sampled_from(scope.dtypes)),
+            "padding_mask": drawn["padding_mask"],
+            "balance": _loss(draw, scope, drawn["balance"], experts_),
+            "dtype": dtype,
+            "experts_dtype": draw(st.sampled_from(scope.dtypes)) if mixed else dtype,
+            "router_stored": draw(st.sampled_from((dtype, "float32"))) if mixed else dtype,
             "layout": draw(st.sampled_from(expert_inputs.layouts(scope))),
             "seed": draw(seeds()),
         }
 
     return plan()
+
+
+def _loss(draw: st.DrawFn, scope: Scope, loss: str | None, experts: int) -> Plan | None:
+    """The fields of `BalanceConfig`, where that loss is declared."""
+    declared = scope.capabilities.alternatives("balance")
+    declared = [each for each in declared if loss in each.get("loss", (loss,))]
+    if loss is None or not declared:
+        return None
+    scores = draw(st.sampled_from(declared)).get("score", ("softmax", "sigmoid"))
+    devices = [n for n in (1, 2, 3, 4) if experts % n == 0]
+    return {
+        "loss": loss,
+        "coefficient": draw(st.sampled_from((1.0, 0.25))),
+        "score": draw(st.sampled_from(scores)),
+        "num_devices": draw(st.sampled_from(devices)) if loss == "deepseek_device" else None,
+    }
 
 
 def build_layer(plan: Plan) -> Inputs:
@@ -179,45 +263,59 @@ def build_layer(plan: Plan) -> Inputs:
     def made(*shape: int, std: float) -> torch.Tensor:
         return content.normal(*shape, std=std).to(dtype)
 
-    def expert_weights(count: int, inner_: int, width_: int) -> ExpertWeights:
+    def expert_weights(count: int, inner_: int, width_: int, biases: str | None) -> ExpertWeights:
+        of = plan["experts_dtype"]
+        drawn = [
+            content.normal(count, width_, hidden, std=hidden**-0.5),
+            content.normal(count, hidden, inner_, std=inner_**-0.5),
+            content.normal(count, width_) if biases in ("both", "gate_up") else None,
+            content.normal(count, hidden) if biases in ("both", "down") else None,
+        ]
         return ExpertWeights(
-            made(count, width_, hidden, std=hidden**-0.5),
-            made(count, hidden, inner_, std=inner_**-0.5),
-            made(count, width_, std=1.0) if plan["bias"] else None,
-            made(count, hidden, std=1.0) if plan["bias"] else None,
+            *(None if t is None else expert_inputs.beside(t, dtype, of) for t in drawn)  # type: ignore[arg-type]
         )
 
     shared = None
     if plan["shared"]:
         # One expert whose width is not that of the routed ones.
         wider = plan["shared_width"]
-        shared = expert_weights(1, wider, 2 * wider if plan["gated"] else wider)
+        rows = 2 * wider if plan["gated"] else wider
+        shared = expert_weights(1, wider, rows, plan["shared_biases"])
     wide = torch.float64 if dtype is torch.float64 else torch.float32
-    router_dtype = plan["router_dtype"]
+    router_dtype, loss = plan["router_dtype"], plan["balance"]
+    table, token_ids = None, None
+    shape = plan["sequences"], plan["length"]
+    if plan["vocabulary"] is not None:
+        of, top_k = ID_DTYPES[plan["ids"]], plan["routing"]["top_k"]
+        table = content.distinct(plan["vocabulary"], experts, top_k).to(of)
+        token_ids = content.integers(0, plan["vocabulary"] - 1, *shape).to(of)
     config = LayerConfig(
-        RoutingConfig(**plan["routing"]),
+        RoutingConfig(**plan["routing"], hash_table=table),
         ExpertsConfig(
             plan["activation"], plan["gated"], plan["alpha"], plan["limit"], plan["weight_on"]
         ),
+        balance=None if loss is None else BalanceConfig(**loss),
         shared_scale=plan["shared_scale"],
         router_dtype=None if router_dtype is None else torch_dtype(router_dtype),
     )
+    stored = torch_dtype(plan["router_stored"])
     parameters = LayerWeights(
-        router=made(experts, hidden, std=hidden**-0.5),
-        experts=expert_weights(experts, inner, width),
-        router_bias=made(experts, std=1.0) if plan["router_bias"] else None,
+        router=content.normal(experts, hidden, std=hidden**-0.5).to(stored),
+        experts=expert_weights(experts, inner, width, plan["biases"]),
+        router_bias=content.normal(experts).to(stored) if plan["router_bias"] else None,
         selection_bias=content.normal(experts, std=0.3).to(wide)
         if plan["selection_bias"]
         else None,
         shared=shared,
         shared_gate=made(1, hidden, std=hidden**-0.5) if plan["shared_gate"] else None,
     )
-    return {
-        "x": made(plan["sequences"], plan["length"], hidden, std=1.0),
+    inputs = {
+        "x": made(*shape, hidden, std=1.0),
         "parameters": parameters,
         "config": config,
-        "token_ids": None,
-        "padding_mask": None,
+        "token_ids": token_ids,
+        "padding_mask": content.uniform(0, 1, *shape) < 0.7 if plan["padding_mask"] else None,
         "training": plan["training"],
-        "layouts": {"x": plan["layout"]},
     }
+    layouts = dict.fromkeys((path for path, _ in walk(inputs)), plan["layout"])
+    return {**inputs, "layouts": layouts}

@@ -25,7 +25,7 @@ from moe_conformance.inputs.given import (
     sizes,
     torch_dtype,
 )
-from moe_conformance.inputs.routing import fill_logits
+from moe_conformance.inputs.routing import BLOCKS, FEW, fill_logits, past
 from moe_conformance.inputs.slots import spread
 
 UNIVERSE: dict[str, tuple[Any, ...]] = {
@@ -57,7 +57,7 @@ BATCH = ("switch", "deepseek_expert", "deepseek_device", "transformers_concatena
 SEQUENCE = ("gshard", "deepseek_sequence")
 """Losses that may be taken per sequence."""
 
-EXPERTS = (1, 2, 3, 4, 8, 16, 60, 64, 65, 128, 160, 255, 256, 257)
+EXPERTS = (1, 2, 3, 4, 8, 16, 31, 32, 33, 60, 64, 65, 128, 129, 160, 255, 256, 257)
 """Numbers of experts: those of published models, one off powers of two, and beyond one byte."""
 
 LOGITS = ("normal", "leaning", "collapsed", "wide", "shifted")
@@ -70,11 +70,18 @@ ROUTINGS = ("uniform", "skewed", "half empty", "one expert", "duplicates")
 PADDING = ("some", "tail", "sequences")
 """Where padding is: anywhere, at the end of each sequence, or in whole sequences."""
 
-LOADS = ("spread", "balanced", "idle", "one expert", "huge")
+LOADS = ("spread", "balanced", "idle", "one expert", "huge", "alike", "nothing")
 """Counts: any; many at exactly their mean; half of them 0; one expert has all; beyond 2^24 with
-differences of a few."""
+differences of a few; all the same; all 0."""
 
-RATES = (0.001, 0.01, 0.125)
+RATES = (0.001, 0.01, 0.125, 1e-6, 2)
+"""Sizes of a step, one of them an int."""
+
+FLOAT_COUNTS = ("float32", "float64", "bfloat16", "float16")
+"""Counts are floats where ranks have averaged them: then they need not be integers."""
+
+CROWDS = (200, 400, 3000, 9000, 70_000)
+"""Numbers of tokens that make counts too large for a byte, bfloat16, float16 and two bytes."""
 
 INVALID = (-1, -2, 2**31 - 1, -(2**31))
 """Ids that mean *not here*, beside those from E on."""
@@ -97,6 +104,7 @@ def balance(
     left_out: bool = False,
     simplest: bool = False,
     narrow: bool | None = None,
+    most_experts: int | None = None,
     **numbers: tuple[float, ...],
 ) -> Given:
     """Inputs of `balance_loss` inside the declaration.
@@ -118,6 +126,7 @@ def balance(
         left_out: at least one expert more than K.
         simplest: softmax only, where the target takes it.
         narrow: True for bfloat16 and float16 only, False for the others where there are any.
+        most_experts: largest number of experts, where the declaration goes as low.
         **numbers: values of `coefficient` and `epsilon`, inside the declared ones.
     """
     fixed: dict[str, tuple[Any, ...]] = {
@@ -128,6 +137,7 @@ def balance(
         **numbers,
     }
     least = {
+        "most_experts": most_experts or EXPERTS[-1],
         "sequences": least_sequences,
         # Padding needs a real token beside it.
         "length": max(least_tokens, 2 if padding and least_sequences == 1 else 1),
@@ -195,15 +205,16 @@ def _balance_plans(
     left_out: bool,
 ) -> Plans | None:
     capabilities = scope.capabilities
+    kinds = (*capabilities.id_dtypes, *capabilities.id_dtypes, *FLOAT_COUNTS)
     lengths = declared.get("sequence_length", (None, "any"))
     if least["top_k"] > (capabilities.max_top_k or least["top_k"]):
         return None
     routings = tuple(name for name in routings if name in declared.get("ids", (name,)))
     fewest = max(least["experts"], capabilities.min_experts)
-    most = min(capabilities.max_experts or EXPERTS[-1], 33 if scope.interpreted else EXPERTS[-1])
+    most = _most_experts(scope, max(least["most_experts"], fewest))
     devices = [
         d
-        for d in declared.get("num_devices", (1, 2, 4, 8))
+        for d in declared.get("num_devices", (1, 2, 4, 8, 3))
         if d is not None and least["devices"] <= d and most // d * d >= fewest
     ]
     losses = tuple(
@@ -241,14 +252,17 @@ def _balance_plans(
             "routing": draw(st.sampled_from(routings)),
             "ids": draw(st.sampled_from(capabilities.id_dtypes)),
             "padding": draw(st.sampled_from(PADDING)) if choices["padding_mask"][0] else None,
-            "counts": draw(st.sampled_from((*capabilities.id_dtypes, "float32")))
-            if choices["tokens_per_expert"][0]
-            else None,
+            "counts": draw(st.sampled_from(kinds)) if choices["tokens_per_expert"][0] else None,
             "layout": draw(st.sampled_from(layouts(scope))),
             "seed": draw(seeds()),
         }
 
     return plan()
+
+
+def _most_experts(scope: Scope, wanted: int) -> int:
+    most = min(scope.capabilities.max_experts or wanted, wanted)
+    return min(most, 33) if scope.interpreted else most
 
 
 def _experts(fewest: int, most: int, limit: int | None) -> st.SearchStrategy[int]:
@@ -301,10 +315,15 @@ def build_balance(plan: Plan) -> Inputs:
         # A share of each, from none to much more than this batch has.
         counts = content.integers(0, 8, experts) ** 4
         counts[int(content.integers(0, experts - 1, 1))] += 1
-        # Up to 2^30, still exact as int32 and as float32.
-        counts = counts * 2 ** (18 * int(content.integers(0, 1, 1)))
-        counts = counts.to(torch.float32 if plan["counts"] == "float32" else torch.int64)
-        counts = counts if plan["counts"] == "float32" else counts.to(ID_DTYPES[plan["counts"]])
+        # Up to 2^30, still exact as int32 and as float32, or down to halves and quarters.
+        much = int(content.integers(0, 1, 1))
+        if plan["counts"] in ID_DTYPES:
+            counts = (counts * 2 ** (18 * much)).to(ID_DTYPES[plan["counts"]])
+        else:
+            # 2^30 is beyond float16.
+            many = 0 if plan["counts"] == "float16" else 18
+            counts = counts * 2.0 ** (many if much else -2)
+            counts = counts.to(torch_dtype(plan["counts"]))
     config = BalanceConfig(
         loss=plan["loss"],
         coefficient=plan["coefficient"],
@@ -319,8 +338,73 @@ def build_balance(plan: Plan) -> Inputs:
         "config": config,
         "padding_mask": mask,
         "tokens_per_expert": counts,
-        "layouts": {"logits": plan["layout"], "expert_ids": plan["layout"]},
+        "layouts": dict.fromkeys(
+            ("logits", "expert_ids", "padding_mask", "tokens_per_expert"), plan["layout"]
+        ),
     }
+
+
+def either(*givens: Given) -> Given:
+    """The inputs of any of these, all of one operation."""
+
+    def plans(scope: Scope) -> Plans | None:
+        possible = [found for each in givens if (found := each.plans(scope)) is not None]
+        return st.one_of(possible) if possible else None
+
+    return Given(plans, givens[0].build)
+
+
+def at_boundaries(given: Given) -> Given:
+    """The same inputs, one of E, T and K one past a block, named by `axis`; the others small.
+
+    Args:
+        given: inputs of `balance_loss` or `z_loss` with at most 9 experts, of whole batches.
+    """
+
+    def plans(scope: Scope) -> Plans | None:
+        base = given.plans(scope)
+        if base is None:
+            return None
+        capabilities = scope.capabilities
+        least = capabilities.min_experts
+        largest = 65 if scope.interpreted else BLOCKS[-1] + 1
+        most = min(capabilities.max_experts or 513, largest)
+        experts = past(BLOCKS, max(least, 9), most)
+        top_k = past(FEW, 1, min(most, capabilities.max_top_k or 33))
+        tokens = past(BLOCKS, 1, largest)
+
+        @st.composite
+        def plan(draw: st.DrawFn) -> Plan:
+            drawn = dict(draw(base))
+            length = "length" if "length" in drawn else "tokens"
+            found = {"experts": experts, "top_k": top_k if "top_k" in drawn else []}
+            axis = draw(st.sampled_from(["tokens", *(name for name in found if found[name])]))
+            if axis == "tokens":
+                drawn[length] = draw(st.sampled_from(tokens))
+                return drawn | {"axis": axis}
+            drawn[length] = min(drawn[length], 9)
+            drawn[axis] = draw(st.sampled_from(found[axis]))
+            if axis == "top_k":
+                more = draw(st.integers(0, 3))
+                drawn["experts"] = min(most, max(drawn["top_k"] + more, least))
+            return drawn | {"axis": axis}
+
+        return plan()
+
+    return Given(plans, lambda plan: given.build(plan) | {"axis": plan["axis"]})
+
+
+def crowded(given: Given) -> Given:
+    """The same inputs of `balance_loss` with many tokens."""
+
+    def plans(scope: Scope) -> Plans | None:
+        base = given.plans(scope)
+        if base is None or scope.interpreted:
+            return None
+        numbers = st.sampled_from(CROWDS)
+        return st.builds(lambda plan, length: {**plan, "length": length}, base, numbers)
+
+    return Given(plans, given.build)
 
 
 def fill(content: Content, kind: str, tokens: int, experts: int) -> torch.Tensor:
@@ -373,7 +457,11 @@ def fill_ids(
 
 
 def router_logits(
-    *, padding: bool = False, contents: tuple[str, ...] = LOGITS, narrow: bool | None = None
+    *,
+    padding: bool = False,
+    contents: tuple[str, ...] = LOGITS,
+    narrow: bool | None = None,
+    most_experts: int | None = None,
 ) -> Given:
     """Inputs of `z_loss` inside the declaration.
 
@@ -381,6 +469,7 @@ def router_logits(
         padding: with a mask that has padding and at least one real token.
         contents: shapes of logits to draw from.
         narrow: True for bfloat16 and float16 only, False for the others where there are any.
+        most_experts: largest number of experts, where the declaration goes as low.
     """
 
     def plans(scope: Scope) -> Plans | None:
@@ -389,9 +478,7 @@ def router_logits(
         declared = capabilities.alternatives("balance")
         taken = any(padding in each.get("padding_mask", (False, True)) for each in declared)
         fewest = capabilities.min_experts
-        most = min(
-            capabilities.max_experts or EXPERTS[-1], 33 if scope.interpreted else EXPERTS[-1]
-        )
+        most = _most_experts(scope, max(most_experts or EXPERTS[-1], fewest))
         if not dtypes or not taken or most < fewest:
             return None
 
@@ -423,7 +510,7 @@ def build_router_logits(plan: Plan) -> Inputs:
     return {
         "logits": logits.to(torch_dtype(plan["dtype"])),
         "padding_mask": mask,
-        "layouts": {"logits": plan["layout"]},
+        "layouts": dict.fromkeys(("logits", "padding_mask"), plan["layout"]),
     }
 
 
@@ -432,6 +519,7 @@ def biases(
     loads: tuple[str, ...] = LOADS,
     centred: bool | None = None,
     least_experts: int = 1,
+    experts: tuple[int, ...] | None = None,
     rates: tuple[float, ...] = RATES,
     values: tuple[str, ...] = ("zero", "normal", "half"),
 ) -> Given:
@@ -441,6 +529,7 @@ def biases(
         loads: how tokens spread over experts.
         centred: with the step's mean taken away, without, or (None) either.
         least_experts: smallest number of experts.
+        experts: numbers of experts to draw from, or None for any.
         rates: sizes of a step.
         values: of the bias: all 0, normal, or all 0.5.
     """
@@ -454,33 +543,44 @@ def biases(
         }
         wanted = tuple(v for v in (False, True) if v in allowed and centred in (None, v))
         fewest = max(least_experts, capabilities.min_experts)
-        most = min(capabilities.max_experts or EXPERTS[-1], EXPERTS[-1])
-        if not wanted or not scope.dtypes or most < fewest:
+        most = capabilities.max_experts or (experts or EXPERTS)[-1]
+        listed = [n for n in experts or () if fewest <= n <= most]
+        if not wanted or not scope.dtypes or most < fewest or (experts and not listed):
             return None
+        most = min(most, EXPERTS[-1])
+        numbers = _experts(fewest, max(fewest, most), capabilities.max_experts)
+        numbers = st.sampled_from(listed) if listed else numbers
 
         @st.composite
         def plan(draw: st.DrawFn) -> Plan:
             load = draw(st.sampled_from(loads))
             dtype = draw(st.sampled_from(scope.dtypes))
-            counts = (*capabilities.id_dtypes, "float32")
+            kinds = capabilities.id_dtypes
+            # A float32 cannot hold what is beyond 2^24.
+            kinds = kinds if load == "huge" else (*kinds, *kinds, *FLOAT_COUNTS)
             return {
-                "experts": draw(_experts(fewest, most, capabilities.max_experts)),
+                "experts": draw(numbers),
                 # A selection bias is kept in float32 beside logits of any dtype.
                 "dtype": draw(
                     st.sampled_from(("float64" if dtype == "float64" else "float32", dtype))
                 ),
                 "bias": draw(st.sampled_from(values)),
                 "load": load,
-                # A float32 cannot hold what is beyond 2^24.
-                "counts": draw(st.sampled_from(counts[:-1] if load == "huge" else counts)),
+                "counts": draw(st.sampled_from(kinds)),
                 "rate": draw(st.sampled_from(rates)),
                 "centred": draw(st.sampled_from(wanted)),
+                "layout": draw(st.sampled_from(_flat_layouts(scope))),
                 "seed": draw(seeds()),
             }
 
         return plan()
 
     return Given(plans, build_biases)
+
+
+def _flat_layouts(scope: Scope) -> tuple[str, ...]:
+    """Strides of vectors."""
+    return ("contiguous", "strided", "offset") if scope.capabilities.strides else ("contiguous",)
 
 
 def build_biases(plan: Plan) -> Inputs:
@@ -495,12 +595,12 @@ def build_biases(plan: Plan) -> Inputs:
     counts = fill_counts(content, plan["load"], experts)
     return {
         "bias": bias.to(torch_dtype(plan["dtype"])),
-        "tokens_per_expert": counts.float()
-        if plan["counts"] == "float32"
-        else counts.to(ID_DTYPES[plan["counts"]]),
+        "tokens_per_expert": counts.to(ID_DTYPES[plan["counts"]])
+        if plan["counts"] in ID_DTYPES
+        else (counts / 4).to(torch_dtype(plan["counts"])),
         "rate": plan["rate"],
         "centred": plan["centred"],
-        "layouts": {},
+        "layouts": dict.fromkeys(("bias", "tokens_per_expert"), plan["layout"]),
     }
 
 
@@ -510,6 +610,9 @@ def fill_counts(content: Content, load: str, experts: int) -> torch.Tensor:
         counts = torch.zeros(experts, dtype=torch.int64)
         counts[int(content.integers(0, experts - 1, 1))] = content.integers(1, 100, 1)
         return counts
+    if load in ("alike", "nothing"):
+        count = 0 if load == "nothing" else int(content.integers(1, 1000, 1))
+        return torch.full((experts,), count)
     if load in ("balanced", "huge"):
         # As much above the mean as below it, and about a third at it. The mean is an integer.
         mean = content.integers(*((2**24 + 1, 2**29) if load == "huge" else (10, 1000)), 1)

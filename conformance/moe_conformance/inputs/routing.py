@@ -34,14 +34,26 @@ UNIVERSE: dict[str, tuple[Any, ...]] = {
     "scale_when": ("always", "not_renormalized"),
     "group_score": ("max", "top2_sum", "topk_share_sum"),
     "mask_fill": ("-inf", "zero"),
-    "num_groups": (1, 2, 4, 8),
+    "num_groups": (1, 2, 4, 8, 3, 6),
     "selection_bias": (False, True),
     "hash_table": (False, True),
 }
 """Every value that the suite draws for the fields of `RoutingConfig`, simplest first."""
 
+BIAS_DTYPES = ("wide", "wide", "bfloat16", "float64")
+"""Dtypes of the selection bias; `wide` is float32, float64 beside float64 logits."""
+
 EXPERTS = (1, 2, 3, 4, 7, 8, 16, 60, 64, 72, 128, 160, 255, 256, 257, 384, 512)
 """Numbers of experts: those of published models, one off powers of two, and beyond one byte."""
+
+BLOCKS = (16, 32, 64, 128, 256, 512, 1024)
+"""Sizes of tiles, warps and bytes: of experts to 512, and of tokens."""
+
+FEW = (2, 4, 8, 16, 32)
+"""Such numbers of experts per token."""
+
+VOCABULARIES = (257, 2049, 33000)
+"""Lengths of a hash table whose token ids are too large for bfloat16, float16 and int16."""
 
 CONTENTS = ("normal", "coarse", "wide", "shifted", "close", "negative")
 """Shapes of logits: normal; on a grid of 1/4, so that many tie; ten times as wide; with a large
@@ -116,12 +128,13 @@ def _plans(
     wanted["hash_table"] = (hashed,)
     wanted.setdefault("num_groups", UNIVERSE["num_groups"])
     if hashed:
-        wanted |= {"num_groups": (1,), "order": ("score_then_topk",), "selection_bias": (False,)}
+        wanted |= {"num_groups": (1,), "order": ("score_then_topk",)}
+        wanted["selection_bias"] = (bool(bias),)
     elif groups is not None:
         wanted["num_groups"] = tuple(n for n in wanted["num_groups"] if (n > 1) == groups)
     choices = {}
     for name, universe in UNIVERSE.items():
-        allowed = declared.get(name, universe)
+        allowed = declared.get(name, (*universe, *fixed.get(name, ())))
         values = tuple(value for value in wanted.get(name, universe) if value in allowed)
         # A value that only this target declares is as good as one of ours, but for its kind.
         values += tuple(v for v in allowed if v not in values and name not in wanted)
@@ -142,16 +155,26 @@ def _plans(
     )
     if not choices["num_groups"]:
         return None
+    numbers = st.sampled_from(choices["num_groups"])
+    if len(choices["num_groups"]) > 1 and 1 in choices["num_groups"]:
+        several = st.sampled_from([n for n in choices["num_groups"] if n > 1])
+        numbers = st.one_of(st.just(1), several, several)
 
     @st.composite
     def plan(draw: st.DrawFn) -> Plan:
-        config = {name: draw(st.sampled_from(values)) for name, values in choices.items()}
+        config = {
+            name: draw(numbers if name == "num_groups" else st.sampled_from(values))
+            for name, values in choices.items()
+        }
         has_bias, has_table = config.pop("selection_bias"), config.pop("hash_table")
         grouped = config["num_groups"] > 1
         if grouped:
-            fewest = smallest_group(config["num_groups"], least)
-            most_per_group = max(fewest, min(32, most // config["num_groups"]))
-            per_group = draw(st.integers(fewest, most_per_group))
+            # The best two of a group need two; any other score takes groups of one expert.
+            pair = 2 if config["group_score"] == "top2_sum" else 1
+            fewest = max(pair, -(-least // config["num_groups"]))
+            most_per_group = max(fewest, min(33, most // config["num_groups"]))
+            few = st.integers(fewest, min(most_per_group, fewest + 3))
+            per_group = draw(st.one_of(few, st.integers(fewest, most_per_group)))
             experts = per_group * config["num_groups"]
             fewest_groups = -(-fewest_k // per_group)
             config["topk_groups"] = draw(st.integers(fewest_groups, config["num_groups"]))
@@ -187,13 +210,86 @@ def _plans(
             "dtype": draw(st.sampled_from(scope.dtypes)),
             "logits": draw(st.sampled_from(contents)),
             "bias": draw(st.sampled_from(("normal", "large"))) if has_bias else None,
-            "vocabulary": draw(st.integers(1, 50)) if has_table else None,
+            "bias_dtype": draw(st.sampled_from(BIAS_DTYPES)) if has_bias else None,
+            "vocabulary": draw(_vocabularies()) if has_table else None,
+            "table": draw(st.sampled_from(("distinct", "distinct", "any"))) if has_table else None,
             "ids": draw(st.sampled_from(capabilities.id_dtypes)) if has_table else None,
             "layout": draw(st.sampled_from(_layouts(scope))),
             "seed": draw(seeds()),
         }
 
     return plan()
+
+
+def _vocabularies() -> st.SearchStrategy[int]:
+    few = st.integers(1, 50)
+    return st.one_of(few, few, few, st.sampled_from(VOCABULARIES))
+
+
+def either(*givens: Given) -> Given:
+    """The inputs of any of these, all of them built by `build_routing`."""
+
+    def plans(scope: Scope) -> Plans | None:
+        possible = [found for each in givens if (found := each.plans(scope)) is not None]
+        return st.one_of(possible) if possible else None
+
+    return Given(plans, build_routing)
+
+
+def past(blocks: tuple[int, ...], least: int, most: int) -> list[int]:
+    """Sizes one past a block, inside the limits with both of their lower neighbours; and `most`.
+
+    Args:
+        blocks: sizes of blocks.
+        least: the smallest size that is taken.
+        most: the largest.
+    """
+    found = {block + 1 for block in blocks if block + 1 <= most}
+    found |= {most} if most <= blocks[-1] else set()
+    return sorted(size for size in found if size - 2 >= least)
+
+
+def at_boundaries() -> Given:
+    """One of E, T and K is one past a block, named by `axis`; the other two are small."""
+
+    def plans(scope: Scope) -> Plans | None:
+        capabilities = scope.capabilities
+        least = capabilities.min_experts
+        small = routing(groups=False, contents=("normal",), largest=max(9, least))
+        base = small.plans(scope)
+        if base is None:
+            return None
+        largest = 65 if scope.interpreted else BLOCKS[-1] + 1
+        most = min(capabilities.max_experts or 513, largest)
+        most_k = min(most, capabilities.max_top_k or 33)
+        free = all("top_k" not in each for each in capabilities.alternatives("routing"))
+        sizes_of = {
+            "experts": past(BLOCKS, max(least, 9), most),
+            "tokens": past(BLOCKS, 1, largest),
+            "top_k": past(FEW, 1, most_k) if free else [],
+        }
+        axes = [
+            st.tuples(st.just(axis), st.sampled_from(found))
+            for axis, found in sizes_of.items()
+            if found
+        ]
+
+        @st.composite
+        def plan(draw: st.DrawFn) -> Plan:
+            drawn = dict(draw(base))
+            axis, size = draw(st.one_of(axes))
+            if axis == "top_k":
+                drawn["config"] = {**drawn["config"], "top_k": size}
+                drawn["experts"] = min(most, max(size, least) + draw(st.integers(0, 3)))
+            else:
+                drawn[axis] = size
+            if axis != "tokens":
+                drawn["tokens"] = min(drawn["tokens"], 9)
+            return drawn | {"axis": axis}
+
+        return plan()
+
+    return Given(plans, lambda plan: build_routing(plan) | {"axis": plan["axis"]})
 
 
 def _identity(scope: Scope) -> bool:
@@ -214,21 +310,29 @@ def build_routing(plan: Plan) -> Inputs:
     token_ids = None
     if plan["vocabulary"] is not None:
         ids = ID_DTYPES[plan["ids"]]
-        table = content.distinct(plan["vocabulary"], experts, config.top_k).to(ids)
+        if plan["table"] == "any" or plan["vocabulary"] in VOCABULARIES:
+            table = content.integers(0, experts - 1, plan["vocabulary"], config.top_k).to(ids)
+        else:
+            table = content.distinct(plan["vocabulary"], experts, config.top_k).to(ids)
         config = RoutingConfig(**plan["config"], hash_table=table)
         token_ids = content.integers(0, plan["vocabulary"] - 1, tokens).to(ids)
     bias = None
     if plan["bias"] is not None:
         bias = content.normal(experts, std=1.0 if plan["bias"] == "normal" else 4.0).float()
-        if plan["dtype"] == "float64":
+        if plan["dtype"] == "float64" or plan["bias_dtype"] == "float64":
+            # Beside narrower logits it is still one that float32 holds.
             bias = bias.double()
+        if plan["bias_dtype"] == "bfloat16":
+            bias = bias.bfloat16()
     logits = fill_logits(content, plan["logits"], tokens, experts).to(torch_dtype(plan["dtype"]))
     return {
         "logits": logits,
         "config": config,
         "bias": bias,
         "token_ids": token_ids,
-        "layouts": {"logits": plan["layout"]},
+        "layouts": dict.fromkeys(
+            ("logits", "bias", "token_ids", "config.hash_table"), plan["layout"]
+        ),
     }
 
 

@@ -24,30 +24,83 @@ from moe_conformance.inputs.given import (
     torch_dtype,
 )
 
-BLOCK_SIZES = (1, 2, 4, 7, 16, 48, 64, 128)
+BLOCK_SIZES = (1, 2, 4, 7, 8, 16, 32, 48, 64, 128, 256)
 """Block sizes where the target declares none: 1, tiles of kernels, two that are no power of two."""
 
 ANY_BLOCK = (1, 2**30)
 
-EXPERTS = (1, 2, 3, 5, 8, 31, 33, 60, 64, 72, 128, 160, 255, 256, 257, 384)
-"""Numbers of experts: those of published models, one off powers of two, and beyond one byte."""
+EXPERTS = (
+    1,
+    2,
+    3,
+    5,
+    8,
+    16,
+    31,
+    32,
+    33,
+    60,
+    64,
+    65,
+    72,
+    127,
+    128,
+    129,
+    160,
+    255,
+    256,
+    257,
+    384,
+    512,
+)
+"""Numbers of experts: those of published models, powers of two and one off, and beyond one byte."""
 
-LOADS = ("uniform", "skewed", "half empty", "one expert", "duplicates", "full blocks")
+TOP_KS = (1, 2, 8)
+"""Experts per token that models have and kernels are written for."""
+
+TILES = tuple(size + off for size in (32, 64, 128, 256, 512, 1024) for off in (-1, 0, 1))
+"""Numbers of slots around those that fill the tiles of a kernel."""
+
+LONG = (2**15, 2**15 + 9, 2**16, 2**16 + 9)
+"""Numbers of slots that sixteen bits just do not hold, with a sign and without."""
+
+WIDE = tuple(size + off for size in (64, 128, 256, 512) for off in (-1, 0, 1))
+"""Hidden sizes around those that fill the tiles of a kernel."""
+
+LOADS = ("uniform", "skewed", "half empty", "one expert", "duplicates", "full blocks", "one over")
 """How slots spread over experts. `one expert` gives all of them to the same, `duplicates` repeats
-experts within a row, `full blocks` gives experts whole blocks."""
+experts within a row, `full blocks` gives experts whole blocks, `one over` a slot more than that."""
 
 INVALID = ("some", "tokens", "all")
 """Which ids mean *not here*: some of them, all of some tokens, all."""
 
 _OFTEN = st.sampled_from(("some", "tokens") * 4 + ("all",))
 
-COUNTS = ("uniform", "half empty", "one expert", "full", "full blocks")
-"""How many rows each expert of a batched buffer has."""
+COUNTS = (
+    "uniform",
+    "half empty",
+    "one expert",
+    "full",
+    "full blocks",
+    "one over",
+    "all but one",
+)
+"""How many rows each expert of a batched buffer has: `one over` whole blocks and a row, `all but
+one` a row less than there is room for."""
 
-SPECIAL = (torch.nan, torch.inf, -torch.inf, -0.0, 1e5, 1e-30)
-"""Values that a copy leaves as they are."""
+SPECIAL = (torch.nan, torch.inf, -torch.inf, -0.0, 1e5, 1e-30, 6e-8, 1e-39)
+"""Values that a copy leaves as they are; the last two are subnormal in one dtype or another."""
+
+RANGES = ("spread", "close", "signed", "large")
+"""What weights are like that pairs are chosen by: from 0 to 1; so close together that the next
+narrower dtype cannot tell them apart; of either sign; up to 4."""
+
+CLOSE = {"float64": 2.0**-26, "float32": 2.0**-10, "float16": 2.0**-8, "bfloat16": 2.0**-4}
+"""How far apart close weights are at most: too little for float32, bfloat16, bfloat16; in bfloat16
+there are a few values only."""
 
 GIVEN_LAYOUTS = ("transposed", "strided", "offset")
+VECTOR_LAYOUTS = ("strided", "offset")
 
 
 def slots(
@@ -60,6 +113,7 @@ def slots(
     least_experts: int = 1,
     least_k: int = 1,
     moved: bool = False,
+    long: bool = False,
 ) -> Given:
     """Inputs of `align` inside the declaration.
 
@@ -71,11 +125,12 @@ def slots(
         blocks: the smallest and the largest block size to draw.
         least_experts: smallest number of experts, and of tokens; 2 where they are compared.
         least_k: smallest number of experts per token; 2 where a row's ids are compared.
-        moved: the ids have other strides than contiguous ones.
+        moved: ids and map have other strides than contiguous ones.
+        long: more slots than sixteen bits hold.
     """
 
     def plans(scope: Scope) -> Plans | None:
-        if moved and not scope.capabilities.strides:
+        if (moved and not scope.capabilities.strides) or (long and scope.interpreted):
             return None
         sized = _block_sizes(scope, *blocks)
         made = []
@@ -87,7 +142,9 @@ def slots(
             }
             if sized and all(choices.values()):
                 least = max(least_experts, least_k)
-                made.append(_align_plans(scope, choices, loads, sized, (least, least_k), moved))
+                made.append(
+                    _align_plans(scope, choices, loads, sized, (least, least_k), moved, long)
+                )
         possible = [each for each in made if each is not None]
         return st.one_of(possible) if possible else None
 
@@ -116,13 +173,14 @@ def _align_plans(
     block_sizes: tuple[int, ...],
     least: tuple[int, int],
     moved: bool,
+    long: bool,
 ) -> Plans | None:
     if not _enough_experts(scope, *least):
         return None
 
     @st.composite
     def plan(draw: st.DrawFn) -> Plan:
-        drawn = _draw_ids(draw, scope, loads, choices["invalid_ids"], *least)
+        drawn = _draw_ids(draw, scope, loads, choices["invalid_ids"], *least, long=long)
         experts, local = drawn["experts"], None
         if draw(st.sampled_from(choices["expert_map"])):
             some = st.integers(max(1, experts // 3), max(1, experts - 1))
@@ -131,6 +189,7 @@ def _align_plans(
             **drawn,
             "block_size": draw(st.sampled_from(block_sizes)),
             "local": local,
+            "map_ids": draw(st.sampled_from(scope.capabilities.id_dtypes)),
             "drop_invalid": draw(st.sampled_from(choices["drop_invalid"])),
             "layout": draw(st.sampled_from(GIVEN_LAYOUTS)) if moved else "contiguous",
             "seed": draw(seeds()),
@@ -153,6 +212,8 @@ def _draw_ids(
     invalid: tuple[bool, ...],
     least: int,
     least_k: int,
+    *,
+    long: bool = False,
 ) -> Plan:
     capabilities = scope.capabilities
     most = min(capabilities.max_experts or EXPERTS[-1], 33 if scope.interpreted else EXPERTS[-1])
@@ -160,17 +221,37 @@ def _draw_ids(
     few = st.integers(least, min(most, 9))
     # Around and beyond one byte often enough for a fault there to be found.
     many = [e for e in edges if e > 128] or edges
-    experts = draw(st.one_of(few, st.sampled_from(edges), st.sampled_from(many)))
-    top_k = draw(st.integers(least_k, min(experts, capabilities.max_top_k or 16, 16)))
-    largest = 33 if scope.interpreted else 130
+    experts = draw(few if long else st.one_of(few, st.sampled_from(edges), st.sampled_from(many)))
+    most_k = min(experts, capabilities.max_top_k or 16, 16)
+    tokens, top_k = _draw_shape(draw, scope, least, least_k, most_k, long)
     return {
-        "tokens": draw(sizes(largest, 16, 64, least=least)),
+        "tokens": tokens,
         "experts": experts,
         "top_k": top_k,
         "load": draw(st.sampled_from(loads)),
         "invalid": draw(_OFTEN) if draw(st.sampled_from(invalid)) else None,
         "ids": draw(st.sampled_from(capabilities.id_dtypes)),
     }
+
+
+def _draw_shape(
+    draw: st.DrawFn, scope: Scope, least: int, least_k: int, most_k: int, long: bool
+) -> tuple[int, int]:
+    """T and K: T small or around the ends of tiles, or both so that T·K is."""
+    usual = [k for k in TOP_KS if least_k <= k <= most_k]
+    any_k = st.integers(least_k, most_k)
+    some_k = st.one_of(any_k, st.sampled_from(usual)) if usual else any_k
+    if long:
+        top_k = draw(some_k)
+        return -(-draw(st.sampled_from(LONG)) // top_k), top_k
+    if draw(st.sampled_from((False, False, False, False, True))):
+        total = draw(st.sampled_from(TILES[: 6 if scope.interpreted else len(TILES)]))
+        divisors = [k for k in range(least_k, most_k + 1) if total % k == 0 and total // k >= least]
+        if divisors:
+            top_k = draw(st.sampled_from(divisors))
+            return total // top_k, top_k
+    largest = 33 if scope.interpreted else 130
+    return draw(sizes(largest, 16, 64, least=least)), draw(some_k)
 
 
 def build_slots(plan: Plan) -> Inputs:
@@ -181,14 +262,14 @@ def build_slots(plan: Plan) -> Inputs:
         expert_map = torch.full((plan["experts"],), -1)
         kept = content.permutation(plan["experts"])[: plan["local"]]
         expert_map[kept] = content.permutation(len(kept))
-        expert_map = expert_map.int()
+        expert_map = expert_map.to(ID_DTYPES[plan["map_ids"]])
     return {
         "expert_ids": fill_ids(content, plan, plan["block_size"]),
         "block_size": plan["block_size"],
         "num_experts": plan["experts"],
         "expert_map": expert_map,
         "drop_invalid": plan["drop_invalid"],
-        "layouts": {"expert_ids": plan["layout"]},
+        "layouts": {"expert_ids": plan["layout"], "expert_map": plan["layout"]},
     }
 
 
@@ -244,6 +325,12 @@ def spread(
         count = tokens * top_k
         flat = blocks.repeat(-(-count // len(blocks)))[:count]
         return flat[content.permutation(count)].reshape(tokens, top_k)
+    if load == "one over":
+        blocks = content.integers(1, 2, experts) * block_size + 1
+        flat = content.permutation(experts).repeat_interleave(blocks)
+        count = tokens * top_k
+        flat = torch.cat([flat, flat[-1:].expand(max(0, count - len(flat)))])[:count]
+        return flat[content.permutation(count)].reshape(tokens, top_k)
     if load == "half empty":
         some = content.permutation(experts)[: max(top_k, (experts + 1) // 2)]
         return some[content.distinct(tokens, len(some), top_k)]
@@ -259,6 +346,8 @@ def batched(
     loads: tuple[str, ...] = COUNTS,
     blocks: tuple[int, int] = ANY_BLOCK,
     least_tokens: int = 1,
+    moved: bool = False,
+    long: bool = False,
 ) -> Given:
     """Inputs of `align_batched` inside the declaration.
 
@@ -266,17 +355,26 @@ def batched(
         loads: how many rows the experts have.
         blocks: the smallest and the largest block size to draw.
         least_tokens: smallest capacity.
+        moved: the counts have other strides than contiguous ones.
+        long: more rows than sixteen bits hold.
     """
 
     def plans(scope: Scope) -> Plans | None:
+        if (moved and not scope.capabilities.strides) or (long and scope.interpreted):
+            return None
         sized = _block_sizes(scope, *blocks)
-        return _batched_plans(scope, sized, loads, least_tokens) if sized else None
+        return _batched_plans(scope, sized, loads, least_tokens, moved, long) if sized else None
 
     return Given(plans, build_batched)
 
 
 def _batched_plans(
-    scope: Scope, block_sizes: tuple[int, ...], loads: tuple[str, ...], least: int
+    scope: Scope,
+    block_sizes: tuple[int, ...],
+    loads: tuple[str, ...],
+    least: int,
+    moved: bool,
+    long: bool,
 ) -> Plans:
     most = min(scope.capabilities.max_experts or 257, 16 if scope.interpreted else 257)
     edges = [e for e in (*EXPERTS, most) if e <= most]
@@ -286,13 +384,19 @@ def _batched_plans(
         few = st.integers(1, min(most, 9))
         many = [e for e in edges if e > 128] or edges
         experts = draw(st.one_of(few, st.sampled_from(edges), st.sampled_from(many)))
-        largest = min(33 if scope.interpreted else 130, max(3, 2048 // experts))
+        largest = 33 if scope.interpreted else min(260, max(3, 2048 // experts))
+        capacity = (
+            -(-draw(st.sampled_from(LONG)) // experts)
+            if long
+            else draw(sizes(largest, 16, 64, 256, least=least))
+        )
         return {
             "experts": experts,
-            "max_tokens": draw(sizes(largest, 16, 64, least=least)),
+            "max_tokens": capacity,
             "block_size": draw(st.sampled_from(block_sizes)),
             "load": draw(st.sampled_from(loads)),
             "ids": draw(st.sampled_from(scope.capabilities.id_dtypes)),
+            "layout": draw(st.sampled_from(VECTOR_LAYOUTS)) if moved else "contiguous",
             "seed": draw(seeds()),
         }
 
@@ -311,13 +415,18 @@ def build_batched(plan: Plan) -> Inputs:
     elif plan["load"] == "one expert":
         alone = int(content.integers(0, experts - 1, 1))
         counts = torch.zeros(experts, dtype=torch.int64)
-        counts[alone] = content.integers(1, largest, 1)
+        counts[alone] = content.integers(min(1, largest), largest, 1)
     elif plan["load"] == "full blocks":
         counts = counts // block_size * block_size
+    elif plan["load"] == "one over":
+        counts = (counts // block_size * block_size + 1).clamp_max(largest)
+    elif plan["load"] == "all but one":
+        counts = torch.full((experts,), max(0, largest - 1))
     return {
         "tokens_per_expert": counts.to(ID_DTYPES[plan["ids"]]),
         "max_tokens": largest,
         "block_size": block_size,
+        "layouts": {"tokens_per_expert": plan["layout"]},
     }
 
 
@@ -329,6 +438,7 @@ def rows(
     least_k: int = 1,
     content: str = "normal",
     moved: bool = False,
+    long: bool = False,
 ) -> Given:
     """Inputs of `dispatch`, and weights for `combine`, inside the declaration.
 
@@ -340,21 +450,22 @@ def rows(
         content: `normal`; `special` (NaN, infinities, large and tiny values among them, where they
             are taken); `exact` (small integers and weights that are powers of two).
         moved: x and the ids have other strides than contiguous ones.
+        long: more slots than sixteen bits hold, and few columns.
     """
 
     def plans(scope: Scope) -> Plans | None:
         wanted = _not_here_choices(scope, invalid)
         if not scope.dtypes or not wanted or (moved and not scope.capabilities.strides):
             return None
-        if not _enough_experts(scope, least_experts, least_k):
+        if not _enough_experts(scope, least_experts, least_k) or (long and scope.interpreted):
             return None
+        least = max(least_experts, least_k)
 
         @st.composite
         def plan(draw: st.DrawFn) -> Plan:
-            return {
-                **_draw_ids(draw, scope, loads, wanted, max(least_experts, least_k), least_k),
-                **_draw_rows(draw, scope, content, moved),
-            }
+            drawn = _draw_ids(draw, scope, loads, wanted, least, least_k, long=long)
+            slots = drawn["tokens"] * drawn["top_k"]
+            return {**drawn, **_draw_rows(draw, scope, content, moved, slots)}
 
         return plan()
 
@@ -370,14 +481,19 @@ def _not_here_choices(scope: Scope, wanted: bool | None) -> tuple[bool, ...]:
     return tuple(v for v in (False, True) if (taken or not v) and wanted in (None, v))
 
 
-def _draw_rows(draw: st.DrawFn, scope: Scope, content: str, moved: bool) -> Plan:
+def _draw_rows(draw: st.DrawFn, scope: Scope, content: str, moved: bool, slots: int) -> Plan:
     multiple = scope.capabilities.hidden_multiple
     dtype = draw(st.sampled_from(scope.dtypes))
     if content == "special" and scope.capabilities.finite_only:
         content = "normal"
     wide = "float64" if dtype == "float64" else "float32"
+    columns = 2 if slots >= LONG[0] else 40
+    hidden = sizes(max(1, columns // multiple), 16)
+    tiles = [h // multiple for h in WIDE if h % multiple == 0 and h * slots <= 2**15]
+    if tiles and not scope.interpreted:
+        hidden = st.one_of(hidden, hidden, st.sampled_from(tiles))
     return {
-        "hidden": multiple * draw(sizes(max(1, 40 // multiple), 16)),
+        "hidden": multiple * draw(hidden),
         "dtype": dtype,
         # Weights come from the router in float32, or rounded to x's dtype.
         "weights": draw(st.sampled_from((wide, dtype))),
@@ -415,6 +531,7 @@ def _weigh(content: Content, plan: Plan) -> torch.Tensor:
     shape = (plan["tokens"], plan["top_k"])
     if plan["content"] == "exact":
         weights = 2.0 ** content.integers(-1, 1, *shape)
+        weights[content.uniform(0, 1, *shape) < 0.1] = 0
     else:
         weights = content.normal(*shape)
     return weights.to(torch_dtype(plan["weights"]))
@@ -426,6 +543,8 @@ def scattered(
     least_k: int = 1,
     content: str = "normal",
     moved: bool = False,
+    appended: bool = False,
+    long: bool = False,
 ) -> Given:
     """Inputs of `combine` inside the declaration: rows in a random order of their slots.
 
@@ -433,25 +552,30 @@ def scattered(
         missing: some pairs have no row, all have one, or (None) either.
         least_k: smallest number of experts per token.
         content: as in `rows`.
-        moved: rows and weights have other strides than contiguous ones.
+        moved: rows, slots and weights have other strides than contiguous ones.
+        appended: rows follow that belong to nobody.
+        long: more slots than sixteen bits hold, and few columns.
     """
 
     def plans(scope: Scope) -> Plans | None:
         wanted = _not_here_choices(scope, missing)
         if not scope.dtypes or not wanted or (moved and not scope.capabilities.strides):
             return None
-        if not _enough_experts(scope, 1, least_k):
+        if not _enough_experts(scope, 1, least_k) or (long and scope.interpreted):
             return None
-        most = min(scope.capabilities.max_top_k or 16, 16)
+        most = max(least_k, min(scope.capabilities.max_top_k or 16, 16))
 
         @st.composite
         def plan(draw: st.DrawFn) -> Plan:
+            tokens, top_k = _draw_shape(draw, scope, 1, least_k, most, long)
             return {
-                "tokens": draw(sizes(33 if scope.interpreted else 66, 16, 64)),
-                "top_k": draw(st.integers(least_k, max(least_k, most))),
+                "tokens": tokens,
+                "top_k": top_k,
                 "missing": draw(_OFTEN) if draw(st.sampled_from(wanted)) else None,
+                "in_order": draw(st.sampled_from((False, False, True))),
+                "appended": draw(st.integers(1, 5)) if appended else 0,
                 "ids": draw(st.sampled_from(scope.capabilities.id_dtypes)),
-                **_draw_rows(draw, scope, content, moved),
+                **_draw_rows(draw, scope, content, moved, tokens * top_k),
             }
 
         return plan()
@@ -467,12 +591,20 @@ def build_scattered(plan: Plan) -> Inputs:
     if plan["missing"] is not None:
         gone = _not_here(content, plan["missing"], tokens, top_k).flatten()
         order = order[~gone[order]]
+    if plan["in_order"]:
+        order = order.sort().values
+    order = torch.cat([order, torch.full((plan["appended"],), tokens * top_k)])
     layout = plan["layout"]
     return {
         "rows": _fill(content, plan["content"], len(order), plan["hidden"], plan["dtype"]),
         "slots": order.to(ID_DTYPES[plan["ids"]]),
         "weights": _weigh(content, plan),
-        "layouts": {"rows": layout, "weights": layout},
+        "layouts": {
+            "rows": layout,
+            # One dimension cannot be transposed.
+            "slots": "strided" if layout == "transposed" else layout,
+            "weights": layout,
+        },
     }
 
 
@@ -482,6 +614,7 @@ def capacities(
     invalid: bool | None = None,
     loads: tuple[str, ...] = LOADS,
     tight: bool = False,
+    moved: bool = False,
 ) -> Given:
     """Inputs of `drop_to_capacity` inside the declaration.
 
@@ -490,9 +623,12 @@ def capacities(
         invalid: with ids that mean *not here*, without, or (None) either.
         loads: how slots spread over experts.
         tight: less than what an expert has on average, so that some are dropped.
+        moved: weights and ids have other strides than contiguous ones.
     """
 
     def plans(scope: Scope) -> Plans | None:
+        if moved and not scope.capabilities.strides:
+            return None
         wanted = _not_here_choices(scope, invalid)
         declared = [
             policy
@@ -509,13 +645,14 @@ def capacities(
             drawn = _draw_ids(draw, scope, loads, wanted, 2 if tight else 1, 1)
             total = drawn["tokens"] * drawn["top_k"]
             mean = -(-total // drawn["experts"])
-            some = st.one_of(st.integers(1, 2 * mean), st.just(mean), st.just(total + 1))
+            some = st.one_of(st.integers(0, 2 * mean), st.just(mean), st.just(total + 1))
             return {
                 **drawn,
                 "capacity": draw(st.integers(1, max(1, mean // 2)) if tight else some),
                 "policy": draw(st.sampled_from(allowed)),
-                "close": draw(st.booleans()),
+                "range": draw(st.sampled_from(RANGES)),
                 "dtype": draw(st.sampled_from(dtypes)),
+                "layout": draw(st.sampled_from(GIVEN_LAYOUTS)) if moved else "contiguous",
                 "seed": draw(seeds()),
             }
 
@@ -528,13 +665,19 @@ def build_capacities(plan: Plan) -> Inputs:
     """The arguments of `drop_to_capacity`."""
     content = Content(plan["seed"])
     ids = fill_ids(content, plan)
-    # Close ones differ by less than bfloat16 can tell.
-    least = 0.999 if plan["close"] else 0.01
-    weights = content.uniform(least, 1.0, plan["tokens"], plan["top_k"])
+    low, high = {
+        "spread": (0.01, 1.0),
+        "close": (1 - CLOSE[plan["dtype"]], 1.0),
+        "signed": (-1.0, 1.0),
+        "large": (0.5, 4.0),
+    }[plan["range"]]
+    weights = content.uniform(low, high, plan["tokens"], plan["top_k"])
+    layout = plan["layout"]
     return {
         "weights": weights.to(torch_dtype(plan["dtype"])),
         "expert_ids": ids,
         "num_experts": plan["experts"],
         "capacity": plan["capacity"],
         "policy": plan["policy"],
+        "layouts": {"weights": layout, "expert_ids": layout},
     }

@@ -138,15 +138,21 @@ def _aligned(case: Case, **changed: Any) -> tuple[Any, Task]:
     names = ("expert_ids", "block_size", "num_experts", "expert_map", "drop_invalid")
     given = {name: case[name] for name in names} | changed
     answer = case.call("align", **given)
+    task = _task(given)
+    _note(case, task)
+    ids = given["expert_ids"]
+    case.note("invalid ids", bool(((ids < 0) | (ids >= given["num_experts"])).any()))
+    return answer.outputs, task
+
+
+def _task(given: dict[str, Any]) -> Task:
+    """What these arguments of `align` ask for."""
     ids, experts = given["expert_ids"].flatten().long(), given["num_experts"]
     rows = torch.arange(experts) if given["expert_map"] is None else given["expert_map"].long()
     valid = (ids >= 0) & (ids < experts)
     if given["drop_invalid"]:
         valid &= rows[ids.where(valid, 0)] >= 0
-    task = Task("align", ids.where(valid, -1), rows, given["block_size"])
-    _note(case, task)
-    case.note("invalid ids", bool(((ids < 0) | (ids >= experts)).any()))
-    return answer.outputs, task
+    return Task("align", ids.where(valid, -1), rows, given["block_size"])
 
 
 def _aligned_batched(case: Case) -> tuple[Any, Task]:
@@ -895,20 +901,21 @@ def buffers_are_int32_and_long_enough(case: Case) -> None:
     "ALIGN-18",
     MUST,
     "align",
-    "Ids MUST be read by their strides.",
+    "Ids and map MUST be read by their strides.",
     reason="A router's ids are often a slice or a transposed view; read as one piece of memory "
     "they are other ids.",
     sources=(
         "docs/spec/operations.md",
         "hyper_parallel router",
     ),
-    given=slots(moved=True, mapped=False, invalid=False),
+    given=slots(moved=True, invalid=False),
     references=ALIGN,
 )
 def ids_are_read_by_their_strides(case: Case) -> None:
-    """Transposed, strided and offset ids against the same ids in one piece."""
+    """Transposed, strided and offset ids and maps against the same ones in one piece."""
     outputs, task = _aligned(case)
-    plain = _placed(task.read(_aligned(case, layouts={"expert_ids": "contiguous"})[0]))
+    case.note("a map", case["expert_map"] is not None)
+    plain = _placed(task.read(_aligned(case, layouts={})[0]))
 
     def rule(task: Task, blocks: Blocks) -> None:
         found = _placed(blocks)
@@ -1036,7 +1043,7 @@ def every_filled_row_stands_exactly_once(case: Case) -> None:
     "not the block size divides the buffer.",
     reason="Padding the buffer instead of the count computes rows that nobody filled.",
     sources=(VLLM_BATCHED, "vLLM #55896"),
-    given=batched(),
+    given=batched(least_tokens=0),
     references=BATCHED,
 )
 def the_batched_length_is_exact(case: Case) -> None:
@@ -1164,7 +1171,7 @@ def batched_buffers_are_long_enough(case: Case) -> None:
         "vLLM #43547",
         "DeepSpeed #5066",
     ),
-    given=batched(),
+    given=batched(least_tokens=0),
     references=BATCHED,
 )
 def an_empty_buffer_needs_no_block(case: Case) -> None:
@@ -1221,3 +1228,92 @@ def what_cannot_be_aligned_in_batches_raises(case: Case) -> None:
             "counts that are floats": good | {"tokens_per_expert": counts.float()},
         },
     )
+
+
+@requirement(
+    "ALIGN-32",
+    MUST,
+    "align",
+    "More slots than sixteen bits hold MUST each stand exactly once before `padded_length`.",
+    reason="A prompt of 8000 tokens with eight experts each is beyond them; a slot or a count that "
+    "wraps around is another token's.",
+    sources=("vLLM #34279", "vLLM #34507", "SGLang #4727", "Liger #1248"),
+    given=slots(long=True),
+    references=ALIGN,
+)
+def slots_beyond_sixteen_bits_stand_once(case: Case) -> None:
+    """As ALIGN-01, ALIGN-03 and ALIGN-04, just beyond 2^15 and 2^16 slots."""
+    case.note("beyond 2^16", case["expert_ids"].numel() >= 2**16)
+    _judge(case, _aligned(case), _complete, _not_once)
+
+
+def _complete(task: Task, blocks: Blocks) -> None:
+    _exact_length(task, blocks)
+    _once(task, blocks)
+    _padding(task, blocks)
+
+
+@requirement(
+    "ALIGN-33",
+    MUST,
+    "align_batched",
+    "More rows than sixteen bits hold MUST each stand exactly once before `padded_length`.",
+    reason="256 experts with room for 256 rows each are as many; a row id that wraps around is "
+    "another expert's row.",
+    sources=("vLLM #34279", "vLLM #34507", "SGLang #4727", "Liger #1248"),
+    given=batched(long=True),
+    references=BATCHED,
+)
+def rows_beyond_sixteen_bits_stand_once(case: Case) -> None:
+    """As ALIGN-32."""
+    case.note("beyond 2^16", len(case["tokens_per_expert"]) * case["max_tokens"] >= 2**16)
+    _judge(case, _aligned_batched(case), _complete, _not_once)
+
+
+@requirement(
+    "ALIGN-34",
+    MUST,
+    "align_batched",
+    "Counts MUST be read by their strides.",
+    reason="They are often a column of a table of ranks and experts.",
+    sources=("docs/spec/operations.md", "hyper_parallel router"),
+    given=batched(moved=True),
+    references=BATCHED,
+)
+def counts_are_read_by_their_strides(case: Case) -> None:
+    """As ALIGN-21 and ALIGN-22, with counts that lie apart or begin inside a buffer."""
+    _judge(case, _aligned_batched(case), _complete, _other_lengths)
+
+
+@requirement(
+    "ALIGN-35",
+    MUST,
+    "align",
+    "A call on the same storage with other data MUST give the answer to the other data.",
+    reason="Counters that are not set back, a map that is kept, or a captured graph answer the "
+    "first call once more.",
+    sources=("SGLang #3339", "SGLang #25852"),
+    given=slots(least_experts=2),
+    references=ALIGN,
+)
+def the_same_ids_storage_with_other_ids(case: Case) -> None:
+    """The second call's ids and map are written over the first one's."""
+    names = ("expert_ids", "block_size", "num_experts", "expert_map", "drop_invalid")
+    given = {name: case[name] for name in names}
+    ids, experts, rows = given["expert_ids"], given["num_experts"], given["expert_map"]
+    # Every valid id moves by one expert, every expert by one local row.
+    here = (ids >= 0) & (ids < experts)
+    changed = {
+        "expert_ids": torch.where(here, (ids + 1) % experts, ids),
+        "expert_map": None if rows is None else rows.flip(0),
+    }
+    first = case.planned("align", **given)
+    second = case.planned("align", **given | changed, reuse=0)
+    answer = case.session([first, second])[1]
+    _judge(case, (answer.outputs, _task(given | changed)), _whole, _other_lengths)
+
+
+def _whole(task: Task, blocks: Blocks) -> None:
+    _complete(task, blocks)
+    _single(task, blocks)
+    _carried(task, blocks)

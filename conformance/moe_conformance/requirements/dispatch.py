@@ -26,6 +26,7 @@ from moe_conformance.inputs.given import (
     torch_dtype,
 )
 from moe_conformance.inputs.slots import (
+    build_rows,
     build_scattered,
     capacities,
     rows,
@@ -33,7 +34,7 @@ from moe_conformance.inputs.slots import (
 )
 from moe_conformance.judge import Violation, equal, has_form, impostors, within
 from moe_conformance.precision import TINY, UNIT
-from moe_conformance.registry import MAY, MUST, requirement
+from moe_conformance.registry import MAY, MUST, SHOULD, requirement
 from moe_conformance.requirements.alignment import SEVERAL
 
 Impostors = Iterable[tuple[str, Any]]
@@ -198,14 +199,16 @@ def _judge_sum(case: Case, found: torch.Tensor, expected: _Sum) -> None:
     references=DISPATCH,
 )
 def rows_are_copies_of_their_tokens(case: Case) -> None:
-    """Equal, also for values that a detour through another dtype would change."""
+    """Equal, the sign of a zero too, also for values that a detour would change."""
     found, _ = _dispatch(case)
     expected = case["x"][found.slots[found.known] // found.top_k]
-    case.judge(
-        lambda answer: equal("rows", answer, expected),
-        found.rows[found.known],
-        impostors(expected),
-    )
+
+    def rule(answer: torch.Tensor) -> None:
+        equal("rows", answer, expected)
+        zero = expected == 0
+        equal("signs of zeros", answer[zero].signbit(), expected[zero].signbit())
+
+    case.judge(rule, found.rows[found.known], impostors(expected))
 
 
 @requirement(
@@ -502,7 +505,7 @@ def zero_tokens_give_no_rows(case: Case) -> None:
 def dispatch_reads_by_strides(case: Case) -> None:
     """Transposed, strided and offset inputs against the same ones in one piece."""
     found, _ = _dispatch(case)
-    plain, _ = _dispatch(case, layouts=dict.fromkeys(("x", "expert_ids"), "contiguous"))
+    plain, _ = _dispatch(case, layouts={})
 
     def rule(answer: Dispatched) -> None:
         equal("tokens_per_expert", answer.counts, plain.counts)
@@ -564,10 +567,10 @@ def exact_rows_are_summed_exactly(case: Case) -> None:
     expected = _weighted_sum(case, case["rows"], case["slots"], case["weights"]).value
 
     def wrong() -> Impostors:
-        for row in case["rows"].any(-1).nonzero()[:1, 0].tolist():
+        weights = case["weights"].double().flatten()[case["slots"].long()]
+        for row in (case["rows"].any(-1) & (weights != 0)).nonzero()[:1, 0].tolist():
             without = expected.clone()
-            slot = int(case["slots"][row])
-            weight = case["weights"].double().flatten()[slot]
+            slot, weight = int(case["slots"][row]), weights[row]
             without[slot // case["weights"].shape[1]] -= weight * case["rows"][row].double()
             yield "one row lost", without
 
@@ -790,7 +793,7 @@ def zero_tokens_are_combined_to_nothing(case: Case) -> None:
     "DISPATCH-19",
     MUST,
     "combine",
-    "Rows and weights MUST be read by their strides.",
+    "Rows, slots and weights MUST be read by their strides.",
     reason="The weights of a router are often a slice of all scores, the rows one of a workspace.",
     sources=(
         "docs/spec/operations.md",
@@ -802,7 +805,7 @@ def zero_tokens_are_combined_to_nothing(case: Case) -> None:
 def combine_reads_by_strides(case: Case) -> None:
     """Transposed, strided and offset inputs against the same ones in one piece."""
     found = _combine(case)
-    plain = _combine(case, layouts=dict.fromkeys(("rows", "weights"), "contiguous")).double()
+    plain = _combine(case, layouts={}).double()
     bound = 2 * _weighted_sum(case, case["rows"], case["slots"], case["weights"]).bound
     _judge_sum(case, found, _Sum(plain, bound))
 
@@ -1352,3 +1355,322 @@ def rows_may_be_appended(case: Case) -> None:
     found, _ = _dispatch(case)
     case.note("rows appended", bool((found.slots == len(found.owner)).any()))
     case.note("no row appended", not bool((found.slots == len(found.owner)).any()))
+
+
+@requirement(
+    "DISPATCH-35",
+    MUST,
+    "dispatch",
+    "More slots than sixteen bits hold MUST each get their row, and the counts MUST say so.",
+    reason="A prompt of 8000 tokens with eight experts each is beyond them; a slot or a count that "
+    "wraps around is another token's.",
+    sources=("vLLM #34279", "vLLM #34507", "SGLang #4727", "Liger #1248"),
+    given=rows(long=True),
+    references=DISPATCH,
+)
+def slots_beyond_sixteen_bits_get_their_rows(case: Case) -> None:
+    """Slots, rows and counts, just beyond 2^15 and 2^16 slots."""
+    found, _ = _dispatch(case)
+    case.note("beyond 2^16", len(found.owner) >= 2**16)
+    slots = (found.owner >= 0).nonzero()[:, 0]
+    expected = (slots, case["x"][slots // found.top_k])
+
+    def rule(answer: Dispatched) -> None:
+        equal("tokens_per_expert", answer.counts, _counts(case))
+        for name, came, wanted in zip(
+            ("slots", "rows by slot"), answer.by_slot, expected, strict=True
+        ):
+            equal(name, came, wanted)
+
+    def wrong() -> Impostors:
+        yield "counts of sixteen bits", replace(found, counts=found.counts + 2**16)
+        if len(slots):
+            yield "slots of fourteen bits", replace(found, slots=found.slots % 2**14)
+
+    case.judge(rule, found, wrong())
+
+
+@requirement(
+    "DISPATCH-36",
+    MUST,
+    "combine",
+    "More slots than sixteen bits hold MUST each add their row to their token.",
+    reason="A slot that wraps around adds its row to another token, with another weight.",
+    sources=("vLLM #34279", "vLLM #34507", "SGLang #4727", "Liger #1248"),
+    given=scattered(content="exact", long=True),
+    references=COMBINE,
+)
+def slots_beyond_sixteen_bits_add_their_rows(case: Case) -> None:
+    """As DISPATCH-12, just beyond 2^15 and 2^16 slots."""
+    case.note("beyond 2^16", case["weights"].numel() >= 2**16)
+    found = _combine(case)
+    expected = _weighted_sum(case, case["rows"], case["slots"], case["weights"]).value
+    case.judge(
+        lambda answer: equal("combined", answer.double(), expected),
+        found,
+        impostors(expected),
+    )
+
+
+@requirement(
+    "DISPATCH-37",
+    MUST,
+    "combine",
+    "A row whose slot is T·K MUST change nothing and get a gradient of zero, whatever it holds.",
+    reason="Graphs of a fixed shape append rows that hold what was in memory; zero times NaN is "
+    "NaN.",
+    sources=("SGLang #30895", "SGLang #25852", "TE #3484", "pytorch #154557"),
+    given=_finite_only(scattered(content="exact", appended=True)),
+    references=COMBINE,
+)
+def rows_of_nobody_change_nothing(case: Case) -> None:
+    """Up to five rows of NaN and infinity at the end."""
+    total, rows_ = case["weights"].numel(), case["rows"].clone()
+    nobodys = case["slots"] == total
+    rows_[nobodys] = torch.nan
+    rows_[nobodys, 1::2] = torch.inf
+    case.inputs["rows"] = rows_
+    kept = ~nobodys
+    expected = _weighted_sum(case, rows_[kept], case["slots"][kept], case["weights"]).value
+    wrong = [("NaN", torch.full_like(expected, torch.nan)), *impostors(expected)]
+    case.judge(lambda answer: equal("combined", answer.double(), expected), _combine(case), wrong)
+    if "combine" in case.scope.capabilities.gradients:
+        cotangent = torch.ones(len(expected), rows_.shape[1])
+        found = _combine_gradients(case, cotangent)[0][nobodys]
+        zeros = torch.zeros_like(found)
+        case.judge(
+            lambda answer: equal("gradient of rows of nobody", answer, zeros),
+            found,
+            [("ones", zeros + 1), ("NaN", zeros + torch.nan)],
+        )
+
+
+@requirement(
+    "DISPATCH-38",
+    MUST,
+    "combine",
+    "A row that is NaN or infinite MUST show in its token.",
+    reason="A broken expert whose NaN is taken for zero is found by nobody.",
+    sources=("Shazeer et al. (arXiv 1701.06538)", "SGLang #30895"),
+    given=_finite_only(scattered(content="special")),
+    references=COMBINE,
+)
+def what_is_not_finite_shows(case: Case) -> None:
+    """NaN and infinities where the weighted sum has them, and nowhere else."""
+    found = _combine(case)
+    expected = _weighted_sum(case, case["rows"], case["slots"], case["weights"]).value
+    # A finite sum may still be beyond the rows' dtype.
+    limit = torch.finfo(case["rows"].dtype).max / 2
+    sure = ~(expected.isfinite() & (expected.abs() > limit))
+    case.note("a NaN", bool(expected.isnan().any()))
+    case.note("an infinity", bool(expected.isinf().any()))
+
+    def kinds(sums: torch.Tensor) -> torch.Tensor:
+        sums = sums.double()
+        signs = torch.where(sums.isinf(), sums.sign(), 0)
+        return torch.where(sums.isnan(), torch.nan, signs)[sure]
+
+    def wrong() -> Impostors:
+        if not bool(expected[sure].isfinite().all()):
+            yield "finite", expected.nan_to_num(0.0, 1.0, -1.0)
+
+    case.judge(
+        lambda answer: equal("what is not finite", kinds(answer), kinds(expected)), found, wrong()
+    )
+
+
+@requirement(
+    "DISPATCH-39",
+    MUST,
+    "combine",
+    "Products beyond the range of the rows' dtype MUST be summed to what lies inside it, unless "
+    "a rounding of them is declared.",
+    reason="In float16 twice 40000 is infinite, and the difference of two such is NaN instead of "
+    "the small number that it is.",
+    sources=("torchtitan #2679", "DeepEP #112"),
+    given=Given(lambda scope: _overflowing(scope), lambda plan: _build_overflowing(plan)),
+    references=COMBINE,
+)
+def products_do_not_overflow(case: Case) -> None:
+    """Rows near 2^15 times 4 and -4: the differences are exact in float16."""
+    found = _combine(case)
+    expected = _weighted_sum(case, case["rows"], case["slots"], case["weights"]).value
+    case.judge(
+        lambda answer: equal("combined", answer.double(), expected),
+        found,
+        [("NaN", torch.full_like(expected, torch.nan)), *impostors(expected)],
+    )
+
+
+def _overflowing(scope: Scope) -> Plans | None:
+    declared = {"combine", "weighted_output"} & set(scope.capabilities.rounding_points)
+    if "float16" not in scope.dtypes or declared or (scope.capabilities.max_top_k or 2) < 2:
+        return None
+    found = _all(scattered(missing=False, least_k=2), dtype="float16").plans(scope)
+    return None if found is None else found.map(_with_weights_of_its_own)
+
+
+def _with_weights_of_its_own(plan: Plan) -> Plan:
+    return {**plan, "weights": "float16" if plan["weights"] == "float16" else "float32"}
+
+
+def _build_overflowing(plan: Plan) -> Inputs:
+    inputs = build_scattered(plan)
+    (tokens, top_k), hidden = inputs["weights"].shape, inputs["rows"].shape[1]
+    content = Content(plan["seed"])
+    weights = torch.zeros(tokens, top_k)
+    # Two pairs of each token, anywhere in its row.
+    pair = content.distinct(tokens, top_k, 2)
+    weights.scatter_(1, pair, torch.tensor([4.0, -4.0]).expand(tokens, 2))
+    rows_ = 2.0**15 - 32 * content.integers(0, 7, len(inputs["slots"]), hidden)
+    inputs["weights"] = weights.to(torch_dtype(plan["weights"]))
+    inputs["rows"] = rows_.to(torch.float16)
+    return inputs
+
+
+@requirement(
+    "DISPATCH-40",
+    SHOULD,
+    "dispatch",
+    "The gradient of x SHOULD be summed in float32, or in float64 where x is float64.",
+    reason="In bfloat16 256 + 1 is 256: of a token's experts the one with the largest gradient "
+    "silences the others.",
+    sources=("torchtitan #2679", "torchtitan #2416"),
+    given=differentiable(
+        "dispatch",
+        Given(
+            lambda scope: _swallowed(scope),
+            lambda plan: build_rows(plan),
+        ),
+    ),
+    references=DISPATCH,
+)
+def the_gradient_of_x_is_summed_in_float32(case: Case) -> None:
+    """Of a token's cotangents one is 2^p, the others are 1: the ones have to arrive."""
+    found, _ = _dispatch(case)
+    top_k = found.top_k
+    large = Content(len(found.slots)).integers(0, top_k - 1, len(case["x"]))
+    swallows = SWALLOWS[str(case["x"].dtype).removeprefix("torch.")]
+    token, k = found.slots // top_k, found.slots % top_k
+    ours = torch.where(k == large[token.clamp_max(len(large) - 1)], swallows, 1.0)
+    cotangent = ours.where(found.known, 0.0).double()[:, None].repeat(1, case["x"].shape[1])
+    _, answer = _dispatch(case, wrt=["x"], cotangents={"0": cotangent})
+    expected = torch.full(case["x"].shape, swallows + top_k - 1, dtype=torch.float64)
+    lost = torch.full_like(expected, swallows)
+    case.judge(
+        lambda found: equal("gradient of x", found.double(), expected),
+        _gradient(answer.gradients, "x"),
+        [("the ones lost", lost)],
+    )
+
+
+def _swallowed(scope: Scope) -> Plans | None:
+    dtypes = tuple(d for d in scope.dtypes if d in SWALLOWS)
+    most = scope.capabilities.max_top_k or 16
+    if not dtypes or most < 3:
+        return None
+    found = rows(invalid=False, least_k=3).plans(scope)
+    if found is None:
+        return None
+    # K is odd, so that the sum has an even last digit and is exact in the dtype.
+    return st.tuples(found, st.sampled_from(dtypes)).map(
+        lambda drawn: {
+            **drawn[0],
+            "dtype": drawn[1],
+            "top_k": drawn[0]["top_k"] - 1 + drawn[0]["top_k"] % 2,
+        }
+    )
+
+
+@requirement(
+    "DISPATCH-41",
+    MUST,
+    "drop_to_capacity",
+    "Weights and ids MUST be read by their strides.",
+    reason="The weights of a router are often a slice of all scores.",
+    sources=("docs/spec/operations.md", "hyper_parallel router"),
+    given=capacities(moved=True, invalid=False),
+    references=CAPACITY,
+)
+def capacity_reads_by_strides(case: Case) -> None:
+    """Transposed, strided and offset inputs against the same ones in one piece."""
+    found, plain = _drop(case), _drop(case, layouts={})
+
+    def rule(answer: Kept) -> None:
+        equal("expert_ids", answer.ids, plain.ids)
+        equal("weights that stay", answer.weights[plain.stays], plain.weights[plain.stays])
+
+    def wrong() -> Impostors:
+        yield "another id", found.with_ids(found.ids + 1)
+        if bool(found.stays.any()):
+            yield "other weights", replace(found, weights=found.weights + 1)
+
+    case.judge(rule, found, wrong())
+
+
+@requirement(
+    "DISPATCH-42",
+    MUST,
+    "dispatch",
+    "A call on the same storage with other data MUST give the answer to the other data.",
+    reason="Counters that are not set back, or a captured graph, answer the first call once more.",
+    sources=("SGLang #3339", "SGLang #25852"),
+    given=rows(least_experts=2),
+    references=DISPATCH,
+)
+def the_same_tokens_storage_with_other_tokens(case: Case) -> None:
+    """The second call's x and ids are written over the first one's."""
+    ids, experts = case["expert_ids"], case["num_experts"]
+    given = {name: case[name] for name in ("x", "expert_ids", "num_experts")}
+    # Every valid id moves by one expert.
+    moved = torch.where((ids >= 0) & (ids < experts), (ids + 1) % experts, ids)
+    case.inputs["x"], case.inputs["expert_ids"] = case["x"].flip(0) + 1, moved
+    changed = {name: case[name] for name in given}
+    first, second = case.planned("dispatch", **given), case.planned("dispatch", **changed, reuse=0)
+    found = _read(case.session([first, second])[1], _valid(case), case["x"].shape[1])
+    slots = (found.owner >= 0).nonzero()[:, 0]
+    expected = case["x"][slots // found.top_k]
+
+    def rule(answer: Dispatched) -> None:
+        equal("tokens_per_expert", answer.counts, _counts(case))
+        equal("slots", answer.by_slot[0], slots)
+        equal("rows by slot", answer.by_slot[1], expected)
+
+    def wrong() -> Impostors:
+        yield "counted twice", replace(found, counts=found.counts + 1)
+        if len(slots):
+            yield "the rows before", replace(found, rows=found.rows - 1)
+
+    case.judge(rule, found, wrong())
+
+
+@requirement(
+    "DISPATCH-43",
+    MUST,
+    "combine",
+    "A call on the same storage with other data MUST give the answer to the other data.",
+    reason="A sum that is not cleared goes on from the call before, and a captured graph answers "
+    "it once more.",
+    sources=("SGLang #3339", "SGLang #25852"),
+    given=scattered(content="exact"),
+    references=COMBINE,
+)
+def the_same_rows_storage_with_other_rows(case: Case) -> None:
+    """The second call's rows, slots and weights are written over the first one's."""
+    given = {name: case[name] for name in ("rows", "slots", "weights")}
+    tokens, top_k = case["weights"].shape
+    changed = {
+        "rows": given["rows"].flip(0) + 1,
+        # Every row goes to the next token.
+        "slots": (given["slots"] + top_k) % max(1, tokens * top_k),
+        "weights": given["weights"] * 2,
+    }
+    first, second = case.planned("combine", **given), case.planned("combine", **changed, reuse=0)
+    answer = case.session([first, second])[1]
+    expected = _weighted_sum(case, changed["rows"], changed["slots"], changed["weights"]).value
+    before = _weighted_sum(case, given["rows"], given["slots"], given["weights"]).value
+    wrong = list(impostors(expected))
+    if not torch.equal(before, expected):
+        wrong.append(("the sum before", before))
+    found = _combined(answer, tokens, given["rows"].shape[1])
+    case.judge(lambda answer: equal("combined", answer.double(), expected), found, wrong)

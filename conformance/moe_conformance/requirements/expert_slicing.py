@@ -138,6 +138,7 @@ def a_share_that_cannot_be_raises(case: Case) -> None:
             "rank -1": good | {"rank": -1},
             "no rank": good | {"world_size": 0},
             "-1 experts": good | {"num_experts": -1},
+            "a rank that is no whole number": good | {"rank": 0.0},
         },
     )
 
@@ -290,6 +291,7 @@ def a_slice_past_the_end_raises(case: Case) -> None:
     """Each bad call by itself has to raise."""
     experts = case["experts"]
     count = len(experts.down)
+    fewer = ExpertWeights(experts.gate_up, experts.down[:-1])
     good = {"experts": experts, "start": 0, "count": count}
     must_raise(
         case,
@@ -300,6 +302,9 @@ def a_slice_past_the_end_raises(case: Case) -> None:
             "from behind the end": good | {"start": count + 1, "count": 1},
             "a negative start": good | {"start": -1, "count": 1},
             "a negative count": good | {"count": -1},
+            "the last one and one more": good | {"start": count - 1, "count": 2},
+            "a start that is no whole number": good | {"start": 0.0},
+            "experts that do not fit each other": good | {"experts": fewer},
         },
     )
 
@@ -447,7 +452,7 @@ def gate_up_and_down_are_cut_alike(case: Case) -> None:
     "The bias of gate_up MUST be cut as gate_up is.",
     reason="A whole bias does not fit, and one cut as one tensor fits and is wrong.",
     sources=("gpt-oss model code", "hanzo-engine load_fused_stacked"),
-    given=cut(bias=True),
+    given=cut(bias=True, biases=("both", "gate_up")),
     references=CUT,
 )
 def the_bias_of_gate_up_is_cut_alike(case: Case) -> None:
@@ -470,7 +475,7 @@ def the_bias_of_gate_up_is_cut_alike(case: Case) -> None:
     "The bias of down MUST be whole on rank 0 and zero on all others.",
     reason="The outputs of the ranks are added up: on every rank, it is added R times.",
     sources=("Megatron-LM RowParallelLinear", "vLLM #49378", "SGLang #35535"),
-    given=cut(bias=True),
+    given=cut(bias=True, biases=("both", "down")),
     references=CUT,
 )
 def the_output_bias_is_on_rank_0(case: Case) -> None:
@@ -500,7 +505,7 @@ def the_output_bias_is_on_rank_0(case: Case) -> None:
     "Where R does not divide I, the slices MUST be right all the same, or be refused.",
     reason="Rounded down, the last rows are on no rank: nothing fails, and the model is worse.",
     sources=("vLLM #48173", "vLLM #44763", "ATOM #1944"),
-    given=cut(even=False, ranks=(2, 6)),
+    given=cut(even=False, ranks=(2, 9)),
     references=CUT,
 )
 def an_uneven_cut_is_right_or_refused(case: Case) -> None:
@@ -524,7 +529,7 @@ def an_uneven_cut_is_right_or_refused(case: Case) -> None:
     def rule(parts: list[Weights] | None) -> None:
         held: Counter[float] = Counter()
         for rank, part in enumerate(parts or ()):
-            _check_part(case, rank, part, ("gate_up", "down"))
+            _check_part(case, rank, part, ("gate_up", "down", "gate_up_bias"))
             held.update(_codes(part, rank).tolist())
         if parts is not None and held != Counter(map(float, range(inner))):
             missing = next(i for i in range(inner) if held[float(i)] != 1)
@@ -544,29 +549,33 @@ def an_uneven_cut_is_right_or_refused(case: Case) -> None:
     "Gradients MUST reach the rows that were taken, and be zero in all others.",
     reason="Sharding a model that is trained must not cut it off from its parameters.",
     sources=("pytorch #160285", "TensorCast slice_experts (.data)"),
-    given=differentiable("slice_tensor_parallel", cut(bias=False)),
+    given=differentiable("slice_tensor_parallel", cut()),
     references=CUT,
 )
 def gradients_reach_the_rows_that_were_taken(case: Case) -> None:
     """The gradients of the ranks' sums add up to one everywhere."""
     experts: ExpertWeights = case["experts"]
-    totals = {name: torch.zeros(getattr(experts, name).shape, dtype=torch.float64)
-              for name in ("gate_up", "down")}  # fmt: skip
-    missing = None
+    present = [name for name in FIELDS if getattr(experts, name) is not None]
+    totals = {
+        name: torch.zeros(getattr(experts, name).shape, dtype=torch.float64) for name in present
+    }
+    missing = set()
     for rank in range(case["world_size"]):
         given = {"experts": experts, "world_size": case["world_size"], "rank": rank}
         part = _weights("slice_tensor_parallel", case.call("slice_tensor_parallel", **given))
         cotangents = {
-            name: torch.ones_like(each) for name in totals if (each := part[name]) is not None
+            name: torch.ones_like(each) for name, each in part.items() if each is not None
         }
-        wrt = [f"experts.{name}" for name in totals]
-        planned = case.call("slice_tensor_parallel", **given, wrt=wrt, cotangents=cotangents)
+        wrt = [f"experts.{name}" for name in present]
+        answer = case.call("slice_tensor_parallel", **given, wrt=wrt, cotangents=cotangents)
         for name, total in totals.items():
-            gradient = planned.gradients[f"experts.{name}"]
-            missing = name if gradient is None else missing
+            gradient = answer.gradients[f"experts.{name}"]
+            # The output bias of the other ranks is a zero that belongs to nothing.
+            if gradient is None and (name != "down_bias" or rank == 0):
+                missing.add(name)
             total += 0 if gradient is None else gradient.double()
     for name, total in totals.items():
-        found = None if missing == name else total
+        found = None if name in missing else total
         _judge_gradient(case, name, found, torch.ones_like(total))
 
 
@@ -778,7 +787,7 @@ def copies_go_where_the_load_is(case: Case) -> None:
     reason="Heaviest copies first, each to the rank with the least load and a free place, stays "
     "below that; what does worse has not looked at the load.",
     sources=("EPLB balanced_packing", "Graham, Bounds on multiprocessing anomalies (1966)"),
-    given=placed(loads=("skewed", "ties", "even"), ranks=(2, 6)),
+    given=placed(loads=("skewed", "ties", "even"), ranks=(2, 9)),
     references=PLACE,
 )
 def no_rank_is_overloaded(case: Case) -> None:
@@ -832,4 +841,5 @@ def a_placement_that_cannot_be_raises(case: Case) -> None:
         bad["not as many on each rank"] = good | {"num_physical": P + 1}
     if load.is_floating_point():
         bad["a load of NaN"] = good | {"load": load * torch.nan}
+        bad["an infinite load"] = good | {"load": load + torch.inf}
     must_raise(case, "place_experts", good, bad)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from moe_reference.config import ExpertsConfig
 
-from moe_conformance.case import Answer, Case
+from moe_conformance.case import Answer, Case, must_raise
 from moe_conformance.codec import replace_tensors, walk
 from moe_conformance.experts_oracle import Spread, experts_oracle, local_ids
-from moe_conformance.inputs.experts import expert_inputs
-from moe_conformance.inputs.given import Content, Given, Scope
+from moe_conformance.inputs.experts import expert_batches, expert_inputs
+from moe_conformance.inputs.given import Content, Given, Scope, differentiable
 from moe_conformance.judge import (
     Closeness,
     Violation,
@@ -25,7 +26,7 @@ from moe_conformance.judge import (
     within,
 )
 from moe_conformance.precision import UNIT, Arithmetic
-from moe_conformance.registry import MUST, requirement
+from moe_conformance.registry import MUST, SHOULD, requirement
 
 NAMES = ("x", "experts", "weights", "expert_ids", "config", "expert_map")
 
@@ -145,12 +146,14 @@ def exact_inputs_give_exact_outputs(case: Case) -> None:
     case.judge(lambda answer: equal("output", answer, expected), output, impostors(expected, 1.25))
 
 
-def _only(dtypes: tuple[str, ...], given: Given) -> Given:
-    """The same inputs in some dtypes, or in whatever there is where none of them is declared."""
+def _only(dtypes: tuple[str, ...], given: Given, *, or_any: bool = True) -> Given:
+    """The same inputs in some dtypes; where none of them is declared, in any, or none at all."""
 
     def plans(scope: Scope) -> Any:
-        kept = tuple(dtype for dtype in scope.dtypes if dtype in dtypes) or scope.dtypes
-        return given.plans(dataclasses.replace(scope, dtypes=kept))
+        kept = tuple(dtype for dtype in scope.dtypes if dtype in dtypes)
+        if not kept and not or_any:
+            return None
+        return given.plans(dataclasses.replace(scope, dtypes=kept or scope.dtypes))
 
     return Given(plans, given.build)
 
@@ -266,7 +269,7 @@ def biases_are_part_of_the_expert(case: Case) -> None:
             case, experts=dataclasses.replace(experts, **{name: None})
         ).value
         for name in none
-        if bool(getattr(experts, name).any())
+        if getattr(experts, name) is not None and bool(getattr(experts, name).any())
     }
     output = output_of(case.call("experts", **arguments(case)), case["x"])
     judge_output(case, output, oracle_of(case), others)
@@ -285,21 +288,23 @@ def biases_are_part_of_the_expert(case: Case) -> None:
     references=("experts.experts",),
 )
 def ids_that_are_not_here_contribute_nothing(case: Case) -> None:
-    """Weights of such pairs are NaN."""
+    """Weights of such pairs are NaN or infinite."""
     local = local_ids(case["expert_ids"], len(case["experts"].gate_up), case["expert_map"])
     gone = local < 0
-    output = output_of(
-        case.call(
-            "experts", **arguments(case, weights=case["weights"].masked_fill(gone, torch.nan))
-        ),
-        case["x"],
-    )
+    weights = _not_finite_where(gone, case["weights"])
+    output = output_of(case.call("experts", **arguments(case, weights=weights)), case["x"])
     spread = oracle_of(case)
     ids = case["expert_ids"].long().where(~gone, local_last(case))
     others = {}
     if bool(gone.any()):
         others["counted as the last expert"] = oracle_of(case, expert_ids=ids).value
     judge_output(case, output, spread, others)
+
+
+def _not_finite_where(gone: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The weights with NaN and both infinities, token by token, where a pair is not here."""
+    kinds = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=weights.dtype)
+    return torch.where(gone, kinds[torch.arange(len(weights)) % 3, None], weights)
 
 
 def local_last(case: Case) -> torch.Tensor:
@@ -400,7 +405,13 @@ WRT = ("x", "weights", "experts.gate_up", "experts.down")
 def gradients_are_those_of_the_weighted_sum(case: Case) -> None:
     """Autograd on the target against autograd on the reference in float64."""
     given = arguments(case)
-    found = _gradients(case, given)
+    _judge_gradients(case, given, _gradients(case, given))
+
+
+def _judge_gradients(
+    case: Case, given: dict[str, Any], found: dict[str, torch.Tensor | None]
+) -> None:
+    """Hold gradients of `experts` on these arguments against those in float64."""
     expected, bound = _expected_gradients(case, given)
     for path, gradient in found.items():
         if gradient is None:
@@ -409,17 +420,21 @@ def gradients_are_those_of_the_weighted_sum(case: Case) -> None:
             f"gradient of {path}", gradient, tuple(expected[path].shape), (_dtype(given, path),)
         )
 
-        def rule(answer: torch.Tensor, path: str = path) -> None:
-            within(f"gradient of {path}", answer, expected[path], bound[path])
+        # Past the largest number of its dtype a gradient is infinite by right.
+        most = torch.finfo(gradient.dtype).max
+        kept = expected[path].abs() + bound[path] < most
 
-        case.judge(rule, gradient, _wrong_gradients(expected[path], bound[path]))
+        def rule(answer: torch.Tensor, path: str = path, kept: torch.Tensor = kept) -> None:
+            within(f"gradient of {path}", answer[kept], expected[path][kept], bound[path][kept])
+
+        if bool(kept.any()):
+            case.judge(rule, gradient, _wrong_gradients(expected[path], bound[path]))
 
 
 def _wrong_gradients(
     expected: torch.Tensor, bound: torch.Tensor
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    noise = torch.full_like(expected, 1.0)
-    yield "ones added", expected + noise * (2 * bound.max() + 1)
+    yield "one and twice the bound added", expected + 2 * bound + 1
     if bool((expected.abs() > 2 * bound).any()):
         yield "all zeros", torch.zeros_like(expected)
         yield "twice as much", 2 * expected
@@ -472,12 +487,16 @@ def _expected_gradients(
     terms = 4 * (hidden + inner + tokens * top_k)
     u = max(arithmetic.accumulator_unit, UNIT["tf32"] if arithmetic.accumulator == "tf32" else 0.0)
     stages = 8  # rounded results between an input and its gradient, forward and back
-    relative = terms * u + stages * max(u, arithmetic.unit) + arithmetic.unit
-    sizes = _gradient_sizes(given, relative)
+    sizes = functools.cache(functools.partial(_gradient_sizes, given))
     bound = {}
     for path in paths:
-        bound[path] = relative * sizes[path] + 2 * relative * expected[path].abs() + 1e-30
-        if arithmetic.dtype in ("float16", "bfloat16"):
+        # A gradient has the dtype of what it belongs to, and may be summed in it.
+        own = str(_dtype(given, path)).removeprefix("torch.")
+        unit = max(arithmetic.unit, UNIT[own])
+        relative = terms * u + stages * max(u, unit) + unit
+        bound[path] = relative * sizes(relative)[path] + 2 * relative * expected[path].abs()
+        bound[path] = bound[path] + 1e-30
+        if {arithmetic.dtype, own} & {"float16", "bfloat16"}:
             bound[path] = bound[path] + 2.0**-24 * stages
     return expected, bound
 
@@ -527,10 +546,9 @@ def _gradient_sizes(given: dict[str, Any], relative: float) -> dict[str, torch.T
         bias = torch.zeros(gate_up.shape[1]).double()
         out_bias = torch.zeros(down.shape[1]).double()
         if experts.gate_up_bias is not None:
-            bias, out_bias = (
-                experts.gate_up_bias[expert].double(),
-                experts.down_bias[expert].double(),
-            )
+            bias = experts.gate_up_bias[expert].double()
+        if experts.down_bias is not None:
+            out_bias = experts.down_bias[expert].double()
         pre, signed = pre + bias.abs(), signed + bias
         leaf = signed.requires_grad_(True)
         gate, up = leaf.chunk(2, -1) if config.gated else (leaf, torch.ones_like(leaf))
@@ -644,6 +662,7 @@ def clamped_activations_clamp_as_published(case: Case) -> None:
     given=_only(
         ("float32", "bfloat16", "float64"),
         expert_inputs(weight_on=("output",), expert_map=(False,), invalid_ids=(False,)),
+        or_any=False,
     ),
     references=("experts.experts",),
 )
@@ -664,27 +683,6 @@ def the_output_is_linear_in_the_weights(case: Case) -> None:
     )
 
 
-def _batched(given: Given) -> Given:
-    """[E, C, H] rows and counts in the place of ids."""
-
-    def build(plan: dict[str, Any]) -> dict[str, Any]:
-        inputs = given.build(plan)
-        content = Content(plan["seed"])
-        capacity, local = plan["tokens"], len(inputs["experts"].gate_up)
-        rows = content.normal(local, capacity, plan["hidden"]).to(inputs["x"].dtype)
-        counts = content.integers(0, capacity, local)
-        counts[: local // 2] = capacity if plan["load"] == "skewed" else counts[: local // 2]
-        return {
-            "x": rows,
-            "tokens_per_expert": counts.to(torch.int32),
-            "experts": inputs["experts"],
-            "config": inputs["config"],
-            "layouts": {"x": plan["layout"]},
-        }
-
-    return Given(given.plans, build)
-
-
 @requirement(
     "EXPERT-15",
     MUST,
@@ -694,46 +692,56 @@ def _batched(given: Given) -> Given:
     reason="The batched format pads every expert to the same number of rows; what lies in the "
     "padding must neither be used nor come out.",
     sources=("vllm-ascend #9992", "SGLang #30895", "vLLM #43547"),
-    given=_batched(
-        expert_inputs(expert_map=(False,), invalid_ids=(False,), weight_on=("output",),
-                      loads=("uniform", "skewed"))
-    ),
+    given=expert_batches(),
     references=("experts.experts_batched",),
-)  # fmt: skip
+)
 def batched_rows_are_each_experts_own(case: Case) -> None:
     """The padding rows of the input hold NaN."""
-    x, counts, experts = case["x"], case["tokens_per_expert"], case["experts"]
-    local, capacity, hidden = x.shape
-    real = torch.arange(capacity) < counts[:, None]
-    poisoned = x.masked_fill(~real[..., None], torch.nan)
-    answer = case.call(
-        "experts_batched",
-        x=poisoned,
-        tokens_per_expert=counts,
-        experts=experts,
-        config=case["config"],
-    )
-    output = output_of(answer, x)
-    ids = (
-        torch.arange(local).repeat_interleave(capacity)[:, None].masked_fill(~real.view(-1, 1), -1)
-    )
-    weights = torch.ones(local * capacity, 1)
-    spread = experts_oracle(
-        x.reshape(-1, hidden), experts, weights, ids, case["config"], None, arithmetic_of(case, x)
-    )
+    x, hidden = case["x"], case["x"].shape[-1]
+    poisoned = _padded(case, torch.nan)
+    output = output_of(case.call("experts_batched", **_batch(case, x=poisoned)), x)
+    pairs = _as_pairs(case)
+    real = (pairs["expert_ids"] >= 0).view(-1)
+    spread = experts_oracle(**pairs, arithmetic=arithmetic_of(case, x))
     flat = output.reshape(-1, hidden)
 
     def rule(rows: torch.Tensor) -> Closeness:
-        gone = ~real.view(-1)
-        equal(
-            "rows past the count",
-            rows[gone].double(),
-            torch.zeros(int(gone.sum()), hidden).double(),
-        )
+        idle = rows[~real].double()
+        equal("rows past the count", idle, torch.zeros_like(idle))
         return close("output", rows, spread.value, spread.sigma, spread.freedom)
 
-    case.note("an expert without rows", bool((counts == 0).any()))
+    case.note("an expert without rows", bool((case["tokens_per_expert"] == 0).any()))
     case.judge(rule, flat, impostors(spread.value))
+
+
+def _batch(case: Case, **changed: Any) -> dict[str, Any]:
+    names = ("x", "tokens_per_expert", "experts", "config")
+    return {name: case[name] for name in names} | changed
+
+
+def _padded(case: Case, value: float) -> torch.Tensor:
+    """x with a value in all rows past the counts."""
+    used = torch.arange(case["x"].shape[1]) < case["tokens_per_expert"][:, None]
+    return case["x"].masked_fill(~used[..., None], value)
+
+
+def _as_pairs(case: Case) -> dict[str, Any]:
+    """The batch as arguments of `experts`: a pair of weight 1 per row, -1 past the counts."""
+    x, counts = case["x"], case["tokens_per_expert"]
+    rows = torch.arange(len(x))[:, None].expand(x.shape[:2])
+    used = torch.arange(x.shape[1]) < counts[:, None]
+    return {
+        "x": x.reshape(-1, x.shape[-1]),
+        "experts": case["experts"],
+        "weights": torch.ones(x.shape[0] * x.shape[1], 1, dtype=_wide_dtype(x)),
+        "expert_ids": rows.masked_fill(~used, -1).reshape(-1, 1),
+        "config": dataclasses.replace(case["config"], weight_on="output"),
+        "expert_map": None,
+    }
+
+
+def _wide_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
 @requirement(
@@ -782,10 +790,12 @@ def renaming_the_experts_changes_nothing(case: Case) -> None:
     references=("experts.experts",),
 )
 def a_token_without_experts_gets_zeros(case: Case) -> None:
-    """Every other token is sent nowhere; memory that is not written is NaN."""
-    ids = case["expert_ids"].clone()
+    """Every other token is sent nowhere, and is no number; memory that is not written is NaN."""
+    ids, x = case["expert_ids"].clone(), case["x"].clone()
     ids[::2] = -1
-    answer = case.call("experts", **arguments(case, expert_ids=ids), poison=True)
+    if not case.scope.capabilities.finite_only:
+        x[::4], x[2::4] = torch.nan, torch.inf
+    answer = case.call("experts", **arguments(case, x=x, expert_ids=ids), poison=True)
     expected = torch.zeros_like(case["x"][::2])
     rule = equals("output of tokens without experts", expected)
     wrong = [("NaN", torch.full_like(expected, torch.nan)), ("ones", expected + 1)]
@@ -811,13 +821,17 @@ def a_token_without_experts_gets_zeros(case: Case) -> None:
     references=("experts.experts",),
 )
 def no_token_at_all_gives_zero_gradients(case: Case) -> None:
-    """Every id is -1."""
-    given = arguments(case, expert_ids=torch.full_like(case["expert_ids"], -1))
-    for path, gradient in _gradients(case, given).items():
-        if gradient is None:
-            raise Violation(f"gradient of {path}: expected zeros, got None")
-        zero = torch.zeros_like(gradient)
-        case.judge(equals(f"gradient of {path}", zero), gradient, [("ones", zero + 1)])
+    """Every id is -1; then there are no tokens."""
+    nowhere = {"expert_ids": torch.full_like(case["expert_ids"], -1)}
+    none = {name: case[name][:0] for name in ("x", "weights", "expert_ids")}
+    for changed in (nowhere, none):
+        for path, gradient in _gradients(case, arguments(case, **changed)).items():
+            if gradient is None:
+                raise Violation(f"gradient of {path}: expected zeros, got None")
+            zero = torch.zeros_like(gradient)
+            shown = [("ones", zero + 1)] if zero.numel() else []
+            if shown:
+                case.judge(equals(f"gradient of {path}", zero), gradient, shown)
 
 
 @requirement(
@@ -862,3 +876,249 @@ def a_broken_expert_breaks_only_its_own_tokens(case: Case) -> None:
     wrong = torch.full_like(output, torch.nan)
     case.note("an id that is not here", bool((local[spared] < 0).any()))
     case.judge(rule, output, [("NaN", wrong)] if wrong.numel() else [])
+
+
+@requirement(
+    "EXPERT-20",
+    MUST,
+    "experts",
+    "Gradients MUST be those of the pairs that are here; the weight of a pair that is not MUST get "
+    "zero, whatever it is.",
+    reason="On a rank that holds some of the experts most pairs are not here, and the backward "
+    "pass is where a row too many, or a NaN times zero, ends up in everybody's parameters.",
+    sources=("transformers #48687", "DeepSpeed #5259", "pytorch #160285"),
+    given=differentiable("experts", expert_inputs(invalid_ids=(True,))),
+    references=("experts.experts",),
+)
+def gradients_are_those_of_the_pairs_that_are_here(case: Case) -> None:
+    """As EXPERT-11, where ids are not here and their weights no numbers."""
+    local = local_ids(case["expert_ids"], len(case["experts"].gate_up), case["expert_map"])
+    weights = _not_finite_where(local < 0, case["weights"])
+    found = _gradients(case, arguments(case, weights=weights))
+    case.note("a token that goes nowhere", bool((local < 0).all(1).any()))
+    given = arguments(case, weights=case["weights"].masked_fill(local < 0, 0.0))
+    _judge_gradients(case, given, found)
+
+
+@requirement(
+    "EXPERT-21",
+    SHOULD,
+    "experts",
+    "Arguments of the wrong shape or dtype, and a map that leads to a row that there is not, "
+    "SHOULD raise `ValueError` or `TypeError`.",
+    reason="A kernel reads whatever lies at the address that a wrong shape leads to.",
+    sources=("docs/spec/operations.md", "SGLang #28170", "vLLM #16801"),
+    given=expert_inputs(expert_map=(False,), invalid_ids=(False,), loads=("uniform",)),
+    references=("experts.experts",),
+)
+def bad_arguments_of_experts_raise(case: Case) -> None:
+    """One argument is wrong at a time."""
+    good = arguments(case)
+    x, weights, ids, experts = (good[n] for n in ("x", "weights", "expert_ids", "experts"))
+    bad = {
+        "x with a further dimension": {"x": x[None]},
+        "x of whole numbers": {"x": torch.ones_like(x, dtype=torch.int64)},
+        "x with a further column": {"x": torch.cat([x, x[:, :1]], 1)},
+        "ids of a float dtype": {"expert_ids": ids.float()},
+        "one row of ids too many": {"expert_ids": torch.cat([ids, ids[:1]])},
+        "one column of ids too many": {"expert_ids": torch.cat([ids, ids[:, :1]], 1)},
+        "one row of weights too many": {"weights": torch.cat([weights, weights[:1]])},
+        "weights of whole numbers": {"weights": weights.long()},
+        **{name: {"experts": each} for name, each in _bad_weights(experts).items()},
+    }
+    if case.scope.capabilities.alternatives("experts")[0].get("expert_map", (True,)) != (False,):
+        rows = torch.arange(len(experts.down) + 1, dtype=ids.dtype)
+        bad["a map to a row that there is not"] = {"expert_map": rows}
+        bad["a map of a float dtype"] = {"expert_map": rows[:-1].double()}
+    must_raise(case, "experts", good, {name: good | wrong for name, wrong in bad.items()})
+
+
+def _bad_weights(experts: Any) -> dict[str, Any]:
+    """Expert weights that do not fit each other."""
+
+    def with_fields(**changed: torch.Tensor) -> Any:
+        return dataclasses.replace(experts, **changed)
+
+    gate_up, down = experts.gate_up, experts.down
+    bias = gate_up.new_zeros(len(gate_up) + 1, gate_up.shape[1])
+    return {
+        "gate_up of one row more": with_fields(gate_up=torch.cat([gate_up, gate_up[:, :1]], 1)),
+        "gate_up of one expert more": with_fields(gate_up=torch.cat([gate_up, gate_up[:1]])),
+        "down of one column more": with_fields(down=torch.cat([down, down[..., :1]], 2)),
+        "a bias of one expert more": with_fields(gate_up_bias=bias),
+        "an output bias of one dimension": with_fields(down_bias=down.new_zeros(down.shape[1])),
+    }
+
+
+@requirement(
+    "EXPERT-22",
+    MUST,
+    "experts_batched",
+    "Gradients MUST be those of the rows in use, and zero for all others.",
+    reason="What lies past the counts is anything, and summed into a parameter it is in every "
+    "step that follows.",
+    sources=("pytorch #154557", "pytorch #193633", "torchtitan #1237", "TE #3484"),
+    given=differentiable("experts_batched", expert_batches()),
+    references=("experts.experts_batched",),
+)
+def gradients_of_a_batch_are_those_of_its_rows(case: Case) -> None:
+    """The padding rows are NaN; each row in use is a pair of weight 1."""
+    x = case["x"]
+    fields = [f for f, tensor in vars(case["experts"]).items() if tensor is not None]
+    paths = ["x", *(f"experts.{field}" for field in fields)]
+    given = _batch(case, x=_padded(case, torch.nan))
+    call = case.planned("experts_batched", wrt=paths, cotangents={"": _cotangent(x)}, **given)
+    answer = case.session([call])[0]
+    output_of(answer, x)
+    found = dict(answer.gradients)
+    pairs = _as_pairs(case)
+    if found["x"] is not None:
+        has_form("gradient of x", found["x"], tuple(x.shape), (x.dtype,))
+        found["x"] = found["x"].reshape(pairs["x"].shape)
+    case.note("an expert without rows", bool((case["tokens_per_expert"] == 0).any()))
+    _judge_gradients(case, pairs, found)
+
+
+@requirement(
+    "EXPERT-23",
+    MUST,
+    "experts_batched",
+    "A call on the same storage with other data MUST give the answer to the other data, and leave "
+    "the first answer as it was.",
+    reason="The batched format lives in buffers that are made once and used for every step.",
+    sources=("KernelBench result_reuse", "SGLang #30895", "SGLang #25852"),
+    given=expert_batches(least_tokens=2),
+    references=("experts.experts_batched",),
+)
+def a_batch_in_the_same_storage_is_another_batch(case: Case) -> None:
+    """Rows and counts are turned round; the first answer is read again after the second."""
+    x, counts = case["x"], case["tokens_per_expert"]
+    changed = {"x": -x.flip(1), "tokens_per_expert": counts.flip(0)}
+    first = case.planned("experts_batched", **_batch(case))
+    second = case.planned("experts_batched", **_batch(case, **changed), reuse=0)
+    answers = case.session([first, second])
+    before, again = output_of(answers[0], x), answers[0].afterwards
+    case.inputs |= changed
+    spread = experts_oracle(**_as_pairs(case), arithmetic=arithmetic_of(case, x))
+
+    def rule(outputs: tuple[torch.Tensor, torch.Tensor]) -> Closeness:
+        rows, kept = outputs
+        equal("the first answer, read again", kept, before)
+        flat = rows.reshape(spread.value.shape)
+        return close("the second answer", flat, spread.value, spread.sigma, spread.freedom)
+
+    answer = output_of(answers[1], x)
+    wrong = [(name, (value, again)) for name, value in impostors(spread.value)]
+    case.judge(rule, (answer, again), [*wrong, ("written over", (answer, again + 1))])
+
+
+@requirement(
+    "EXPERT-24",
+    MUST,
+    "experts_batched",
+    "Counts that are negative or more than C, and arguments of the wrong shape or dtype, MUST "
+    "raise `ValueError` or `TypeError`.",
+    reason="A count past C reads the rows of the next expert.",
+    sources=("docs/spec/operations.md", "DeepSpeed #8155", "SGLang #3339"),
+    given=expert_batches(),
+    references=("experts.experts_batched",),
+)
+def bad_batches_raise(case: Case) -> None:
+    """One argument is wrong at a time."""
+    good = _batch(case)
+    x, counts, experts = good["x"], good["tokens_per_expert"], good["experts"]
+    more, fewer = counts.clone(), counts.clone()
+    more[-1], fewer[0] = x.shape[1] + 1, -1
+    bad = {
+        "a count of more than C": {"tokens_per_expert": more},
+        "a count below zero": {"tokens_per_expert": fewer},
+        "one count too many": {"tokens_per_expert": torch.cat([counts, counts[:1]])},
+        "counts of a float dtype": {"tokens_per_expert": counts.float()},
+        "x with two dimensions": {"x": x[0]},
+        "rows of one expert more": {"x": torch.cat([x, x[:1]])},
+        "x with a further column": {"x": torch.cat([x, x[..., :1]], 2)},
+        **{name: {"experts": each} for name, each in _bad_weights(experts).items()},
+    }
+    must_raise(case, "experts_batched", good, {name: good | wrong for name, wrong in bad.items()})
+
+
+@requirement(
+    "EXPERT-25",
+    MUST,
+    "experts_batched",
+    "The inputs of a batch MUST NOT be changed, and its output MUST NOT share memory with them.",
+    reason="Rows past the counts are free to use, and are the next call's rows in use.",
+    sources=("KernelBench zero_out", "vllm-ascend #9992"),
+    given=expert_batches(),
+    references=("experts.experts_batched",),
+)
+def a_batch_is_left_alone(case: Case) -> None:
+    """Every argument is compared with a copy made before the call."""
+    answer = case.call("experts_batched", **_batch(case))
+
+    def rule(found: list[str]) -> None:
+        if found:
+            raise Violation(f"experts_batched changed or gave back: {', '.join(found)}")
+
+    case.judge(rule, [*answer.changed, *answer.shared], [("x", ["x"])])
+
+
+@requirement(
+    "EXPERT-26",
+    MUST,
+    "experts_batched",
+    "A batch without rows MUST give an output of shape [E, 0, H], and one whose counts are all "
+    "zero MUST give zeros, both in x's dtype.",
+    reason="A rank to which nothing was sent takes part in the step like any other.",
+    sources=("vLLM #43547", "DeepSpeed #5066", "vllm-ascend #9992"),
+    given=expert_batches(),
+    references=("experts.experts_batched",),
+)
+def a_batch_of_nothing_gives_nothing(case: Case) -> None:
+    """Rows that are not in use are NaN, and so is memory that is never written."""
+    x, idle = case["x"], torch.zeros_like(case["tokens_per_expert"])
+    case.inputs["tokens_per_expert"] = idle
+    full = case.planned("experts_batched", poison=True, **_batch(case, x=_padded(case, torch.nan)))
+    cut = case.planned("experts_batched", layouts={}, **_batch(case, x=x[:, :0]))
+    answers = case.session([full, cut])
+    output_of(answers[1], x[:, :0])
+    zero = torch.zeros_like(x)
+    rule = equals("output of a batch without rows in use", zero)
+    case.judge(rule, output_of(answers[0], x), [("ones", zero + 1)])
+
+
+@requirement(
+    "EXPERT-27",
+    MUST,
+    "experts",
+    "Expert weights MUST be taken in any float dtype, whatever that of x.",
+    reason="Weights are kept in the dtype of the checkpoint and x in that of the step; read with "
+    "the other's size, or computed in the narrower of the two, they are wrong.",
+    sources=("vLLM #16801", "vLLM #50845", "DeepSeek-V3 model code: fp32 gate"),
+    given=expert_inputs(mixed=True),
+    references=("experts.experts",),
+)
+def expert_weights_have_a_dtype_of_their_own(case: Case) -> None:
+    """Their values are ones that x's dtype has too: whether they are rounded to it is open."""
+    output = output_of(case.call("experts", **arguments(case)), case["x"])
+    case.note("another dtype than x", case["experts"].down.dtype is not case["x"].dtype)
+    judge_output(case, output, oracle_of(case))
+
+
+@requirement(
+    "EXPERT-28",
+    MUST,
+    "experts_batched",
+    "A batch MUST be computed with expert weights of any float dtype, whatever that of x.",
+    reason="The batched path has kernels of its own, each made for one dtype.",
+    sources=("vLLM #16801", "vLLM #50845"),
+    given=expert_batches(mixed=True),
+    references=("experts.experts_batched",),
+)
+def weights_of_a_batch_have_a_dtype_of_their_own(case: Case) -> None:
+    """As EXPERT-27, on rows instead of pairs."""
+    output = output_of(case.call("experts_batched", **_batch(case)), case["x"])
+    spread = experts_oracle(**_as_pairs(case), arithmetic=arithmetic_of(case, case["x"]))
+    case.note("another dtype than x", case["experts"].down.dtype is not case["x"].dtype)
+    flat = output.reshape(spread.value.shape)
+    case.judge(rule_of(spread), flat, impostors(spread.value))

@@ -7,11 +7,27 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from moe_reference import gating
 from moe_reference.config import RoutingConfig
 
-from moe_conformance.case import Case, routed
-from moe_conformance.inputs.given import Content, Given, Inputs, Plan, Plans, Scope, torch_dtype
-from moe_conformance.inputs.routing import build_routing, fill_logits, routing
+from moe_conformance.case import Answer, Case, must_raise, routed
+from moe_conformance.inputs.given import (
+    Content,
+    Given,
+    Inputs,
+    Plan,
+    Plans,
+    Scope,
+    differentiable,
+    torch_dtype,
+)
+from moe_conformance.inputs.routing import (
+    at_boundaries,
+    build_routing,
+    either,
+    fill_logits,
+    routing,
+)
 from moe_conformance.judge import Violation, equal, within
 from moe_conformance.precision import TINY, UNIT
 from moe_conformance.registry import MUST, SHOULD, requirement
@@ -31,8 +47,25 @@ def _oracle(case: Case, **changed: Any) -> RoutingOracle:
 
 def _route(case: Case, **changed: Any) -> Routed:
     given = {name: case[name] for name in ("logits", "config", "bias", "token_ids")} | changed
-    tokens, config = len(given["logits"]), given["config"]
-    return routed(case.call("route", **given), tokens, config.top_k)
+    return _in_form(case, case.call("route", **given), given)
+
+
+def _in_form(case: Case, answer: Answer, given: dict[str, Any]) -> Routed:
+    """The weights and ids of an answer, in the shapes and dtypes that they have to have."""
+    weights, ids = routed(answer, len(given["logits"]), given["config"].top_k)
+    wide = torch.float64 if given["logits"].dtype is torch.float64 else torch.float32
+    router = case.scope.capabilities.router_dtype
+    allowed = {wide} if router is None else {wide, _wide(router)}
+    if weights.dtype not in allowed:
+        raise Violation(
+            f"weights: expected dtype {' or '.join(map(str, allowed))} for logits of "
+            f"{given['logits'].dtype}, got {weights.dtype}"
+        )
+    return weights, ids
+
+
+def _wide(dtype: str) -> torch.dtype:
+    return torch.float64 if dtype == "float64" else torch.float32
 
 
 def _judge_weights(case: Case, weights: torch.Tensor, ids: torch.Tensor) -> None:
@@ -48,6 +81,9 @@ def _judge_weights(case: Case, weights: torch.Tensor, ids: torch.Tensor) -> None
 
 
 def _wrong_weights(expected: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    if not bool(expected.any()):
+        yield "all ones", torch.ones_like(expected)
+        return
     yield "all zeros", torch.zeros_like(expected)
     yield "1.02 times", expected * 1.02
     if expected.shape[1] > 1 and not torch.equal(expected, expected.flip(1)):
@@ -292,7 +328,11 @@ def weights_stay_finite_when_scores_underflow(case: Case) -> None:
     reason="Nested in the renormalisation branch it is lost for half of the configurations; "
     "applied twice it multiplies the routed output.",
     sources=("sgl-jax #1282", "SGLang #31449", "vLLM #45037", "SGLang #8511"),
-    given=routing(scale=(2.5, 0.375), scale_when=("always",), contents=("normal", "wide")),
+    given=routing(
+        scale=(2.5, 0.375, 2.5, 0.375, -1.5, 0.0),
+        scale_when=("always",),
+        contents=("normal", "wide"),
+    ),
     references=("gating.route",),
 )
 def the_scale_is_applied_once(case: Case) -> None:
@@ -489,42 +529,51 @@ def every_expert_can_be_chosen(case: Case) -> None:
     case.judge(rule, ids, [("one id further", ids + 1)])
 
 
-@dataclasses.dataclass(frozen=True)
-class _BadCall:
-    name: str
-    arguments: dict[str, Any]
-
-
-def _bad_calls(logits: torch.Tensor, config: RoutingConfig) -> list[_BadCall]:
-    experts = logits.shape[1]
+def _bad_calls(logits: torch.Tensor, config: RoutingConfig) -> dict[str, dict[str, Any]]:
+    tokens, experts = logits.shape
     plain = RoutingConfig(config.top_k, config.score, config.order)
-    bad: list[tuple[str, dict[str, Any]]] = [
-        ("top_k > E", {"config": dataclasses.replace(plain, top_k=experts + 1)}),
-        ("logits with one dimension", {"logits": logits[0], "config": plain}),
-        ("a bias of another length", {"config": plain, "bias": torch.zeros(experts + 1)}),
-    ]
-    if experts > 2:
-        uneven = dataclasses.replace(plain, top_k=1, num_groups=experts - 1)
-        bad.append(("E not divisible by num_groups", {"config": uneven}))
-    if experts % 2 == 0 and experts > 2:
-        narrow = dataclasses.replace(plain, top_k=experts // 2 + 1, num_groups=2)
-        bad.append(("top_k beyond the open groups", {"config": narrow}))
     table = torch.zeros(4, config.top_k, dtype=torch.int64)
     hashed = dataclasses.replace(plain, hash_table=table)
-    outside = torch.full((len(logits),), 4)
-    bad.append(("a token id outside the hash table", {"config": hashed, "token_ids": outside}))
-    return [
-        _BadCall(name, {"logits": logits, "bias": None, "token_ids": None} | arguments)
-        for name, arguments in bad
-    ]
+    beyond = dataclasses.replace(plain, hash_table=table + experts)
+    token_ids = torch.zeros(tokens, dtype=torch.int64)
+    late = token_ids.clone()
+    late[-1] = 4
+    bad: dict[str, dict[str, Any]] = {
+        "top_k > E": {"config": dataclasses.replace(plain, top_k=experts + 1)},
+        "logits with one dimension": {"logits": logits[0]},
+        "logits with three dimensions": {"logits": logits[None]},
+        "logits of integers": {"logits": logits.long()},
+        "a bias of another length": {"bias": torch.zeros(experts + 1)},
+        "a bias of integers": {"bias": torch.zeros(experts, dtype=torch.int64)},
+        "a token id past the end of the hash table": {"config": hashed, "token_ids": late},
+        "a negative token id": {"config": hashed, "token_ids": -1 - token_ids},
+        "an expert of the hash table past E": {"config": beyond, "token_ids": token_ids},
+        "a hash table and no token ids": {"config": hashed},
+        "a token id too many": {"config": hashed, "token_ids": torch.cat([token_ids, late[:1]])},
+        "token ids that are floats": {"config": hashed, "token_ids": token_ids.float()},
+    }
+    if experts > 1:
+        bad["one bias for all experts"] = {"bias": torch.zeros(1)}
+        single = dataclasses.replace(
+            plain, top_k=1, num_groups=experts, topk_groups=experts, group_score="top2_sum"
+        )
+        bad["the best two of groups of one"] = {"config": single}
+    if experts > 2:
+        uneven = dataclasses.replace(plain, top_k=1, num_groups=experts - 1)
+        bad["E not divisible by num_groups"] = {"config": uneven}
+    if experts % 2 == 0 and experts > 2:
+        narrow = dataclasses.replace(plain, top_k=experts // 2 + 1, num_groups=2)
+        bad["top_k beyond the open groups"] = {"config": narrow}
+    good = {"logits": logits, "config": plain, "bias": None, "token_ids": None}
+    return {name: good | arguments for name, arguments in bad.items()}
 
 
 @requirement(
     "GATE-17",
     MUST,
     "route",
-    "A topology that cannot work, a bias of the wrong length and a token id outside the hash table "
-    "MUST raise.",
+    "A topology that cannot work, an argument of the wrong shape or dtype, and a token id or an "
+    "expert outside the hash table MUST raise.",
     reason="Silently routed, they give experts that nobody asked for.",
     sources=("vLLM #29439", "transformers #48647", "vLLM #50844"),
     given=Given(
@@ -539,19 +588,8 @@ def _bad_calls(logits: torch.Tensor, config: RoutingConfig) -> list[_BadCall]:
 )
 def what_cannot_work_raises(case: Case) -> None:
     """Each bad call by itself has to raise."""
-    for bad in _bad_calls(case["logits"], case["config"]):
-        answer = case.attempt([case.planned("route", layouts={}, **bad.arguments)])[0]
-
-        def rule(error: dict[str, Any] | None, name: str = bad.name) -> None:
-            if error is None:
-                raise Violation(f"{name}: expected an exception, got a result")
-            if error["type"] not in ("ValueError", "TypeError"):
-                raise Violation(
-                    f"{name}: expected ValueError or TypeError, got {error['type']}: "
-                    f"{error['message'][:200]}"
-                )
-
-        case.judge(rule, answer.error, [("a result", None)])
+    good = {name: case[name] for name in ("logits", "config", "bias", "token_ids")}
+    must_raise(case, "route", good, _bad_calls(case["logits"], case["config"]))
 
 
 @requirement(
@@ -563,13 +601,13 @@ def what_cannot_work_raises(case: Case) -> None:
     reason="The router learns through its weights alone; a gradient cut or doubled there goes "
     "unnoticed until the load collapses.",
     sources=("minimind #858", "torchtitan #2416", "Megatron #1421"),
-    given=Given(
-        lambda scope: (
-            routing(hashed=False, contents=("normal", "coarse")).plans(scope)
-            if "route" in scope.capabilities.gradients
-            else None
+    given=differentiable(
+        "route",
+        either(
+            routing(contents=("normal", "coarse", "wide", "shifted")),
+            routing(contents=("normal", "coarse")),
+            routing(hashed=True, contents=("normal", "coarse")),
         ),
-        routing().build,
     ),
     references=("gating.route",),
 )
@@ -581,8 +619,12 @@ def the_router_gets_its_gradient(case: Case) -> None:
     cotangent = Content(int(logits.numel())).normal(*shape).float()
     call = case.planned("route", wrt=["logits"], cotangents={"0": cotangent}, **given)
     answer = case.session([call])[0]
-    _, ids = routed(answer, *shape)
-    _check_distinct(ids, logits.shape[1])
+    _, ids = _in_form(case, answer, given)
+    case.note("a hash table", config.hash_table is not None)
+    if config.hash_table is None:
+        _check_distinct(ids, logits.shape[1])
+    else:
+        _oracle(case).check_ids(ids)
     found = answer.gradients["logits"]
     if found is None:
         raise Violation("gradient of logits: expected a tensor, got None")
@@ -644,7 +686,11 @@ def _gradient_bound(
     "Zero tokens MUST give empty weights and ids of shape [0, K].",
     reason="A rank or an expert group without tokens is an ordinary batch, not an error.",
     sources=("DeepSpeed #8155", "torchtitan #1166"),
-    given=routing(contents=("normal",), largest=64),
+    given=either(
+        routing(contents=("normal",), largest=64),
+        routing(contents=("normal",), largest=64),
+        routing(contents=("normal",), largest=64, hashed=True),
+    ),
     references=("gating.route",),
 )
 def zero_tokens_are_routed_to_nothing(case: Case) -> None:
@@ -653,12 +699,14 @@ def zero_tokens_are_routed_to_nothing(case: Case) -> None:
     token_ids = None if token_ids is None else token_ids[:0]
     given = {"config": case["config"], "bias": case["bias"], "token_ids": token_ids}
     answer = case.call("route", logits=logits, layouts={}, **given)
-    top_k = case["config"].top_k
+    top_k, dtype = case["config"].top_k, logits.dtype
+    case.note("a hash table", token_ids is not None)
 
     def rule(outputs: Any) -> None:
-        routed(dataclasses.replace(answer, outputs=outputs), 0, top_k)
+        _in_form(case, dataclasses.replace(answer, outputs=outputs), {"logits": logits, **given})
 
-    one = [torch.zeros(1, top_k), torch.zeros(1, top_k, dtype=torch.int64)]
+    dtype = torch.float64 if dtype is torch.float64 else torch.float32
+    one = [torch.zeros(1, top_k, dtype=dtype), torch.zeros(1, top_k, dtype=torch.int64)]
     case.judge(rule, answer.outputs, [("one token", one), ("nothing", None)])
 
 
@@ -696,7 +744,7 @@ def _build_fine_bias(plan: Plan) -> Inputs:
     content = Content(plan["seed"])
     # As far apart as in the trained layer of the thread: some 1e-3, below bfloat16's 2^-5 at 7.
     steps = content.permutation(experts).double()
-    inputs["bias"] = (6.817 + 1e-3 * steps).to(inputs["bias"].dtype)
+    inputs["bias"] = (6.817 + 1e-3 * steps).to(_wide(plan["dtype"]))
     inputs["logits"] = torch.zeros_like(inputs["logits"])
     return inputs
 
@@ -729,5 +777,395 @@ def _build_lost_scores(plan: Plan) -> Inputs:
     content = Content(plan["seed"])
     logits = fill_logits(content, "normal", plan["tokens"], plan["experts"]) - 18
     inputs["logits"] = logits.to(torch_dtype(plan["dtype"]))
-    inputs["bias"] = (12 + content.normal(plan["experts"])).to(inputs["bias"].dtype)
+    inputs["bias"] = (12 + content.normal(plan["experts"])).to(_wide(plan["dtype"]))
     return inputs
+
+
+@requirement(
+    "GATE-22",
+    MUST,
+    "route",
+    "The routing MUST be right for every number of experts, tokens and experts per token, on the "
+    "boundaries of blocks and beside them.",
+    reason="Kernels are specialised by size; a wrong tail or a path for one size is right "
+    "everywhere else.",
+    sources=("vLLM-metax #270", "aiter #2359", "aiter #4451", "imp #2056"),
+    given=at_boundaries(),
+    references=("gating.route",),
+)
+def no_size_is_special(case: Case) -> None:
+    """One past a block, a whole one, and one short of it; E to 513, T to 1025 and K to 33."""
+    case.note(f"at a boundary of {case['axis']}")
+    whole = dict(case.inputs)
+    for short in range(3):
+        case.inputs.update(_shorter(whole, short))
+        weights, ids = _route(case)
+        experts = case["logits"].shape[1]
+        if ids.shape[1] < experts:
+            _judge_ids(case, ids)
+        else:
+            _check_distinct(ids, experts)
+        _judge_weights(case, weights, ids)
+
+
+def _shorter(inputs: Inputs, short: int) -> Inputs:
+    """The same inputs with so many experts, tokens or choices left out, by `axis`."""
+    logits, config, bias = inputs["logits"], inputs["config"], inputs["bias"]
+    if inputs["axis"] == "tokens":
+        return {"logits": logits[: len(logits) - short]}
+    if inputs["axis"] == "top_k":
+        return {"config": dataclasses.replace(config, top_k=config.top_k - short)}
+    experts = logits.shape[1] - short
+    return {"logits": logits[:, :experts], "bias": None if bias is None else bias[:experts]}
+
+
+@requirement(
+    "GATE-23",
+    MUST,
+    "route",
+    "Every call MUST be answered for its own logits, bias, token ids and table, also where an "
+    "earlier call had the same shapes, the same storage or an equal configuration.",
+    reason="A cache keyed by address answers the call before; one keyed by the configuration keeps "
+    "its hash table, which takes no part in equality.",
+    sources=("SGLang #25852", "vLLM #50844", "docs/spec/gating.md"),
+    given=either(
+        routing(contents=("normal",), largest=64),
+        routing(contents=("normal",), largest=64, hashed=True, least_tokens=2),
+    ),
+    references=("gating.route",),
+)
+def every_call_is_answered_for_itself(case: Case) -> None:
+    """Other data in the storage of the first call, then the first call's data in fresh storage."""
+    first = {name: case[name] for name in ("logits", "config", "bias", "token_ids")}
+    bias, config = case["bias"], case["config"]
+    other = dict(first)
+    other["logits"] = -first["logits"].flip(0)
+    other["bias"] = None if bias is None else -bias
+    if config.hash_table is not None:
+        table = (config.hash_table + 1) % first["logits"].shape[1]
+        other["config"] = dataclasses.replace(config, hash_table=table)
+        other["token_ids"] = first["token_ids"].flip(0)
+    calls = [
+        case.planned("route", **first),
+        case.planned("route", **other, reuse=0),
+        case.planned("route", **first),
+    ]
+    for answer, given in zip(case.session(calls), (first, other, first), strict=True):
+        weights, ids = _in_form(case, answer, given)
+        oracle = _oracle(case, **given)
+        if config.hash_table is None:
+            _check_distinct(ids, given["logits"].shape[1])
+        oracle.check_ids(ids)
+        expected = oracle.weights(ids)
+
+        def rule(found: torch.Tensor, expected: Any = expected) -> None:
+            within("weights", found, expected.value, expected.error)
+
+        case.judge(rule, weights, _wrong_weights(expected.value))
+
+
+@requirement(
+    "GATE-24",
+    MUST,
+    "route",
+    "In every configuration the arguments and torch's global state MUST be left as they are, and "
+    "the results MUST have memory of their own.",
+    reason="The logits go on to the losses, and the bias and the table to the next step; a mask "
+    "filled in place, or a row of the table handed out, is found there.",
+    sources=("transformers MoE jitter", "TensorCast topk_weights /=", "docs/spec/operations.md"),
+    given=either(routing(), routing(), routing(hashed=True)),
+    references=("gating.route",),
+)
+def routing_leaves_everything_as_it_was(case: Case) -> None:
+    """With and without gradients, which take other paths."""
+    given = {name: case[name] for name in ("logits", "config", "bias", "token_ids")}
+    calls = [case.planned("route", **given)]
+    if "route" in case.scope.capabilities.gradients:
+        cotangent = torch.ones(len(given["logits"]), given["config"].top_k)
+        calls.append(case.planned("route", wrt=["logits"], cotangents={"0": cotangent}, **given))
+
+    def rule(touched: list[str]) -> None:
+        if touched:
+            raise Violation(f"route changed, shares or moved {', '.join(sorted(set(touched)))}")
+
+    for call in calls:
+        answer = case.session([call])[0]
+        found = [*answer.changed, *answer.shared, *answer.state]
+        case.judge(rule, found, [("the logits", ["logits"])])
+
+
+@requirement(
+    "GATE-25",
+    MUST,
+    "route",
+    "Token ids MUST have no effect without a hash table, and a bias MUST have none with one.",
+    reason="A layer hands both to all of its routers; a model mixes hash layers with others.",
+    sources=("docs/spec/gating.md",),
+    given=either(
+        routing(contents=("normal",), largest=64, left_out=True),
+        Given(
+            lambda scope: routing(bias=True, hashed=True, contents=("normal",), largest=64).plans(
+                scope
+            ),
+            build_routing,
+        ),
+    ),
+    references=("gating.route",),
+)
+def what_a_router_has_no_use_for_has_no_effect(case: Case) -> None:
+    """Token ids from far outside any table, or a bias that would choose otherwise."""
+    config, tokens = case["config"], len(case["logits"])
+    case.note("a bias beside a table", config.hash_table is not None)
+    if config.hash_table is None:
+        unneeded = Content(tokens).integers(-3, 2**31 - 1, tokens)
+        weights, ids = _route(case, token_ids=unneeded)
+        _judge_ids(case, ids)
+    else:
+        weights, ids = _route(case)
+        _oracle(case).check_ids(ids)
+    _judge_weights(case, weights, ids)
+
+
+@requirement(
+    "GATE-26",
+    MUST,
+    "route",
+    "The selection bias MUST get no gradient.",
+    reason="It is moved by the load and by nothing else; a gradient pulls it back to where the "
+    "loss wants it.",
+    sources=("DeepSeek-V3 (arXiv 2412.19437) section 2.1.2", "docs/spec/gating.md"),
+    given=differentiable("route", routing(bias=True)),
+    references=("gating.route",),
+)
+def the_bias_gets_no_gradient(case: Case) -> None:
+    """None or zeros, where the bias asks for one."""
+    given = {name: case[name] for name in ("logits", "config", "bias", "token_ids")}
+    cotangent = 1 + Content(given["logits"].numel()).uniform(
+        0, 1, len(given["logits"]), given["config"].top_k
+    )
+    answer = case.call("route", wrt=["logits", "bias"], cotangents={"0": cotangent}, **given)
+    zero = torch.zeros_like(given["bias"])
+
+    def rule(found: torch.Tensor | None) -> None:
+        if found is not None:
+            equal("gradient of bias", found, zero)
+
+    case.judge(rule, answer.gradients["bias"], [("ones", zero + 1)])
+
+
+def _far(plan: Plan) -> Inputs:
+    """Logits moved by up to 900, far beyond what an exponential in float32 can hold."""
+    inputs = build_routing(plan)
+    # Far below 0 every sigmoid is 0, and no weight is left to judge; a softmax has no such end.
+    low = -900 if inputs["config"].score == "softmax" else 0
+    moved = Content(plan["seed"]).uniform(low, 900, plan["tokens"], 1)
+    inputs["logits"] = (inputs["logits"].double() + moved).to(inputs["logits"].dtype)
+    return inputs
+
+
+@requirement(
+    "GATE-27",
+    MUST,
+    "route",
+    "Large logits MUST NOT overflow, neither in the weights nor in their gradient.",
+    reason="exp(89) is infinite in float32, and exp(12) in float16; infinity over infinity is NaN.",
+    sources=("flashinfer #3803", "flashinfer #3946", "ST-MoE (arXiv 2202.08906)"),
+    given=Given(lambda scope: routing(contents=("normal",), largest=256).plans(scope), _far),
+    references=("gating.route", "gating.scores"),
+)
+def large_logits_do_not_overflow(case: Case) -> None:
+    """Rows of logits around any number from -900 to 900, for scores that are then not all 0."""
+    given = {name: case[name] for name in ("logits", "config", "bias", "token_ids")}
+    weights, ids = _route(case)
+    _judge_weights(case, weights, ids)
+    if "route" not in case.scope.capabilities.gradients:
+        return
+    cotangent = torch.ones_like(weights)
+    answer = case.call("route", wrt=["logits"], cotangents={"0": cotangent}, **given)
+    found = answer.gradients["logits"]
+
+    def rule(gradient: torch.Tensor | None) -> None:
+        if gradient is None or not bool(torch.isfinite(gradient).all()):
+            raise Violation("gradient of logits: expected finite numbers", None, gradient)
+
+    case.judge(rule, found, [("NaN", torch.full_like(given["logits"], torch.nan))])
+
+
+def _with_absent_experts(plan: Plan) -> Inputs:
+    """Some experts of each token have a logit of minus infinity, and K at least have not."""
+    inputs = build_routing(plan)
+    content, top_k = Content(plan["seed"] + 1), inputs["config"].top_k
+    tokens, experts = inputs["logits"].shape
+    present = content.integers(top_k, experts - 1, tokens, 1)
+    rank = content.uniform(0, 1, tokens, experts).argsort(1).argsort(1)
+    inputs["logits"] = inputs["logits"].masked_fill(rank >= present, -torch.inf)
+    return inputs
+
+
+@requirement(
+    "GATE-28",
+    MUST,
+    "route",
+    "An expert whose logit is minus infinity MUST NOT be chosen while enough others are left, and "
+    "MUST NOT change their weights or make a gradient NaN.",
+    reason="Experts that a model pads its router with, or that are switched off, are marked so.",
+    sources=("vLLM #39391", "SGLang #30079", "docs/spec/gating.md"),
+    given=_finite_only(
+        Given(
+            lambda scope: (
+                routing(bias=False, groups=False, contents=("normal",), left_out=True).plans(scope)
+                if scope.capabilities.logits_through == "direct"
+                else None
+            ),
+            _with_absent_experts,
+        )
+    ),
+    references=("gating.route", "gating.scores"),
+)
+def absent_experts_take_no_part(case: Case) -> None:
+    """Against the oracle on logits of -10000, whose scores are 0 in float64 too."""
+    logits = case["logits"]
+    absent = logits == -torch.inf
+    given = {name: case[name] for name in ("logits", "config", "bias", "token_ids")}
+    oracle = _oracle(case, logits=logits.double().masked_fill(absent, -1e4), dtype=_name(logits))
+    answer = case.call("route", **given)
+    weights, ids = _in_form(case, answer, given)
+    _check_distinct(ids, logits.shape[1])
+    ahead = absent.long().sort(dim=1, stable=True, descending=True).indices[:, : ids.shape[1]]
+    case.judge(oracle.check_ids, ids, [("absent experts", ahead)])
+    expected = oracle.weights(ids)
+    case.judge(
+        lambda found: within("weights", found, expected.value, expected.error),
+        weights,
+        _wrong_weights(expected.value),
+    )
+    if "route" not in case.scope.capabilities.gradients:
+        return
+    cotangents = {"0": torch.ones_like(weights)}
+    found = case.call("route", wrt=["logits"], cotangents=cotangents, **given).gradients["logits"]
+
+    def rule(gradient: torch.Tensor | None) -> None:
+        if gradient is None or not bool(torch.isfinite(gradient).all()):
+            raise Violation("gradient of logits: expected finite numbers", None, gradient)
+        equal("gradient of absent logits", gradient[absent], torch.zeros_like(gradient[absent]))
+
+    case.judge(rule, found, [("NaN", torch.full_like(logits, torch.nan))])
+
+
+def _name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _tied_groups(plan: Plan) -> Inputs:
+    """Logits from three values, one of them for whole groups, so that groups tie as well."""
+    inputs = build_routing(plan)
+    content, groups = Content(plan["seed"]), plan["config"]["num_groups"]
+    tokens, experts = inputs["logits"].shape
+    # No two different multisets of these have the same sum of scores but for sums of logits, which
+    # are exact.
+    values = torch.tensor([0.0, 1.0, 3.0])
+    each = values[content.integers(0, 2, tokens, experts)]
+    alike = values[content.integers(0, 2, tokens, groups)].repeat_interleave(experts // groups, 1)
+    whole = content.uniform(0, 1, tokens, 1) < 0.7
+    inputs["logits"] = torch.where(whole, alike, each).to(inputs["logits"].dtype)
+    return inputs
+
+
+@requirement(
+    "GATE-29",
+    MUST,
+    "route",
+    "Where ties are declared to go to the lowest id, the groups of lower ids MUST be opened first "
+    "of those with equal scores.",
+    reason="Otherwise the experts that tie are not all in the running, and two kernels that both "
+    "declare the rule route differently.",
+    sources=("intel-xpu-backend-for-triton #7580", "docs/spec/gating.md"),
+    given=Given(
+        lambda scope: (
+            routing(bias=False, groups=True, contents=("normal",), left_out=True).plans(scope)
+            if scope.capabilities.ties == "lowest"
+            else None
+        ),
+        _tied_groups,
+    ),
+    references=("gating.route",),
+)
+def equal_groups_are_opened_in_order(case: Case) -> None:
+    """Mostly groups of experts that are all alike: the choice is known without any rounding."""
+    _, ids = _route(case)
+    logits, config = case["logits"].double(), case["config"]
+    groups, experts = config.num_groups, logits.shape[1]
+    expected = gating.route(logits, config)[1].sort(-1).values
+    last = torch.arange(experts).view(groups, -1).flip(0).flatten()
+    other = last[gating.route(logits[:, last], config)[1]].sort(-1).values
+
+    def impostors() -> Iterator[tuple[str, torch.Tensor]]:
+        if not torch.equal(other, expected):
+            case.note("a tie between groups")
+            yield "the last groups", other
+
+    case.judge(
+        lambda answer: equal("expert_ids (sorted)", answer, expected),
+        ids.long().sort(-1).values,
+        impostors(),
+    )
+
+
+def _close_calls(plan: Plan) -> Inputs:
+    """Logits one unit in the last place apart in most rows, zeros of either sign in the others."""
+    inputs = build_routing(plan)
+    content = Content(plan["seed"])
+    tokens, experts = inputs["logits"].shape
+    order = content.uniform(0, 1, tokens, experts).argsort(1)
+    steps = 1 + order * 2 * UNIT[plan["dtype"]]
+    signed = torch.tensor([0.0, -0.0, -1.0, 0.0, -0.0])[content.integers(0, 4, tokens, experts)]
+    zeros = content.uniform(0, 1, tokens, 1) < 0.3
+    inputs["logits"] = torch.where(zeros, signed.double(), steps).to(inputs["logits"].dtype)
+    return inputs
+
+
+@requirement(
+    "GATE-30",
+    MUST,
+    "route",
+    "Logits that are selected on MUST be compared exactly: neighbours of the dtype differ, and "
+    "zero equals minus zero.",
+    reason="An expert's id packed into the last bits of its logit, or floats compared as integers, "
+    "choose among close logits by something else.",
+    sources=("aiter #2359", "SGLang #30989", "docs/spec/gating.md"),
+    given=Given(
+        lambda scope: (
+            routing(
+                bias=False,
+                groups=False,
+                order=("topk_then_score",),
+                contents=("normal",),
+                largest=64,
+                left_out=True,
+            ).plans(scope)
+            if scope.capabilities.router_dtype in (None, "float64")
+            else None
+        ),
+        _close_calls,
+    ),
+    references=("gating.route",),
+)
+def logits_are_compared_exactly(case: Case) -> None:
+    """One unit apart; where ties are declared, zeros of either sign tie."""
+    _, ids = _route(case)
+    logits, config = case["logits"], case["config"]
+    case.note("zeros", bool((logits == 0).any()))
+    if case.scope.capabilities.ties != "lowest":
+        _judge_ids(case, ids)
+        return
+    expected = gating.route(logits, config)[1].sort(-1).values
+    highest = logits.shape[1] - 1 - gating.route(logits.flip(-1), config)[1]
+    wrong = [("the lowest logits", gating.route(-logits, config)[1].sort(-1).values)]
+    if not torch.equal(highest.sort(-1).values, expected):
+        wrong.append(("the highest ids of those equal", highest.sort(-1).values))
+    wrong = [(name, found) for name, found in wrong if not torch.equal(found, expected)]
+    case.judge(
+        lambda answer: equal("expert_ids (sorted)", answer, expected),
+        ids.long().sort(-1).values,
+        wrong,
+    )

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from moe_reference.config import LayerConfig, LayerWeights
 from moe_reference.layer import layer as reference_layer
+from moe_reference.load_balancing import balance_loss as reference_loss
 
-from moe_conformance.case import Answer, Case
-from moe_conformance.codec import replace_tensors
+from moe_conformance.case import Answer, Case, must_raise
+from moe_conformance.codec import replace_tensors, walk
 from moe_conformance.experts_oracle import Spread, expert_spread, experts_oracle
-from moe_conformance.inputs.given import Given
+from moe_conformance.inputs.given import Content, Given, Scope
 from moe_conformance.inputs.layer import layer_inputs
-from moe_conformance.judge import Closeness, Violation, close, equal, has_form, impostors
-from moe_conformance.precision import FLOOR, UNIT, Arithmetic
-from moe_conformance.registry import MUST, requirement
-from moe_conformance.routing_oracle import RoutingOracle
+from moe_conformance.judge import Closeness, Violation, close, equal, has_form, impostors, within
+from moe_conformance.precision import FLOOR, TINY, UNIT, Arithmetic
+from moe_conformance.registry import MUST, SHOULD, requirement
+from moe_conformance.routing_oracle import C, RoutingOracle
 
 NAMES = ("x", "parameters", "config", "token_ids", "padding_mask", "training")
 
@@ -37,6 +38,23 @@ def _fields(answer: Answer, x: torch.Tensor) -> dict[str, Any]:
     return outputs
 
 
+def _reported_ids(case: Case, fields: dict[str, Any]) -> torch.Tensor | None:
+    """The ids that are reported, in the form that the contract gives them."""
+    ids = fields.get("expert_ids")
+    if ids is not None:
+        tokens = case["x"].shape[0] * case["x"].shape[1]
+        shape = (tokens, case["config"].routing.top_k)
+        has_form("expert_ids", ids, shape, (torch.int32, torch.int64))
+    return ids
+
+
+def _counted(case: Case, ids: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """[E], pairs of real tokens; ids of no expert are nobody's."""
+    experts = len(case["parameters"].router)
+    kept = ids.long() if real is None else ids.long()[real.reshape(-1)]
+    return torch.bincount(kept[(kept >= 0) & (kept < experts)], minlength=experts)
+
+
 def _arithmetic(case: Case) -> Arithmetic:
     return Arithmetic.of(case.scope.capabilities, str(case["x"].dtype).removeprefix("torch."))
 
@@ -45,30 +63,40 @@ def _routing(case: Case) -> RoutingOracle:
     """The routing of the layer's own logits, with the error that computing them makes."""
     parameters: LayerWeights = case["parameters"]
     config: LayerConfig = case["config"]
-    x = case["x"].reshape(-1, case["x"].shape[-1]).double()
-    router = parameters.router.double()
-    logits = x @ router.T
+    x = case["x"].reshape(-1, case["x"].shape[-1])
     capabilities = case.scope.capabilities
-    dtype = str(case["x"].dtype).removeprefix("torch.")
+    dtype = str(x.dtype).removeprefix("torch.")
+    # x, router and bias are rounded to the router's dtype before the product, the logits after.
+    of = torch.float64 if dtype == "float64" else config.router_dtype or x.dtype
+    narrow = str(of).removeprefix("torch.")
+    rows, router = x.to(of).double(), parameters.router.to(of).double()
+    logits = rows @ router.T
     # A worst case bound: every order of H products, each rounded. Where the product is rounded to a
-    # narrower dtype at the end, that is declared as a rounding point.
-    evaluated = capabilities.router_dtype or ("float64" if dtype == "float64" else "float32")
+    # narrower dtype at the end, that is configured, or declared as a rounding point.
+    evaluated = capabilities.router_dtype or ("float64" if narrow == "float64" else "float32")
     unit = min(UNIT[evaluated], UNIT["float32"])
-    error = (x.shape[-1] + 1) * unit * (x.abs() @ router.abs().T)
-    if parameters.router_bias is not None:
-        logits = logits + parameters.router_bias.double()
-        error = error + unit * logits.abs()
+    error = (x.shape[-1] + 1) * unit * (rows.abs() @ router.abs().T)
+    rounded = 0.0 if narrow in ("float32", "float64") else 2 * UNIT[narrow]
     if "router_logits" in capabilities.rounding_points:
-        error = error + 2 * UNIT[dtype] * logits.abs()
+        rounded = max(rounded, 2 * UNIT[dtype])
+    size = logits.abs()
+    if parameters.router_bias is not None:
+        # The product may be rounded by itself, before the bias.
+        logits = logits + parameters.router_bias.to(of).double()
+        size = size + logits.abs()
+        error = error + unit * logits.abs()
+    error = error + rounded * size
+    token_ids = None if case["token_ids"] is None else case["token_ids"].reshape(-1)
     bias = parameters.selection_bias
     return RoutingOracle.of(
         logits,
         config.routing,
         bias,
+        token_ids,
         points=frozenset(capabilities.rounding_points),
         router_dtype=capabilities.router_dtype,
         logit_error=error,
-        dtype=dtype,
+        dtype="float64" if narrow == "float64" else dtype,
     )
 
 
@@ -87,9 +115,20 @@ def _routed_as(
         has_form("expert_ids", ids, (tokens, top_k), (torch.int32, torch.int64))
         has_form("weights", weights, (tokens, top_k), (torch.float32, torch.float64))
         return ids, weights, torch.ones(tokens, dtype=torch.bool)
+    ids, sure = _chosen(oracle)
+    return ids, oracle.weights(ids).value, sure
+
+
+def _chosen(oracle: RoutingOracle) -> tuple[torch.Tensor, torch.Tensor]:
+    """The right ids [T, K], and the rows [T] in which no rounding could change them."""
+    table = oracle.config.hash_table
+    if table is not None:
+        assert oracle.token_ids is not None
+        ids = table[oracle.token_ids.long()].long()
+        return ids, torch.ones(len(ids), dtype=torch.bool)
     must, may = oracle.certain()
-    ids = must.to(torch.int8).topk(top_k, -1).indices
-    return ids, oracle.weights(ids).value, (must == may).all(-1)
+    ids = must.to(torch.int8).topk(oracle.config.top_k, -1).indices
+    return ids, (must == may).all(-1)
 
 
 def _expected(
@@ -147,14 +186,27 @@ def _shared(
 
 
 def _judge(
-    case: Case, fields: dict[str, Any], others: dict[str, dict[str, Any]] | None = None
+    case: Case,
+    fields: dict[str, Any],
+    others: dict[str, dict[str, Any]] | None = None,
+    judged: torch.Tensor | None = None,
 ) -> None:
-    """Judge the output, with the usual impostors and layers with other parts."""
+    """Judge the output, with the usual impostors and layers with other parts.
+
+    Args:
+        case: the layer.
+        fields: its answer.
+        others: wrong layers by name, each as what is different.
+        judged: [N, L], the tokens to look at; all of them where there is none.
+    """
     ids, weights, sure = _routed_as(case, fields)
     own = fields.get("expert_ids") is not None and fields.get("weights") is not None
     spread = _expected(case, ids, weights, own)
     kept = sure.reshape(case["x"].shape[:-1])
+    if judged is not None:
+        kept = kept & judged
     case.note("a row left to rounding", not bool(sure.all()))
+    case.note("experts from a table", case["config"].routing.hash_table is not None)
 
     def rule(output: torch.Tensor) -> Closeness:
         return close(
@@ -288,8 +340,10 @@ def the_shared_gate_is_applied(case: Case) -> None:
     "LAYER-06",
     MUST,
     "layer",
-    "`tokens_per_expert`, where it is reported, MUST count every pair of the reported ids once.",
-    reason="The counts steer the bias and enter the loss.",
+    "`tokens_per_expert`, where it is reported, MUST count every pair of the reported ids once, "
+    "those of padded tokens not at all.",
+    reason="The counts steer the bias and enter the loss; with padding in them they follow the "
+    "shape of the batch.",
     sources=("torchtitan #1593", "vLLM #38128", "xtuner #2053"),
     given=layer_inputs(),
     references=("layer.layer",),
@@ -297,13 +351,15 @@ def the_shared_gate_is_applied(case: Case) -> None:
 def counts_are_those_of_the_reported_ids(case: Case) -> None:
     """Exact; nothing to judge where nothing is reported."""
     fields = _call(case)
-    counts, ids = fields.get("tokens_per_expert"), fields.get("expert_ids")
+    counts, ids = fields.get("tokens_per_expert"), _reported_ids(case, fields)
     if counts is None or ids is None:
         case.note("nothing reported")
         _judge(case, fields)
         return
     experts = len(case["parameters"].router)
-    expected = torch.bincount(ids.long().flatten(), minlength=experts)
+    mask = case["padding_mask"]
+    expected = _counted(case, ids, mask)
+    case.note("padding", mask is not None and not bool(mask.all()))
     has_form("tokens_per_expert", counts, (experts,), (counts.dtype,))
 
     def rule(answer: torch.Tensor) -> None:
@@ -328,9 +384,13 @@ def counts_are_those_of_the_reported_ids(case: Case) -> None:
 def sequences_do_not_matter(case: Case) -> None:
     """The same tokens as one long sequence, judged against the oracle of the whole."""
     x = case["x"]
-    long = x.reshape(1, -1, x.shape[-1]).clone()
-    fields = _call(case, x=long)
-    case.inputs["x"] = long
+    one = {
+        name: None if case[name] is None else case[name].reshape(1, -1).clone()
+        for name in ("token_ids", "padding_mask")
+    }
+    one["x"] = x.reshape(1, -1, x.shape[-1]).clone()
+    fields = _call(case, **one)
+    case.inputs.update(one)
     _judge(case, fields)
 
 
@@ -338,22 +398,33 @@ def sequences_do_not_matter(case: Case) -> None:
     "LAYER-08",
     MUST,
     "layer",
-    "Zero tokens MUST give an output of shape [N, 0, H].",
+    "Zero tokens MUST give an output of x's shape, [N, 0, H] or [0, L, H], and counts of zero.",
     reason="An empty micro-batch is a batch.",
     sources=("DeepSpeed #5066", "Megatron #4851"),
     given=layer_inputs(),
     references=("layer.layer",),
 )
 def a_layer_without_tokens(case: Case) -> None:
-    """The same call with the tokens cut away."""
-    x = case["x"][:, :0]
-    given = {name: case[name] for name in NAMES} | {"x": x}
-    answer = case.call("layer", **given, layouts={})
+    """The same call with the tokens cut away, then with the sequences."""
+    top_k, experts = case["config"].routing.top_k, len(case["parameters"].router)
+    names = ("x", "token_ids", "padding_mask")
+    per_token = {name: case[name] for name in names if case[name] is not None}
+    for cut in (
+        {name: tensor[:, :0] for name, tensor in per_token.items()},
+        {name: tensor[:0] for name, tensor in per_token.items()},
+    ):
+        given = {name: case[name] for name in NAMES} | cut
+        answer = case.call("layer", **given, layouts={})
 
-    def rule(outputs: Any) -> None:
-        _fields(dataclasses.replace(answer, outputs=outputs), x)
+        def rule(outputs: Any, answer: Answer = answer, x: torch.Tensor = cut["x"]) -> None:
+            fields = _fields(dataclasses.replace(answer, outputs=outputs), x)
+            ids, counts = fields.get("expert_ids"), fields.get("tokens_per_expert")
+            if ids is not None:
+                has_form("expert_ids", ids, (0, top_k), (torch.int32, torch.int64))
+            if counts is not None:
+                equal("tokens_per_expert", counts.double(), torch.zeros(experts).double())
 
-    case.judge(rule, answer.outputs, [("one token", {"output": case["x"][:, :1]})])
+        case.judge(rule, answer.outputs, [("one token", {"output": case["x"][:1, :1]})])
 
 
 NOTICEABLE = 2.0**-10
@@ -411,3 +482,364 @@ def the_router_learns_from_the_output(case: Case) -> None:
             raise Violation("gradient of parameters.router: expected values that are not all 0")
 
     case.judge(rule, gradient, [("None", None)])
+
+
+WIDE = ("float32", "float64")
+NARROW = ("tf32", "float16", "bfloat16")
+SMOOTH = ("silu", "gelu", "gelu_tanh", "relu2")
+"""Activations whose slope does not jump."""
+
+SLACK = {"float32": 2.0**-7, "float64": 2.0**-36}
+"""How far a gradient may be off, as a share of its largest element: 2**17 units of rounding. The
+sums have less than 2**12 terms, whose errors reach each other through factors of a few units; what
+is left is for sums that cancel."""
+
+
+def _wide_only(given: Given) -> Given:
+    """The same inputs in the dtypes in which a gradient says anything, for those that give one."""
+
+    def plans(scope: Scope) -> Any:
+        capabilities = scope.capabilities
+        kept = tuple(dtype for dtype in scope.dtypes if dtype in WIDE)
+        if capabilities.accumulator in NARROW:
+            kept = tuple(dtype for dtype in kept if dtype == "float64")
+        if "layer" not in capabilities.gradients or not kept:
+            return None
+        return given.plans(dataclasses.replace(scope, dtypes=kept))
+
+    return Given(plans, given.build)
+
+
+def _leaves(parameters: LayerWeights) -> list[str]:
+    """Paths of what is trained: everything but the selection bias."""
+    paths = [path for path, _ in walk({"parameters": parameters})]
+    return [path for path in paths if path != "parameters.selection_bias"]
+
+
+def _evaluated(case: Case) -> tuple[str, ...]:
+    """What a gradient is computed in: the dtype of x, and the router's where it is declared."""
+    router = case.scope.capabilities.router_dtype
+    own = str(case["x"].dtype).removeprefix("torch.")
+    return (own, router) if router in SLACK else (own,)
+
+
+def _cotangent(x: torch.Tensor) -> torch.Tensor:
+    return Content(x.numel()).normal(*x.shape).to(x.dtype)
+
+
+def _expected_gradients(
+    case: Case, paths: list[str], with_loss: bool
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Float64 gradients of what the layer returns, and the size that each of them is held against.
+
+    That is its largest element; for what the router sees, also that of the terms that cancel in it:
+    a weight changes with a logit by at most twice itself.
+    """
+    given = {name: case[name] for name in NAMES}
+    wide = replace_tensors(given, lambda _, t: t.double() if t.is_floating_point() else t)
+    leaves = dict(walk(wide))
+    for path in paths:
+        leaves[path].requires_grad_(True)
+    answer = reference_layer(**wide)
+    total = (answer.output * _cotangent(case["x"]).double()).sum()
+    if with_loss:
+        assert answer.balance_loss is not None
+        total = total + answer.balance_loss
+    assert answer.weights is not None
+    *found, by_weights = torch.autograd.grad(
+        total,
+        [*(leaves[path] for path in paths), answer.weights],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    gradients = dict(zip(paths, found, strict=True))
+    size = {path: float(g.abs().max()) if g.numel() else 0.0 for path, g in gradients.items()}
+    pull_T = 4 * (by_weights * answer.weights.detach()).abs().sum(-1)
+    if with_loss:
+        experts = len(case["parameters"].router)
+        pull_T = pull_T + 4 * case["config"].balance.coefficient * experts
+    rows = wide["x"].detach().reshape(-1, case["x"].shape[-1]).abs()
+    router = wide["parameters"].router.detach().abs()
+    size["parameters.router"] += float((pull_T[:, None] * rows).sum(0).max())
+    size["x"] += float(pull_T.max()) * float(router.sum(0).max())
+    if "parameters.router_bias" in size:
+        size["parameters.router_bias"] += float(pull_T.sum())
+    return gradients, size
+
+
+@requirement(
+    "LAYER-10",
+    MUST,
+    "layer",
+    "Gradients of x and of all parameters MUST be those of the output, and of the balance loss "
+    "where it is reported.",
+    reason="Parts whose gradients are right are put together with a detached weight, a scale that "
+    "is missing on the way back, or a loss without a graph.",
+    sources=("torchtitan #2416", "transformers #48687", "NeMo Automodel #1408", "fastmoe #50"),
+    given=_wide_only(
+        layer_inputs(
+            router_dtype=("float32", None), activation=SMOOTH, norm=("sum",),
+            epsilon=(0.0, 1e-20),
+        )
+    ),
+    references=("layer.layer",),
+)  # fmt: skip
+def gradients_are_those_of_the_whole_layer(case: Case) -> None:
+    """Judged where no rounding could have chosen other experts."""
+    paths = ["x", *_leaves(case["parameters"])]
+    given = {name: case[name] for name in NAMES}
+    cotangents = {"output": _cotangent(case["x"]), "balance_loss": torch.tensor(1.0)}
+    call = case.planned("layer", wrt=paths, cotangents=cotangents, **given)
+    answer = case.session([call])[0]
+    with_loss = _fields(answer, case["x"]).get("balance_loss") is not None
+    _, sure = _chosen(_routing(case))
+    case.note("with a balance loss", with_loss)
+    if not bool(sure.all()):
+        case.vacuous.append("a row is left to rounding")
+        return
+    expected, size = _expected_gradients(case, paths, with_loss)
+    slack = max(SLACK[each] for each in _evaluated(case))
+    for path in paths:
+        gradient, wanted = answer.gradients[path], expected[path]
+        if gradient is None:
+            raise Violation(f"gradient of {path}: expected a tensor, got None")
+        bound = torch.full_like(wanted, slack * size[path] + TINY["float32"])
+
+        def rule(
+            found: torch.Tensor,
+            path: str = path,
+            wanted: torch.Tensor = wanted,
+            bound: torch.Tensor = bound,
+        ) -> None:
+            within(f"gradient of {path}", found, wanted, bound)
+
+        case.judge(rule, gradient, [("two bounds added", wanted + 2 * bound)])
+
+
+@requirement(
+    "LAYER-11",
+    MUST,
+    "layer",
+    "The balance loss, where it is reported, MUST be that of the layer's own logits and ids, over "
+    "real tokens.",
+    reason="The loss is right for the logits it is given: those of a narrower router, of padding, "
+    "or of another length of a sequence are other ones.",
+    sources=("transformers #45315", "transformers #28505", "Megatron #5798", "TRL #7222"),
+    given=layer_inputs(
+        training=(True,),
+        balance=("switch", "deepseek_expert", "deepseek_sequence", "deepseek_device"),
+    ),
+    references=("layer.layer", "load_balancing.balance_loss"),
+)
+def the_balance_loss_is_that_of_the_layers_own_routing(case: Case) -> None:
+    """A bound from the errors of the logits; nothing to judge where nothing is reported."""
+    fields = _call(case)
+    loss, ids = fields.get("balance_loss"), _reported_ids(case, fields)
+    if loss is None or ids is None:
+        case.note("nothing reported")
+        _judge(case, fields)
+        return
+    has_form("balance_loss", loss, (), (torch.float32, torch.float64))
+    expected, bound = _expected_loss(case, ids)
+    mask = case["padding_mask"]
+    case.note("padding", mask is not None and not bool(mask.all()))
+
+    def rule(found: torch.Tensor) -> None:
+        within("balance_loss", found, expected, bound)
+
+    case.judge(rule, loss, impostors(expected, 1.25))
+
+
+def _expected_loss(case: Case, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss in float64, and a bound: all of its terms are positive, so relative errors add up.
+
+    A probability is off by its logit's error, by that of exp, by the sum over E and a quotient; a
+    mean by the sum over tokens; the shares and the sum over E by E units more.
+    """
+    balance, oracle = case["config"].balance, _routing(case)
+    if balance.loss == "deepseek_sequence":
+        balance = dataclasses.replace(balance, sequence_length=case["x"].shape[1])
+    mask = None if case["padding_mask"] is None else case["padding_mask"].reshape(-1)
+    logits = oracle.logits.clone().requires_grad_(True)
+    value = reference_loss(logits, ids.long(), balance, mask)
+    [pull] = torch.autograd.grad(value, logits, materialize_grads=True)
+    value = value.detach()
+    assert oracle.logit_error is not None
+    tokens, experts = logits.shape
+    reach = float(oracle.logits.abs().max())
+    steps = 4 * (C * 2 * reach + C) + 8 * experts + tokens + 64
+    # First order in the logits' errors, and the second, whose derivatives are at most the loss.
+    moved = (pull.abs() * oracle.logit_error).sum() * 2
+    moved = moved + 4 * value * oracle.logit_error.max().square()
+    return value, value * steps * oracle.unit + moved + TINY["float32"]
+
+
+@requirement(
+    "LAYER-12",
+    MUST,
+    "layer",
+    "With a hash table every token MUST go to the experts of its own id.",
+    reason="The ids take another way through the layer than x: flattened in another order, or "
+    "sharded otherwise, they are some other token's.",
+    sources=("vLLM #50844", "afd-plugin #301", "DeepSeek-V4 model code"),
+    given=layer_inputs(hashed=True),
+    references=("layer.layer",),
+)
+def a_table_leads_each_token_to_its_experts(case: Case) -> None:
+    """As LAYER-02; where nothing is reported the output says it."""
+    fields = _call(case)
+    if fields.get("expert_ids") is None or fields.get("weights") is None:
+        case.note("nothing reported")
+        _judge(case, fields)
+    else:
+        _judge_routing(case, fields)
+
+
+@requirement(
+    "LAYER-13",
+    MUST,
+    "layer",
+    "Padded tokens MUST NOT change the output of any other token, nor the counts, whatever they "
+    "hold.",
+    reason="Padding holds what was in the buffer, and counts steer the bias.",
+    sources=("SGLang #30895", "vLLM #38128", "transformers #28505"),
+    given=layer_inputs(padding_mask=(True,), least_tokens=2),
+    references=("layer.layer",),
+)
+def what_padding_holds_does_not_matter_to_a_layer(case: Case) -> None:
+    """Padded tokens are NaN; every second token is padded."""
+    x = case["x"]
+    real = torch.arange(x[..., 0].numel()).reshape(x.shape[:2]) % 2 == 0
+    filling = 0.0 if case.scope.capabilities.finite_only else torch.nan
+    changed = {"x": x.masked_fill(~real[..., None], filling), "padding_mask": real}
+    fields = _call(case, **changed)
+    counts, ids = fields.get("tokens_per_expert"), _reported_ids(case, fields)
+    if counts is not None and ids is not None:
+        expected = _counted(case, ids, real)
+        has_form("tokens_per_expert", counts, tuple(expected.shape), (counts.dtype,))
+        case.judge(
+            lambda found: equal("tokens_per_expert", found.double(), expected.double()),
+            counts,
+            [("one more", expected + 1)],
+        )
+    _judge(case, fields, judged=real)
+
+
+@requirement(
+    "LAYER-14",
+    SHOULD,
+    "layer",
+    "Arguments of the wrong shape or dtype, a shared gate without a shared expert and a table "
+    "without token ids SHOULD raise `ValueError` or `TypeError`.",
+    reason="Broadcast, they give an output of the right shape.",
+    sources=("docs/spec/operations.md", "davidmrau #27", "vLLM #50844"),
+    given=layer_inputs(),
+    references=("layer.layer",),
+)
+def bad_arguments_of_a_layer_raise(case: Case) -> None:
+    """One argument is wrong at a time."""
+    good = {name: case[name] for name in NAMES}
+    x, parameters, config = case["x"], case["parameters"], case["config"]
+    router, routed = parameters.router, parameters.experts
+
+    def other(**changed: Any) -> dict[str, Any]:
+        return {"parameters": dataclasses.replace(parameters, **changed)}
+
+    wider = torch.cat([routed.down, routed.down[..., :1]], 2)
+    bad: dict[str, dict[str, Any]] = {
+        "x with two dimensions": {"x": x[0]},
+        "x of whole numbers": {"x": torch.ones_like(x, dtype=torch.int64)},
+        "x with a further column": {"x": torch.cat([x, x[..., :1]], 2)},
+        "a router of one expert more": other(router=torch.cat([router, router[:1]])),
+        "down of one column more": other(experts=dataclasses.replace(routed, down=wider)),
+    }
+    if parameters.shared is None:
+        bad["a shared gate without a shared expert"] = other(shared_gate=router[:1].clone())
+    if parameters.router_bias is not None:
+        bad["a router bias with two dimensions"] = other(router_bias=parameters.router_bias[None])
+    if parameters.selection_bias is not None:
+        bad["a selection bias of two dimensions"] = other(selection_bias=router[:1])
+    if case["padding_mask"] is not None:
+        mask = case["padding_mask"]
+        bad["a mask of a token too many"] = {"padding_mask": torch.cat([mask, mask[:, :1]], 1)}
+        bad["a mask of floats"] = {"padding_mask": mask.float()}
+    if config.routing.hash_table is not None:
+        ids = case["token_ids"]
+        bad["a table without token ids"] = {"token_ids": None}
+        bad["token ids of one dimension"] = {"token_ids": ids.reshape(-1)}
+        bad["token ids of a float dtype"] = {"token_ids": ids.double()}
+    must_raise(case, "layer", good, {name: good | wrong for name, wrong in bad.items()})
+
+
+def _any_number(given: Given) -> Given:
+    """For targets that take what is no number."""
+    return Given(
+        lambda scope: None if scope.capabilities.finite_only else given.plans(scope), given.build
+    )
+
+
+@requirement(
+    "LAYER-15",
+    MUST,
+    "layer",
+    "A token that is NaN or infinite MUST NOT change the output of any other token.",
+    reason="A scale over all tokens, or a masked sum, carries it to its neighbours.",
+    sources=("SGLang #30895", "vLLM #39391", "vLLM #50845"),
+    given=_any_number(layer_inputs(least_tokens=2)),
+    references=("layer.layer",),
+)
+def a_broken_token_breaks_no_other_of_a_layer(case: Case) -> None:
+    """The first token is NaN, the last infinite; those between are judged."""
+    x = case["x"].clone()
+    rows = x.view(-1, x.shape[-1])
+    rows[0] = torch.nan
+    if len(rows) > 2:
+        rows[-1] = torch.inf
+    _judge(case, _call(case, x=x), judged=x.isfinite().all(-1))
+
+
+@requirement(
+    "LAYER-16",
+    MUST,
+    "layer",
+    "A call on the same storage with other data MUST give the answer to the other data.",
+    reason="A cache of the router's choice, or a captured graph, answers the first call again.",
+    sources=("KernelBench result_reuse", "SGLang #25852", "vLLM #42821"),
+    given=layer_inputs(least_tokens=2),
+    references=("layer.layer",),
+)
+def a_layer_on_the_same_storage_with_other_data(case: Case) -> None:
+    """x is turned round, and the experts move one row on: everything is written over."""
+    parameters = case["parameters"]
+    moved = replace_tensors(parameters.experts, lambda _, tensor: tensor.roll(1, 0))
+    changed = {
+        "x": -case["x"].flip(1),
+        "parameters": dataclasses.replace(parameters, experts=moved),
+    }
+    given = {name: case[name] for name in NAMES}
+    first = case.planned("layer", **given)
+    second = case.planned("layer", **given | changed, reuse=0)
+    _, answer = case.session([first, second])
+    case.inputs.update(changed)
+    _judge(case, _fields(answer, case["x"]), {"the experts before": {"parameters": parameters}})
+
+
+@requirement(
+    "LAYER-17",
+    MUST,
+    "layer",
+    "Router and experts MUST be taken in any float dtype, whatever that of x, and the router "
+    "computed in `router_dtype`.",
+    reason="A router in float32 beside bfloat16 experts is kept so on purpose: rounded "
+    "to x's dtype it chooses other experts.",
+    sources=("DeepSeek-V3 model code: fp32 gate", "SGLang #37133", "vLLM #16801"),
+    given=layer_inputs(mixed=True),
+    references=("layer.layer", "layer.router_logits"),
+)
+def parts_of_a_layer_have_dtypes_of_their_own(case: Case) -> None:
+    """As LAYER-02 where the routing is reported, and as LAYER-01."""
+    fields = _call(case)
+    case.note("a router wider than x", case["parameters"].router.dtype is not case["x"].dtype)
+    if fields.get("expert_ids") is not None and fields.get("weights") is not None:
+        _judge_routing(case, fields)
+    _judge(case, fields)

@@ -18,10 +18,14 @@ from moe_conformance.inputs.load_balancing import (
     ROUTINGS,
     SEQUENCE,
     UNIVERSE,
+    at_boundaries,
     balance,
     biases,
+    crowded,
+    either,
     router_logits,
 )
+from moe_conformance.inputs.routing import BLOCKS, past
 from moe_conformance.judge import Violation, equals, has_form, impostors, within
 from moe_conformance.precision import TINY, UNIT
 from moe_conformance.registry import MUST, requirement
@@ -92,7 +96,7 @@ def _slope(logits: torch.Tensor, scores: torch.Tensor, score: str) -> torch.Tens
     if score == "sigmoid":
         return 1 - scores
     # softplus(x) and sigmoid(x) are both exp(x) far below 0.
-    soft = F.softplus(logits.clamp(min=-30), threshold=1e9)
+    soft = -F.logsigmoid(-logits.clamp(min=-30))
     return logits.clamp(min=-30).sigmoid() / (2 * soft)
 
 
@@ -134,7 +138,8 @@ def _expected(case: Case, **changed: Any) -> Loss:
         counted_in = one_hot.view(-1, length, experts).sum(1).double()
     else:
         counted_in = counts.double().expand(len(number), experts)
-    share = counted_in / counted_in.sum(1, keepdim=True).clamp(min=1)
+    total_count = counted_in.sum(1, keepdim=True)
+    share = counted_in / total_count.where(total_count > 0, 1.0)
     pull = _pull(share, config)
     if config.loss == "transformers_concatenated":
         pull = pull * ids.shape[1]
@@ -441,15 +446,20 @@ def shares_are_those_of_the_ids_given(case: Case) -> None:
     references=BALANCE,
 )
 def equal_ids_in_a_row_are_counted_each(case: Case) -> None:
-    """The last id of every row is its first one again, and counts as much as the first."""
-    expected, ids, experts = _expected(case), case["expert_ids"].long(), case["logits"].shape[1]
+    """In every second row the last id is the first one again, and counts as much as the first."""
+    ids, experts = case["expert_ids"].long(), case["logits"].shape[1]
+    distinct = (ids[:, :1] + torch.arange(ids.shape[1])) % experts
+    # Two ids that are equal in every row have the same shares when each row counts once.
+    odd = torch.arange(len(ids)) % 2 == 1
+    ids = torch.where(odd[:, None], distinct, ids)
+    given = {"expert_ids": ids.to(case["expert_ids"].dtype)}
+    expected = _expected(case, **given)
     earlier = (ids[:, :, None] == ids[:, None, :]).tril(-1).any(-1)
     once = _expected(case, expert_ids=ids.masked_fill(earlier, experts)).value
     wrong = [("counted once, of as many ids", once * (~earlier).double().mean())]
     if ids.shape[1] > 2:
-        # Two ids that are equal in every row have the same shares when each row counts once.
         wrong.append(("counted once", once))
-    _judge_loss(case, _loss(case), expected, *wrong)
+    _judge_loss(case, _loss(case, **given), expected, *wrong)
 
 
 @requirement(
@@ -776,7 +786,10 @@ def nothing_but_padding_gives_zero(case: Case) -> None:
     reason="Balance is meant over the global batch; divided by the tokens of the local one, the "
     "loss grows with the number of ranks.",
     sources=("Megatron #3672", "verl #6609", "transformers #48690", "Megatron #5047"),
-    given=balance(losses=BATCH, counts=True, left_out=True, narrow=False),
+    given=either(
+        balance(losses=BATCH, counts=True, left_out=True, narrow=False),
+        balance(losses=BATCH, counts=True, padding=True, left_out=True, narrow=False),
+    ),
     references=BALANCE,
 )
 def given_counts_replace_local_ones(case: Case) -> None:
@@ -788,7 +801,7 @@ def given_counts_replace_local_ones(case: Case) -> None:
     if config.loss != "deepseek_device" or config.num_devices > 1:
         wrong.append(("its own counts", _expected(case, tokens_per_expert=None).value))
     total = case["expert_ids"].numel()
-    if int(counts.sum()) != total:
+    if float(counts.double().sum()) != total:
         wrong.append(("divided by its own total", expected.value * counts.double().sum() / total))
     _judge_loss(case, _loss(case), expected, *wrong)
 
@@ -835,7 +848,7 @@ def _judge_form(case: Case, answer: Answer) -> None:
     "The loss MUST be a float32 scalar, float64 for float64 logits.",
     reason="In bfloat16 it is rounded away when it is added to the main loss.",
     sources=("docs/spec/operations.md",),
-    given=balance(),
+    given=either(balance(), balance(padding=True), balance(losses=BATCH, counts=True), balance()),
     references=BALANCE,
 )
 def the_loss_is_a_wide_scalar(case: Case) -> None:
@@ -926,7 +939,14 @@ def huge_logits_give_a_finite_loss(case: Case) -> None:
     reason="Counts have no gradient, probabilities have one; an implementation that detaches both, "
     "or scales by tokens or ranks, shows the right number and trains another router.",
     sources=("fastmoe #49", "fastmoe #50", "Automodel #1408", "Megatron #5047", "verl #6609"),
-    given=differentiable("balance_loss", balance(contents=LIVELY, left_out=True)),
+    given=differentiable(
+        "balance_loss",
+        either(
+            balance(contents=LIVELY, left_out=True),
+            balance(contents=LIVELY, left_out=True),
+            balance(losses=BATCH, counts=True, contents=LIVELY, left_out=True),
+        ),
+    ),
     references=BALANCE,
 )
 def the_gradient_is_that_of_the_formula(case: Case) -> None:
@@ -1028,20 +1048,18 @@ def _judge_untouched(case: Case, answers: list[Answer]) -> None:
     reason="The logits are used by the router and the z-loss as well; clearing padding in place "
     "clears it there, too.",
     sources=("docs/spec/operations.md",),
-    given=balance(padding=True),
+    given=either(
+        balance(padding=True),
+        balance(losses=BATCH, padding=True, counts=True),
+        balance(invalid=True),
+        balance(),
+    ),
     references=BALANCE,
 )
 def the_loss_leaves_its_inputs_alone(case: Case) -> None:
-    """With padding, which is what gets cleared; and with counts where they are taken."""
-    calls = [case.call("balance_loss", **_given(case))]
-    takes = case.scope.capabilities.alternatives("balance")
-    if case["config"].loss in BATCH and all(
-        True in each.get("tokens_per_expert", (True,)) for each in takes
-    ):
-        counts = torch.ones(case["logits"].shape[1])
-        calls.append(case.call("balance_loss", **_given(case, tokens_per_expert=counts)))
-        case.note("counts")
-    _judge_untouched(case, calls)
+    """With padding, counts and ids of no expert, which are what gets cleared; and with none."""
+    case.note("counts", case["tokens_per_expert"] is not None)
+    _judge_untouched(case, [case.call("balance_loss", **_given(case))])
 
 
 def _bad_losses(case: Case) -> dict[str, dict[str, Any]]:
@@ -1054,6 +1072,7 @@ def _bad_losses(case: Case) -> dict[str, dict[str, Any]]:
         "a token without ids": good | {"expert_ids": ids[1:]},
         "ids without a token": good | {"expert_ids": torch.cat([ids, ids[:1]])},
         "ids that are floats": good | {"expert_ids": ids.float()},
+        "logits of integers": good | {"logits": logits.long()},
     }
     declared = case.scope.capabilities.alternatives("balance")
     if all(True in each.get("padding_mask", (True,)) for each in declared):
@@ -1063,9 +1082,14 @@ def _bad_losses(case: Case) -> dict[str, dict[str, Any]]:
         if all(True in each.get("tokens_per_expert", (True,)) for each in declared):
             counts = torch.ones(experts + 1)
             bad["counts of another number of experts"] = good | {"tokens_per_expert": counts}
+            if experts > 1:
+                bad["one count for all"] = good | {"tokens_per_expert": torch.ones(1)}
     elif config.sequence_length is not None:
-        odd = _changed(config, sequence_length=tokens + 1)
-        bad["a length that does not divide T"] = good | {"config": odd}
+        longer = _changed(config, sequence_length=tokens + 1)
+        bad["a length beyond T"] = good | {"config": longer}
+        if tokens > 2:
+            odd = _changed(config, sequence_length=tokens - 1)
+            bad["a length that does not divide T"] = good | {"config": odd}
     if config.loss in SEQUENCE:
         counts = torch.ones(experts)
         bad["counts that the loss has no use for"] = good | {"tokens_per_expert": counts}
@@ -1153,9 +1177,11 @@ def _z(case: Case, **changed: Any) -> torch.Tensor:
     return _number("z-loss", case.call("z_loss", **_z_given(case, **changed)))
 
 
-def _z_differentiated(case: Case, **changed: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _z_differentiated(
+    case: Case, scale: float = SCALE, **changed: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
     given = _z_given(case, **changed)
-    answer = case.call("z_loss", **given, wrt=["logits"], cotangents={"": torch.tensor(SCALE)})
+    answer = case.call("z_loss", **given, wrt=["logits"], cotangents={"": torch.tensor(scale)})
     return _number("z-loss", answer), _gradient(answer)
 
 
@@ -1199,7 +1225,10 @@ def the_z_loss_is_the_mean_squared_logsumexp(case: Case) -> None:
     "The gradient of the z-loss MUST be 2 · logsumexp · softmax / T.",
     reason="It is there to lower large logits; without a gradient it is a number in a log.",
     sources=("ST-MoE (arXiv 2202.08906) equation 5", "Automodel #1408"),
-    given=differentiable("z_loss", router_logits(contents=LIVELY)),
+    given=differentiable(
+        "z_loss",
+        either(router_logits(contents=LIVELY), router_logits(padding=True, contents=LIVELY)),
+    ),
     references=Z_LOSS,
 )
 def the_gradient_of_the_z_loss(case: Case) -> None:
@@ -1266,16 +1295,21 @@ def the_z_loss_of_nothing_is_zero(case: Case) -> None:
     references=Z_LOSS,
 )
 def the_z_loss_of_large_logits_is_finite(case: Case) -> None:
-    """Logits around 1000 and around -1000, against the formula."""
+    """Logits around ±1000 and ±30000, against the formula."""
     logits = case["logits"].clone()
-    logits[::2] += 1000
-    logits[1::2] -= 1000
+    sizes = torch.tensor([1000.0, -30000.0, 30000.0, -1000.0])
+    start = logits.numel()
+    logits += sizes[(start + torch.arange(len(logits))) % 4][:, None].to(logits.dtype)
     expected = _expected_z(case, logits=logits)
-    value, gradient = _z_differentiated(case, logits=logits)
+    # A gradient of 2 · 1000 fits into float16 as long as nothing multiplies it.
+    value, gradient = _z_differentiated(case, scale=1.0, logits=logits)
     _judge_z(case, value, expected, ("infinity", value + torch.inf))
 
+    # 64 times a gradient of up to 60000 is beyond float16, and rightly infinite there.
+    held = SCALE * 2 * expected.gradient.abs() < torch.finfo(logits.dtype).max
+
     def rule(answer: torch.Tensor) -> None:
-        if not bool(torch.isfinite(answer).all()):
+        if bool(answer.isnan().any()) or not bool(torch.isfinite(answer[held]).all()):
             raise Violation("gradient of logits: expected finite numbers", None, answer)
 
     case.judge(rule, gradient, [("NaN", gradient + torch.nan)])
@@ -1303,7 +1337,7 @@ def narrow_logits_have_a_wide_z_loss(case: Case) -> None:
     "The z-loss MUST be a float32 scalar, float64 for float64 logits.",
     reason="One number for each token, or one in bfloat16, does not add to the main loss.",
     sources=("docs/spec/operations.md",),
-    given=router_logits(),
+    given=either(router_logits(), router_logits(padding=True)),
     references=Z_LOSS,
 )
 def the_z_loss_is_a_wide_scalar(case: Case) -> None:
@@ -1336,6 +1370,7 @@ def what_has_no_z_loss_raises(case: Case) -> None:
             "a mask that is too long": good | {"padding_mask": torch.cat([mask, mask[:1]])},
             "a mask that is too short": good | {"padding_mask": mask[1:]},
             "a mask of floats": good | {"padding_mask": mask.float()},
+            "logits of integers": good | {"logits": logits.long()},
         },
     )
 
@@ -1416,7 +1451,7 @@ def the_bias_moves_by_the_sign(case: Case) -> None:
     "An expert with exactly the mean count MUST NOT be moved by the sign rule.",
     reason="Balanced experts that step anyway never come to rest.",
     sources=(BIAS_PAPER, "Megatron get_updated_expert_bias"),
-    given=biases(loads=("balanced",), centred=False),
+    given=biases(loads=("balanced", "balanced", "alike", "nothing"), centred=False),
     references=UPDATE,
 )
 def experts_at_the_mean_stay(case: Case) -> None:
@@ -1477,7 +1512,7 @@ def idle_experts_are_part_of_the_mean(case: Case) -> None:
     "With `centred` the mean of the steps MUST be taken away from them.",
     reason="Uncentred biases drift together, far from the scores that they are added to.",
     sources=("torchtitan #1506", "torchtitan moe_load_balancing"),
-    given=biases(loads=("spread", "idle", "one expert"), centred=True),
+    given=biases(loads=("spread", "idle", "one expert", "alike", "nothing"), centred=True),
     references=UPDATE,
 )
 def centred_steps_add_up_to_zero(case: Case) -> None:
@@ -1535,11 +1570,11 @@ def a_small_step_is_kept(case: Case) -> None:
     reason="The caller copies it over when the step is done; the counts are reset by whoever "
     "collected them.",
     sources=("docs/spec/operations.md",),
-    given=biases(),
+    given=biases(rates=(0.0, 0.001, 2)),
     references=UPDATE,
 )
 def the_update_leaves_its_inputs_alone(case: Case) -> None:
-    """Both arguments are compared with copies."""
+    """Both arguments are compared with copies; a step of 0 gives no reason to hand one back."""
     _judge_untouched(case, [case.call("update_bias", **{n: case[n] for n in BIAS_NAMES})])
 
 
@@ -1568,5 +1603,408 @@ def what_moves_no_bias_raises(case: Case) -> None:
             "counts with two dimensions": good | {"tokens_per_expert": counts[None]},
             "a bias with two dimensions": good | {"bias": bias[None]},
             "a bias of integers": good | {"bias": counts.long()},
+            "one bias for all": good | {"bias": bias[:1]},
+            "counts that are bools": good | {"tokens_per_expert": counts > 0},
         },
     )
+
+
+@requirement(
+    "BALANCE-44",
+    MUST,
+    "balance_loss",
+    "The loss MUST be right for every number of experts, tokens and experts per token, on the "
+    "boundaries of blocks and beside them.",
+    reason="Reductions are specialised by size; a tail that is left out, or a counter of one byte, "
+    "is right everywhere else.",
+    sources=("aiter #2359", "vLLM-metax #270", "Megatron #7213"),
+    given=at_boundaries(
+        balance(
+            losses=("switch", "deepseek_expert", "transformers_concatenated"),
+            contents=("normal", "leaning", "collapsed"),
+            most_experts=9,
+            narrow=False,
+        )
+    ),
+    references=BALANCE,
+)
+def no_size_of_a_batch_is_special(case: Case) -> None:
+    """One past a block, a whole one, and one short of it; E to 513, T to 1025 and K to 33."""
+    axis, whole = case["axis"], _given(case)
+    case.note(f"at a boundary of {axis}")
+    tokens, experts = whole["logits"].shape
+    top_k = whole["expert_ids"].shape[1]
+    for short in range(3):
+        cut = (
+            tokens - short * (axis == "tokens"),
+            experts - short * (axis == "experts"),
+            top_k - short * (axis == "top_k"),
+        )
+        logits = whole["logits"][: cut[0], : cut[1]]
+        best = logits.double().sort(dim=-1, descending=True, stable=True).indices[:, : cut[2]]
+        changed = {"logits": logits, "expert_ids": best.to(whole["expert_ids"].dtype).contiguous()}
+        _judge_loss(case, _loss(case, **changed), _expected(case, **changed))
+
+
+@requirement(
+    "BALANCE-45",
+    MUST,
+    "balance_loss",
+    "A sequence length, a number of devices and an epsilon MUST have no effect on a loss or a "
+    "score that has no use for them.",
+    reason="One configuration is kept for a model and its loss exchanged; what is left over of the "
+    "other loss changes nothing.",
+    sources=("docs/spec/load_balancing.md",),
+    given=balance(
+        losses=("switch", "deepseek_expert", "transformers_concatenated", "deepseek_device"),
+        epsilon=(0.25, 1e-20),
+        contents=LIVELY,
+        least_tokens=2,
+        left_out=True,
+        narrow=False,
+    ),
+    references=BALANCE,
+)
+def what_a_loss_has_no_use_for_has_no_effect(case: Case) -> None:
+    """Sequences of one token, and as many devices as experts."""
+    config, experts = case["config"], case["logits"].shape[1]
+    expected = _expected(case)
+    devices = experts if config.num_devices is None else config.num_devices
+    unneeded = _changed(config, sequence_length=1, num_devices=devices)
+    found = _loss(case, config=unneeded)
+    _judge_loss(case, found, expected)
+
+
+@requirement(
+    "BALANCE-46",
+    MUST,
+    "balance_loss",
+    "A mask without padding MUST give the loss without a mask.",
+    reason="A batch that happens to be full is as good as any; a branch of its own for it is "
+    "entered rarely.",
+    sources=("transformers #29363", "docs/spec/load_balancing.md"),
+    given=_takes_mask(balance(left_out=True, narrow=False)),
+    references=BALANCE,
+)
+def a_full_batch_is_a_batch(case: Case) -> None:
+    """A mask that is True throughout, against the formula without one."""
+    mask = torch.ones(len(case["logits"]), dtype=torch.bool)
+    _judge_loss(case, _loss(case, padding_mask=mask), _expected(case))
+
+
+@requirement(
+    "BALANCE-47",
+    MUST,
+    "balance_loss",
+    "Zero tokens, and a coefficient of 0, MUST give a gradient of zeros, not None.",
+    reason="A rank whose loss is off or whose batch is empty takes part in the reduction of "
+    "gradients, or all ranks wait for it.",
+    sources=("DeepSpeed #5066", "Megatron #4851", "Megatron #1877"),
+    given=differentiable("balance_loss", balance(coefficient=(0.0, 0.0, 1.0))),
+    references=BALANCE,
+)
+def a_loss_of_zero_has_a_gradient_of_zeros(case: Case) -> None:
+    """[0, E] logits with any coefficient, and all of them with a coefficient of 0."""
+    none = {"logits": case["logits"][:0], "expert_ids": case["expert_ids"][:0]}
+    asked = [none] if case["config"].coefficient else [none, {}]
+    for changed in asked:
+        logits = changed.get("logits", case["logits"])
+        given = _given(case, **changed)
+        answer = case.call(
+            "balance_loss", **given, wrt=["logits"], cotangents={"": torch.tensor(SCALE)}
+        )
+
+        def rule(found: torch.Tensor | None, logits: torch.Tensor = logits) -> None:
+            if found is None:
+                raise Violation("gradient of logits: expected zeros, got None")
+            equals("gradient of logits", torch.zeros_like(logits))(found)
+
+        case.judge(rule, answer.gradients["logits"], [("None", None)])
+
+
+def _absent(plan: dict[str, Any], logits: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Minus infinity for about half of the experts of each token, but not for those kept."""
+    content = Content(plan["seed"] + 1)
+    absent = content.uniform(0, 1, *logits.shape) < 0.5
+    absent[:, -1] = True
+    return logits.masked_fill(absent & ~kept, -torch.inf)
+
+
+def _balance_absent(plan: dict[str, Any]) -> dict[str, Any]:
+    inputs = balance().build(plan)
+    logits, ids = inputs["logits"], inputs["expert_ids"].long()
+    chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, ids, True)
+    return inputs | {"logits": _absent(plan, logits, chosen)}
+
+
+@requirement(
+    "BALANCE-48",
+    MUST,
+    "balance_loss",
+    "An expert whose logit is minus infinity MUST have the probability 0, and MUST NOT make the "
+    "loss or a gradient NaN.",
+    reason="Experts that a model pads its router with, or that are switched off, are marked so; "
+    "0 times minus infinity is NaN.",
+    sources=("vLLM #39391", "flashinfer #3803"),
+    given=_finite_only(
+        differentiable(
+            "balance_loss",
+            Given(balance(contents=LIVELY, left_out=True, narrow=False).plans, _balance_absent),
+        )
+    ),
+    references=BALANCE,
+)
+def absent_experts_have_no_probability(case: Case) -> None:
+    """Against the formula on logits of -10000, whose scores are 0 in float64 too."""
+    logits = case["logits"]
+    absent = logits == -torch.inf
+    low = logits.masked_fill(absent, -1e4)
+    expected = _expected(case, logits=low)
+    value, gradient = _differentiated(case)
+    _judge_loss(case, value, expected, ("NaN", value + torch.nan))
+
+    def rule(answer: torch.Tensor) -> None:
+        if not bool(torch.isfinite(answer).all()):
+            raise Violation("gradient of logits: expected finite numbers", None, answer)
+        equals("gradient of absent logits", torch.zeros_like(answer[absent]))(answer[absent])
+
+    case.judge(rule, gradient, [("NaN", gradient + torch.nan)])
+
+
+@requirement(
+    "BALANCE-49",
+    MUST,
+    "balance_loss",
+    "Counts that are given MUST get no gradient.",
+    reason="They are a fact of the batch; a loss that pulls at them pulls at whatever they were "
+    "made of.",
+    sources=("fastmoe #49", "docs/spec/load_balancing.md"),
+    given=differentiable("balance_loss", balance(losses=BATCH, counts=True)),
+    references=BALANCE,
+)
+def given_counts_get_no_gradient(case: Case) -> None:
+    """None or zeros, where float counts ask for one."""
+    counts = case["tokens_per_expert"].float()
+    answer = case.call(
+        "balance_loss",
+        **_given(case, tokens_per_expert=counts),
+        wrt=["logits", "tokens_per_expert"],
+        cotangents={"": torch.tensor(SCALE)},
+    )
+    zeros = equals("gradient of tokens_per_expert", torch.zeros_like(counts))
+
+    def rule(found: torch.Tensor | None) -> None:
+        if found is not None:
+            zeros(found)
+
+    case.judge(rule, answer.gradients["tokens_per_expert"], [("ones", torch.ones_like(counts))])
+
+
+@requirement(
+    "BALANCE-50",
+    MUST,
+    "balance_loss",
+    "Every call MUST give the loss of its own logits, ids and counts, also in the storage of an "
+    "earlier call.",
+    reason="Counters that are not cleared, and a loss kept for its address, belong to the batch "
+    "before.",
+    sources=("SGLang #3339", "Megatron #1330", "SGLang #25852"),
+    given=either(
+        balance(contents=LIVELY, left_out=True, narrow=False),
+        balance(losses=BATCH, counts=True, contents=LIVELY, left_out=True, narrow=False),
+    ),
+    references=BALANCE,
+)
+def every_loss_is_of_its_own_call(case: Case) -> None:
+    """Other data in the storage of the first call, then the same call once more."""
+    first, experts = _given(case), case["logits"].shape[1]
+    counts = first["tokens_per_expert"]
+    other = first | {
+        "logits": -first["logits"],
+        "expert_ids": experts - 1 - first["expert_ids"],
+        "tokens_per_expert": None if counts is None else counts.flip(0),
+    }
+    calls = [
+        case.planned("balance_loss", **first),
+        case.planned("balance_loss", **other, reuse=0),
+        case.planned("balance_loss", **other, reuse=0),
+    ]
+    for answer, given in zip(case.session(calls), (first, other, other), strict=True):
+        _judge_loss(case, _number("loss", answer), _expected(case, **given))
+
+
+@requirement(
+    "BALANCE-51",
+    MUST,
+    "z_loss",
+    "The z-loss MUST be right for every number of experts and tokens, on the boundaries of blocks "
+    "and beside them, with a mask and without.",
+    reason="Reductions are specialised by size; a tail that is left out is right everywhere else.",
+    sources=("aiter #2359", "vLLM-metax #270"),
+    given=either(
+        at_boundaries(router_logits(most_experts=9, narrow=False)),
+        _takes_mask(at_boundaries(router_logits(padding=True, most_experts=9, narrow=False))),
+    ),
+    references=Z_LOSS,
+)
+def no_size_of_a_z_loss_is_special(case: Case) -> None:
+    """One past a block, a whole one, and one short of it; without a mask with a full one, too."""
+    whole, mask, axis = case["logits"], case["padding_mask"], case["axis"]
+    case.note(f"at a boundary of {axis}")
+    tokens, experts = whole.shape
+    declared = case.scope.capabilities.alternatives("balance")
+    masked = all(True in each.get("padding_mask", (True,)) for each in declared)
+    for short in range(3):
+        logits = whole[
+            : tokens - short * (axis == "tokens"), : experts - short * (axis == "experts")
+        ]
+        real = None if mask is None else mask[: len(logits)]
+        asked = [real] if mask is not None or not masked else [None, torch.ones(len(logits)) > 0]
+        for each in asked:
+            given = {"logits": logits, "padding_mask": each}
+            if each is None or bool(each.any()):
+                _judge_z(case, _z(case, **given), _expected_z(case, **given))
+
+
+@requirement(
+    "BALANCE-52",
+    MUST,
+    "z_loss",
+    "Logits and mask MUST be left as they are, and every call MUST give the z-loss of its own "
+    "logits, also in the storage of an earlier call.",
+    reason="The logits go on to the router; a partial sum that is not cleared belongs to the batch "
+    "before.",
+    sources=("SGLang #3339", "docs/spec/operations.md"),
+    given=either(router_logits(narrow=False), router_logits(padding=True, narrow=False)),
+    references=Z_LOSS,
+)
+def the_z_loss_keeps_nothing_and_touches_nothing(case: Case) -> None:
+    """Other logits in the storage of the first call, then the same once more."""
+    first = _z_given(case)
+    other = first | {"logits": 2 - first["logits"]}
+    calls = [
+        case.planned("z_loss", **first),
+        case.planned("z_loss", **other, reuse=0),
+        case.planned("z_loss", **other, reuse=0),
+    ]
+    answers = case.session(calls)
+    for answer, given in zip(answers, (first, other, other), strict=True):
+        _judge_z(case, _number("z-loss", answer), _expected_z(case, **given))
+    _judge_untouched(case, answers)
+
+
+def _z_absent(plan: dict[str, Any]) -> dict[str, Any]:
+    inputs = router_logits().build(plan)
+    logits = inputs["logits"]
+    best = torch.zeros_like(logits, dtype=torch.bool).scatter(1, logits.argmax(1, True), True)
+    return inputs | {"logits": _absent(plan, logits, best)}
+
+
+@requirement(
+    "BALANCE-53",
+    MUST,
+    "z_loss",
+    "An expert whose logit is minus infinity MUST add nothing to the z-loss, and MUST NOT make it "
+    "or a gradient NaN.",
+    reason="Experts that a model pads its router with, or that are switched off, are marked so.",
+    sources=("vLLM #39391", "flashinfer #3803"),
+    given=_finite_only(
+        differentiable("z_loss", Given(router_logits(contents=LIVELY).plans, _z_absent))
+    ),
+    references=Z_LOSS,
+)
+def absent_experts_add_nothing(case: Case) -> None:
+    """Against the formula on logits of -10000; one expert of each token is always there."""
+    logits = case["logits"]
+    absent = logits == -torch.inf
+    expected = _expected_z(case, logits=logits.masked_fill(absent, -1e4))
+    value, gradient = _z_differentiated(case)
+    _judge_z(case, value, expected, ("NaN", value + torch.nan))
+
+    def rule(answer: torch.Tensor) -> None:
+        if not bool(torch.isfinite(answer).all()):
+            raise Violation("gradient of logits: expected finite numbers", None, answer)
+        equals("gradient of absent logits", torch.zeros_like(answer[absent]))(answer[absent])
+
+    case.judge(rule, gradient, [("NaN", gradient + torch.nan)])
+
+
+@requirement(
+    "BALANCE-54",
+    MUST,
+    "update_bias",
+    "Every call MUST move the bias by the counts of its own, and a rate of 0 by nothing.",
+    reason="Counts that are added up over calls are those of no batch; DeepSeek-V3 ends its "
+    "training with a rate of 0.",
+    sources=(BIAS_PAPER, "DeepSeek-V3 (arXiv 2412.19437) section 4.2", "torchtitan #1593"),
+    given=biases(loads=("spread", "idle", "one expert"), rates=(0.001, 0.125, 2, 0.0)),
+    references=UPDATE,
+)
+def every_step_is_of_its_own_counts(case: Case) -> None:
+    """The counts in the opposite order, in the storage of the first call, twice."""
+    first = {name: case[name] for name in BIAS_NAMES}
+    other = first | {"tokens_per_expert": first["tokens_per_expert"].flip(0)}
+    calls = [
+        case.planned("update_bias", **first),
+        case.planned("update_bias", **other, reuse=0),
+        case.planned("update_bias", **other, reuse=0),
+    ]
+    case.note("a rate of 0", case["rate"] == 0)
+    for answer, given in zip(case.session(calls), (first, other, other), strict=True):
+        expected, bound = _moved(case, _step(case, **given))
+        has_form("bias", answer.outputs, tuple(expected.shape), (torch.float32, torch.float64))
+
+        def rule(
+            found: torch.Tensor, expected: torch.Tensor = expected, bound: torch.Tensor = bound
+        ) -> None:
+            within("bias", found, expected, bound)
+
+        wrong = [("a step for all", expected + max(case["rate"], 0.001))]
+        case.judge(rule, answer.outputs, wrong)
+
+
+@requirement(
+    "BALANCE-55",
+    MUST,
+    "update_bias",
+    "The rule MUST hold for every number of experts, on the boundaries of blocks and beside them, "
+    "and for counts of any dtype.",
+    reason="One block of threads moves all biases; a tail that is left out stays where it was.",
+    sources=("aiter #2359", "imp #2056"),
+    given=biases(experts=tuple(past(BLOCKS, 1, 513)), loads=("spread", "idle")),
+    references=UPDATE,
+)
+def no_number_of_biases_is_special(case: Case) -> None:
+    """One past a block, a whole one, and one short of it."""
+    whole = dict(case.inputs)
+    for short in range(3):
+        experts = len(whole["bias"]) - short
+        for name in ("bias", "tokens_per_expert"):
+            case.inputs[name] = whole[name][:experts]
+        _judge_bias(case)
+
+
+@requirement(
+    "BALANCE-56",
+    MUST,
+    "balance_loss",
+    "Counts MUST be exact however many tokens an expert gets.",
+    reason="A counter in bfloat16 stops at 256, one in float16 at 2048, and one of two bytes turns "
+    "negative at 32768.",
+    sources=("docs/spec/operations.md", "Megatron #1617"),
+    given=crowded(
+        balance(
+            losses=("switch", "deepseek_expert", "transformers_concatenated"),
+            scores=SOFTMAX,
+            contents=("leaning",),
+            least_experts=2,
+            most_experts=4,
+            left_out=True,
+        )
+    ),
+    references=BALANCE,
+)
+def no_count_is_too_large(case: Case) -> None:
+    """Up to 70,000 tokens, most of them on the same few experts."""
+    case.note("T > 30000", len(case["logits"]) > 30_000)
+    _judge_loss(case, _loss(case), _expected(case))

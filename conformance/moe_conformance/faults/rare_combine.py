@@ -1,0 +1,527 @@
+"""Rare faults of combine: sums, gradients and calls that are wrong on few inputs."""
+
+# The class says what goes wrong; its methods are those of the reference.
+# ruff: noqa: D102
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from moe_conformance.faults import fault
+from moe_conformance.faults.rare import (
+    Arguments,
+    When,
+    first_row_scaled,
+    last_column_zero,
+    last_row_zero,
+    rare,
+)
+from moe_conformance.faults.rare_calls import as_if_contiguous, right, with_gradient
+from moe_conformance.faults.rare_dispatch import last_columns
+from moe_conformance.faults.rare_slots import altered, instead
+from moe_conformance.targets import Reference
+
+Tensor = torch.Tensor
+
+
+def width(a: Arguments) -> int:
+    """K."""
+    return int(a["weights"].shape[1])
+
+
+def nobody(a: Arguments) -> int:
+    """T·K, the slot of nobody's row."""
+    return int(a["weights"].numel())
+
+
+def rows_and_weights(a: Arguments, rows: torch.dtype, weights: torch.dtype | None = None) -> bool:
+    """They have these dtypes."""
+    return a["rows"].dtype is rows and weights in (None, a["weights"].dtype)
+
+
+def present(a: Arguments) -> Tensor:
+    """[T, K], pairs that have a row."""
+    found = torch.zeros(nobody(a) + 1, dtype=torch.bool)
+    found[a["slots"].long()] = True
+    return found[:-1].view(a["weights"].shape)
+
+
+def missing(a: Arguments) -> Tensor:
+    """[T], the sum of the weights that have no row."""
+    return a["weights"].detach().masked_fill(present(a), 0).sum(1)
+
+
+def weight_of_rows(slots: Tensor, weights: Tensor) -> Tensor:
+    """[S, 1], the weight of each row, one for nobody's."""
+    padded = torch.cat([weights.flatten(), weights.new_ones(1)])
+    return padded[slots.long()][:, None]
+
+
+def in_narrow(a: Arguments, products: bool = False, sums: bool = False) -> Tensor:
+    """`combine` with products, or sums as well, rounded to the dtype of the rows."""
+    rows, slots, weights = a["rows"], a["slots"].long(), a["weights"]
+    kept = slots < nobody(a)
+    rows, slots = rows[kept], slots[kept]
+    wide = torch.float64 if rows.dtype is torch.float64 else torch.float32
+    narrow = torch.float32 if rows.dtype is torch.float64 else rows.dtype
+    terms = weights.to(wide).flatten()[slots][:, None] * rows.to(wide)
+    if products:
+        terms = terms.to(narrow).to(wide)
+    placed = terms.new_zeros(nobody(a), rows.shape[1]).index_put((slots,), terms)
+    placed = placed.view(*weights.shape, rows.shape[1])
+    if not sums:
+        return placed.sum(1).to(rows.dtype)
+    total = placed.new_zeros(len(weights), rows.shape[1])
+    for k in range(weights.shape[1]):
+        total = (total + placed[:, k]).to(narrow).to(wide)
+    return total.to(rows.dtype)
+
+
+def gradient_of(
+    path: str,
+    name: str,
+    sentence: str,
+    when: When,
+    change: Callable[[Tensor, Arguments], Tensor],
+    *catches: str,
+    thread: str = "",
+) -> None:
+    """Register a fault of the gradient of `rows` or `weights`."""
+
+    def other(a: Arguments) -> Arguments:
+        return {path: with_gradient(a[path], lambda g: change(g, a))}
+
+    other.__module__ = change.__module__
+    altered("combine", name, sentence, when, other, *catches, thread=thread)
+
+
+rare(
+    "combine",
+    "at-k-1",
+    "one expert per token, in float16",
+    lambda a: a["weights"].shape[1] == 1 and a["rows"].dtype is torch.float16,
+    first_row_scaled,
+    "DISPATCH-11",
+    "DISPATCH-16",
+    "DISPATCH-17",
+    thread="DeepEP #112",
+)
+
+rare(
+    "combine",
+    "beyond-64-tokens",
+    "more than 64 tokens",
+    lambda a: len(a["weights"]) > 64,
+    last_row_zero,
+    "DISPATCH-11",
+    "DISPATCH-12",
+    "DISPATCH-13",
+    "DISPATCH-14",
+)
+
+rare(
+    "combine",
+    "with-one-token",
+    "a single token",
+    lambda a: len(a["weights"]) == 1,
+    first_row_scaled,
+    "DISPATCH-11",
+    "DISPATCH-12",
+    "DISPATCH-13",
+    "DISPATCH-14",
+)
+
+rare(
+    "combine",
+    "where-no-row-is-missing-in-float64",
+    "all pairs there, in float64",
+    lambda a: a["rows"].dtype is torch.float64 and len(a["rows"]) == a["weights"].numel(),
+    first_row_scaled,
+    "DISPATCH-11",
+    "DISPATCH-12",
+    "DISPATCH-13",
+    "DISPATCH-16",
+)
+
+rare(
+    "combine",
+    "with-few-rows",
+    "rows for fewer than half of the pairs",
+    lambda a: 0 < 2 * len(a["rows"]) < a["weights"].numel(),
+    first_row_scaled,
+    "DISPATCH-11",
+    "DISPATCH-12",
+    "DISPATCH-14",
+    "DISPATCH-16",
+    thread="pytorch #154557",
+)
+
+rare(
+    "combine",
+    "at-hidden-size-1",
+    "a hidden size of 1",
+    lambda a: a["rows"].shape[1] == 1,
+    last_row_zero,
+    "DISPATCH-11",
+    "DISPATCH-12",
+    "DISPATCH-13",
+    "DISPATCH-14",
+)
+
+rare(
+    "combine",
+    "with-strides-in-bfloat16",
+    "transposed rows of bfloat16",
+    lambda a: not a["rows"].is_contiguous() and a["rows"].dtype is torch.bfloat16,
+    last_column_zero,
+    "DISPATCH-19",
+)
+
+rare(
+    "combine",
+    "at-16-tokens",
+    "exactly 16 tokens",
+    lambda a: len(a["weights"]) == 16,
+    last_row_zero,
+    "DISPATCH-11",
+    "DISPATCH-12",
+    "DISPATCH-13",
+    "DISPATCH-28",
+)
+
+rare(
+    "combine",
+    "with-slots-of-int32-at-k-3",
+    "slots of int32 and three experts per token",
+    lambda a: a["slots"].dtype is torch.int32 and a["weights"].shape[1] == 3,
+    first_row_scaled,
+    "DISPATCH-12",
+    "DISPATCH-13",
+    "DISPATCH-16",
+    "DISPATCH-28",
+    thread="vLLM #34279",
+)
+
+
+# Sums.
+
+instead(
+    "combine",
+    "the-sum-over-four-is-taken-in-float16",
+    "Four products or more are summed in float16.",
+    lambda a: rows_and_weights(a, torch.float16) and width(a) >= 4,
+    lambda a: in_narrow(a, sums=True),
+    "?",
+)
+
+instead(
+    "combine",
+    "products-are-rounded-to-bfloat16",
+    "Each product is rounded to bfloat16 before it is summed, with two experts per token.",
+    lambda a: rows_and_weights(a, torch.bfloat16) and width(a) == 2,
+    lambda a: in_narrow(a, products=True),
+    "?",
+)
+
+instead(
+    "combine",
+    "products-of-float64-are-float32",
+    "Products of float64 are rounded to float32 with more than four experts per token.",
+    lambda a: rows_and_weights(a, torch.float64) and width(a) > 4,
+    lambda a: in_narrow(a, products=True),
+    "?",
+)
+
+instead(
+    "combine",
+    "products-overflow-in-float16",
+    "Products are float16 and overflow where the sum would not.",
+    lambda a: rows_and_weights(a, torch.float16, torch.float16),
+    lambda a: in_narrow(a, products=True),
+    "?",
+)
+
+altered(
+    "combine",
+    "weights-are-rounded-to-the-dtype-of-rows",
+    "Weights of float32 are rounded to bfloat16 with one expert per token.",
+    lambda a: rows_and_weights(a, torch.bfloat16, torch.float32) and width(a) == 1,
+    lambda a: {"weights": a["weights"].bfloat16()},
+    "?",
+)
+
+altered(
+    "combine",
+    "weights-of-float64-pass-through-float32",
+    "Weights pass through float32 where rows are float64, and are no more than two.",
+    lambda a: a["rows"].dtype is torch.float64 and width(a) <= 2,
+    lambda a: {"weights": a["weights"].float()},
+    "?",
+)
+
+altered(
+    "combine",
+    "weights-are-read-column-by-column",
+    "Weights that lie column by column are read in order of memory.",
+    lambda a: not a["weights"].is_contiguous(),
+    lambda a: {"weights": as_if_contiguous(a["weights"])},
+    "?",
+)
+
+altered(
+    "combine",
+    "slots-are-read-without-their-strides",
+    "The strides of slots are not looked at.",
+    lambda a: not a["slots"].is_contiguous(),
+    lambda a: {"slots": as_if_contiguous(a["slots"]).clamp(0, nobody(a))},
+    "?",
+)
+
+altered(
+    "combine",
+    "the-largest-weight-is-one",
+    "Weights above one are cut to one, with one expert per token.",
+    lambda a: width(a) == 1,
+    lambda a: {"weights": a["weights"].clamp(max=1)},
+    "?",
+)
+
+altered(
+    "combine",
+    "negative-weights-are-zero",
+    "Weights below zero are cut to zero in float32.",
+    lambda a: a["weights"].dtype is torch.float32 and a["rows"].dtype is torch.float16,
+    lambda a: {"weights": a["weights"].clamp(min=0)},
+    "?",
+)
+
+altered(
+    "combine",
+    "small-weights-are-skipped",
+    "Pairs of a weight below a hundredth are skipped, with rows of float32.",
+    lambda a: a["rows"].dtype is torch.float32,
+    lambda a: {"weights": a["weights"].masked_fill(a["weights"].abs() < 0.01, 0)},
+    "?",
+)
+
+altered(
+    "combine",
+    "the-last-row-is-nobodys",
+    "A row too few is read where rows fill tiles of 16.",
+    lambda a: len(a["rows"]) > 0 and len(a["rows"]) % 16 == 0,
+    lambda a: {"rows": a["rows"][:-1], "slots": a["slots"][:-1]},
+    "?",
+)
+
+altered(
+    "combine",
+    "a-row-over-a-tile-is-nobodys",
+    "The row behind the last full tile of 32 is not read.",
+    lambda a: len(a["rows"]) > 32 and len(a["rows"]) % 32 == 1,
+    lambda a: {"rows": a["rows"][:-1], "slots": a["slots"][:-1]},
+    "?",
+)
+
+altered(
+    "combine",
+    "rows-are-cleaned-of-nan-in-bfloat16",
+    "NaN in rows of bfloat16 becomes zero.",
+    lambda a: a["rows"].dtype is torch.bfloat16,
+    lambda a: {"rows": a["rows"].nan_to_num(0.0, torch.inf, -torch.inf)},
+    "?",
+)
+
+instead(
+    "combine",
+    "a-missing-weight-that-is-nan-stays-at-k-1",
+    "With one expert per token what has no row is multiplied by zero, and NaN stays.",
+    lambda a: width(a) == 1,
+    lambda a: right("combine", a) + (missing(a)[:, None] * 0).to(a["rows"].dtype),
+    "?",
+    thread="pytorch #154557",
+)
+
+instead(
+    "combine",
+    "a-row-of-nobody-is-added-times-zero",
+    "A row of slot T·K that is not finite reaches all tokens.",
+    lambda a: nobody(a) > 0 and bool((a["slots"] == nobody(a)).any()),
+    lambda a: right("combine", a) + (a["rows"][a["slots"] == nobody(a)] * 0).sum(0),
+    "?",
+    thread="SGLang #30895",
+)
+
+instead(
+    "combine",
+    "a-token-without-rows-has-the-one-before",
+    "A token without any row is left as the memory was.",
+    lambda a: bool((~present(a).any(1)).any()) and width(a) > 1 and len(a["rows"]) > 0,
+    lambda a: torch.where((~present(a).any(1))[:, None], 1.0, right("combine", a)),
+    "?",
+    thread="vllm-ascend #9992",
+)
+
+instead(
+    "combine",
+    "the-last-columns-of-a-sum-are-zero",
+    "Columns past the last full tile of eight are not written, past 32 of them.",
+    lambda a: a["rows"].shape[1] > 32 and a["rows"].shape[1] % 8 != 0,
+    lambda a: last_columns(right("combine", a), a["rows"].shape[1] % 8, lambda c: c * 0),
+    "?",
+)
+
+instead(
+    "combine",
+    "the-ninth-expert-per-token-is-left-out",
+    "The sum over a token's pairs is unrolled eight times.",
+    lambda a: width(a) > 8,
+    lambda a: right("combine", a | {"weights": a["weights"] * (torch.arange(width(a)) < 8)}),
+    "?",
+)
+
+instead(
+    "combine",
+    "sums-of-no-rows-are-float32",
+    "Without any row the result has the dtype of the sums.",
+    lambda a: len(a["rows"]) == 0,
+    lambda a: right("combine", a).float(),
+    "?",
+)
+
+instead(
+    "combine",
+    "no-tokens-have-a-row",
+    "Without tokens the result has a row of zeros.",
+    lambda a: len(a["weights"]) == 0,
+    lambda a: a["rows"].new_zeros(1, a["rows"].shape[1]),
+    "?",
+)
+
+instead(
+    "combine",
+    "rows-in-order-are-weighted-by-the-first",
+    "Where rows are in order of their slots already the first weight serves all of a token.",
+    lambda a: len(a["rows"]) > 1 and bool((a["slots"].diff() == 1).all()),
+    lambda a: right("combine", a | {"weights": a["weights"][:, :1].expand(-1, width(a))}),
+    "?",
+)
+
+
+# Gradients of sums.
+
+gradient_of(
+    "weights",
+    "a-weight-of-zero-gets-no-gradient-in-combine",
+    "A pair whose weight is zero is skipped on the way back as well.",
+    lambda a: bool((a["weights"] == 0).any()),
+    lambda g, a: g.masked_fill(a["weights"] == 0, 0),
+    "?",
+)
+
+gradient_of(
+    "weights",
+    "one-weight-per-token-gets-no-gradient-in-combine",
+    "With one expert per token the weight is taken for one on the way back.",
+    lambda a: width(a) == 1,
+    lambda g, a: g * 0,
+    "?",
+)
+
+gradient_of(
+    "weights",
+    "the-gradient-of-weights-is-that-of-the-row-before",
+    "Slots of int32 are shifted by one for the gradient of weights.",
+    lambda a: a["slots"].dtype is torch.int32 and width(a) >= 4,
+    lambda g, a: g.roll(1, 1),
+    "?",
+)
+
+gradient_of(
+    "weights",
+    "a-weight-without-a-row-has-a-gradient",
+    "Weights without a row get the gradient of the row that stands first.",
+    lambda a: not bool(present(a).all()),
+    lambda g, a: g.where(present(a), 1.0),
+    "?",
+)
+
+gradient_of(
+    "rows",
+    "a-row-of-nobody-has-a-gradient",
+    "Rows of slot T·K get a gradient.",
+    lambda a: bool((a["slots"] == nobody(a)).any()),
+    lambda g, a: g.where((a["slots"] < nobody(a))[:, None], 1.0),
+    "?",
+    thread="TE #3484",
+)
+
+gradient_of(
+    "rows",
+    "the-gradient-of-rows-is-unweighted-at-k-1",
+    "With one expert per token rows get the gradient without the weight, in float64.",
+    lambda a: width(a) == 1 and a["rows"].dtype is torch.float64,
+    lambda g, a: g / weight_of_rows(a["slots"], a["weights"]).detach().to(g.dtype),
+    "?",
+)
+
+gradient_of(
+    "rows",
+    "the-gradient-of-the-last-row-is-lost",
+    "The last row has no gradient where rows are one more than a tile of eight.",
+    lambda a: len(a["rows"]) > 8 and len(a["rows"]) % 8 == 1,
+    lambda g, a: torch.cat([g[:-1], g[-1:] * 0]),
+    "?",
+)
+
+altered(
+    "combine",
+    "weights-of-float32-are-detached-with-narrow-rows",
+    "Weights lose their gradient on the way to the dtype of the rows.",
+    lambda a: a["weights"].dtype is torch.float32 and a["rows"].dtype is torch.bfloat16,
+    lambda a: {"weights": a["weights"].detach()},
+    "?",
+)
+
+
+# Calls of combine.
+
+
+@fault("rows-are-weighted-in-place", catches=("?",))
+class WeightedInPlace(Reference):
+    """Rows of float32 are multiplied where they stand, with weights of float32 and K = 1."""
+
+    def combine(self, rows: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+        out = super().combine(rows, slots, weights)
+        if rows.dtype is weights.dtype is torch.float32 and weights.shape[1] == 1:
+            with torch.no_grad():
+                rows.mul_(weight_of_rows(slots, weights))
+        return out
+
+
+@fault("sums-are-written-over-the-rows", catches=("?",))
+class OverTheRows(Reference):
+    """With one row per token the result lies in the memory of the rows."""
+
+    def combine(self, rows: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+        out = super().combine(rows, slots, weights)
+        if len(rows) == len(weights) and len(rows) > 0 and not rows.requires_grad:
+            return rows.copy_(out)
+        return out
+
+
+@fault("sums-go-on-from-the-call-before", catches=("?",), thread="SGLang #3339")
+class SumsGoOn(Reference):
+    """The sum of the call before is not cleared, where both have the same size and rows miss."""
+
+    def __init__(self) -> None:
+        self.before: Tensor | None = None
+
+    def combine(self, rows: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+        out = super().combine(rows, slots, weights)
+        before, self.before = self.before, out.detach()
+        missing = len(rows) < weights.numel() and rows.dtype is torch.float32
+        if missing and before is not None and before.shape == out.shape:
+            return out + before.to(out.dtype)
+        return out
