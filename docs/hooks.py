@@ -181,7 +181,10 @@ def _calibration(part):
 
 
 def _faults(part, file):
-    record = json.loads((DOCS.parent / "benchmarks/results/faults.json").read_text())
+    file_of_results = DOCS.parent / "benchmarks/results/faults.json"
+    if not file_of_results.exists():
+        return "Not measured yet."
+    record = json.loads(file_of_results.read_text())
     rows = record["rows"]
     if part == "environment":
         machine = record["machine"]

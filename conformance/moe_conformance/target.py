@@ -106,6 +106,7 @@ class Capabilities:
         gradients: operations whose outputs carry gradients.
         ties: "lowest" (the lowest expert id wins) or "free".
         strides: non-contiguous inputs are taken.
+        mixed_dtypes: expert weights may have another dtype than x.
         finite_only: NaN and infinity are refused.
         deterministic: the same call gives the same bits.
         batch_invariant: a token's result does not depend on the other tokens, to the bit.
@@ -138,6 +139,7 @@ class Capabilities:
     gradients: tuple[str, ...] = ()
     ties: str = "free"
     strides: bool = True
+    mixed_dtypes: bool = True
     finite_only: bool = False
     deterministic: bool = True
     batch_invariant: bool = False

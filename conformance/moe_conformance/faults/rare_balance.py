@@ -119,7 +119,7 @@ rare(
     "at-128-experts",
     "128 experts",
     lambda a: experts(a) == 128,
-    a_little_larger,
+    a_thousandth_larger,
     "BALANCE-13",
 )
 rare(
@@ -139,7 +139,7 @@ rare(
     "at-32-experts",
     "32 experts",
     lambda a: experts(a) == 32,
-    a_little_larger,
+    a_thousandth_larger,
     "BALANCE-06",
 )
 rare(
@@ -165,7 +165,7 @@ rare(
     "at-one-token",
     "one token and a coefficient below one",
     lambda a: len(a["logits"]) == 1 and a["config"].coefficient < 1,
-    a_little_larger,
+    a_thousandth_larger,
     "BALANCE-02",
 )
 rare(
@@ -173,7 +173,7 @@ rare(
     "at-64-tokens",
     "64 tokens",
     lambda a: len(a["logits"]) == 64,
-    a_little_larger,
+    a_thousandth_larger,
     "BALANCE-14",
 )
 rare(

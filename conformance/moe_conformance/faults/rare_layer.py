@@ -31,8 +31,8 @@ def in_layer(wrong: Wrong) -> Wrong:
 rare(
     "layer",
     "with-one-token",
-    "a single token in training",
-    lambda a: tokens(a) == 1 and bool(a.get("training")),
+    "a single token of float32",
+    lambda a: tokens(a) == 1 and a["x"].dtype is torch.float32,
     in_layer(first_row_scaled),
     "LAYER-01",
     "LAYER-04",
@@ -123,8 +123,8 @@ rare(
 rare(
     "layer",
     "at-k-4",
-    "four experts per token",
-    lambda a: top_k(a) == 4,
+    "four experts per token in training",
+    lambda a: top_k(a) == 4 and bool(a.get("training")),
     in_layer(first_row_scaled),
     "LAYER-01",
     "LAYER-04",

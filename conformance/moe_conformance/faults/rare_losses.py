@@ -96,7 +96,7 @@ rare(
     "at-64-tokens",
     "64 tokens",
     lambda a: len(a["logits"]) == 64,
-    a_little_larger,
+    loss_larger,
     "BALANCE-53",
 )
 rare(

@@ -350,21 +350,6 @@ rare(
 )
 rare(
     "route",
-    "with-a-float64-bias",
-    "a float64 bias beside float16 logits",
-    lambda a: (
-        a.get("bias") is not None
-        and a["bias"].dtype is torch.float64
-        and a["logits"].dtype is torch.float16
-    ),
-    id_moved,
-    "GATE-11",
-    "GATE-12",
-    "GATE-15",
-    "GATE-22",
-)
-rare(
-    "route",
     "with-a-strided-bias",
     "a bias with strides and sigmoid",
     lambda a: strided(a, "bias") and a["config"].score == "sigmoid",

@@ -162,7 +162,9 @@ def placed(
         def plan(draw: st.DrawFn) -> Plan:
             count = draw(_numbers(*ranks))
             experts = draw(
-                st.one_of(st.integers(least, min(most, 20)), sizes(most, 32, least=least))
+                st.one_of(
+                    st.integers(least, max(least, min(most, 20))), sizes(most, 32, least=least)
+                )
             )
             fewest = -(-experts // count)
             more = draw(st.integers(1 if redundant else 0, 3))

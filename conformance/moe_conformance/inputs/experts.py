@@ -112,7 +112,7 @@ def _plans(
         choices[name] = values
     capabilities = scope.capabilities
     exact = content == "exact"
-    if not scope.dtypes or (mixed and True not in declared.get("mixed_dtypes", (True,))):
+    if not scope.dtypes or (mixed and not capabilities.mixed_dtypes):
         return None
     small = scope.interpreted
     hidden = multiples(48 if small else 80, capabilities.hidden_multiple)

@@ -147,7 +147,7 @@ def _plans(
     )
     if not scope.dtypes or not choices["router_dtype"]:
         return None
-    if mixed and True not in experts.get("mixed_dtypes", (True,)):
+    if mixed and not scope.capabilities.mixed_dtypes:
         return None
     capabilities = scope.capabilities
     small = scope.interpreted

@@ -337,6 +337,8 @@ class TransformersTarget(Target):
             intermediate_multiple=8 if grouped else 1,
             gradients=operations,
             strides=cls.strides,
+            # `linear` and `grouped_mm` take two tensors of one dtype.
+            mixed_dtypes=False,
             rounding_points=(
                 *cls.router_rounding,
                 *cls.experts_rounding,
