@@ -7,12 +7,13 @@ not met, and the share of cases whose bits are not the reference's, are written 
 `benchmarks/results/calibration.json` with what they were measured on. Interrupted, the run goes on
 where it was.
 
-    python benchmarks/calibration.py [--cases N] [--seed N] [--only I/N]
+    python benchmarks/calibration.py [--cases N] [--seed N] [--jobs N] [--only I/N]
 
 `--only 2/7` runs every seventh pair of variant and dtype, from the third on, and writes nothing.
 """
 
 import argparse
+import functools
 import sys
 
 import torch
@@ -89,6 +90,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=40, help="per variant, requirement and dtype")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--only", help="a part, as 2/7; nothing is written")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -98,7 +100,8 @@ def main() -> int:
         part, parts = map(int, options.only.split("/"))
         rows = [measure(key, options.cases, options.seed) for key in keys[part::parts]]
     else:
-        rows = resumed("calibration", keys, lambda key: measure(key, options.cases, options.seed))
+        one = functools.partial(measure, cases=options.cases, seed=options.seed)
+        rows = resumed("calibration", keys, one, options.jobs)
     record = {
         "what": "errors of legal implementations in standard deviations, and accusations",
         **about(),
