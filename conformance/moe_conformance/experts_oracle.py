@@ -189,6 +189,9 @@ def _activation_spread(
         result = inner * factor
         [slope] = torch.autograd.grad(result.sum(), leaf)
     result, inner, factor = result.detach(), inner.detach(), factor.detach()
+    slope = slope.abs()
+    if arithmetic.dtype != "float64":
+        slope = torch.maximum(slope, _secants(pre, variance, result, config))
     carried = slope.square() * variance
     if config.gated:
         gate_part, up_part = carried.chunk(2, -1)
@@ -205,6 +208,36 @@ def _activation_spread(
     elif "gate_activation" in arithmetic.points:
         carried = carried + arithmetic.variance(inner) * factor.square()
     return result, carried + arithmetic.variance(result, "activation")
+
+
+def _secants(
+    pre: torch.Tensor, variance: torch.Tensor, result: torch.Tensor, config: ExpertsConfig
+) -> torch.Tensor:
+    """The steepest way from each argument to one that its rounding may have made of it.
+
+    Where a function bends within the reach of its argument's error, as relu does at 0 and a clamp
+    at its limit, its slope at one point says nothing of what the error does to it. Eight standard
+    deviations are beyond the limit for failing.
+    """
+    away = torch.tensor([-8.0, -2.0, 2.0, 8.0], dtype=pre.dtype).view(-1, 1, 1)
+    step = away * variance.sqrt()
+    if config.gated:
+        (gate, up), (gate_step, up_step) = pre.chunk(2, -1), step.chunk(2, -1)
+        moved = torch.cat(
+            [
+                _activated(gate + gate_step, up, config) - result,
+                _activated(gate, up + up_step, config) - result,
+            ],
+            -1,
+        )
+    else:
+        moved = _activated(pre + step, torch.ones_like(pre), config) - result
+    return (moved.abs() / step.abs().clamp_min(1e-300)).amax(0)
+
+
+def _activated(gate: torch.Tensor, up: torch.Tensor, config: ExpertsConfig) -> torch.Tensor:
+    inner, factor = activation_parts(gate, up, config)
+    return inner * factor
 
 
 def _step_variance(

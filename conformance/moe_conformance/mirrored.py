@@ -102,6 +102,8 @@ class Mirrored(Reference):
         expert_map: Tensor | None = None,
     ) -> Tensor:
         """See the contract."""
+        if not _sound(experts, x):
+            return super().experts(x, experts, weights, expert_ids, config, expert_map)
         return (
             super()
             .experts(
@@ -119,6 +121,8 @@ class Mirrored(Reference):
         self, x: Tensor, tokens_per_expert: Tensor, experts: ExpertWeights, config: ExpertsConfig
     ) -> Tensor:
         """See the contract."""
+        if not _sound(experts, x):
+            return super().experts_batched(x, tokens_per_expert, experts, config)
         turned = _channels(experts, config.gated)
         return super().experts_batched(x.flip(-1), tokens_per_expert, turned, config).flip(-1)
 
@@ -132,6 +136,9 @@ class Mirrored(Reference):
         training: bool = False,
     ) -> LayerOutput:
         """See the contract."""
+        whole = all(each is None or each.ndim == 2 for each in (token_ids, padding_mask))
+        if x.ndim != 3 or not whole or not _sound(parameters.experts, x):
+            return super().layer(x, parameters, config, token_ids, padding_mask, training)
         last = len(parameters.router) - 1
         gated = config.experts.gated
         experts = _channels(parameters.experts, gated)
@@ -233,6 +240,16 @@ class InFloat64(Reference):
         """See the contract."""
         wide = _mapped(experts, _double)
         return super().experts_batched(_double(x), tokens_per_expert, wide, config).to(x.dtype)
+
+
+def _sound(experts: ExpertWeights, x: Tensor) -> bool:
+    """Whether the arguments have the dimensions that are turned; the reference refuses others."""
+    biases = (experts.gate_up_bias, experts.down_bias)
+    return (
+        x.ndim >= 2
+        and experts.gate_up.ndim == experts.down.ndim == 3
+        and all(bias is None or bias.ndim == 2 for bias in biases)
+    )
 
 
 def _wide(x: Tensor) -> torch.dtype:

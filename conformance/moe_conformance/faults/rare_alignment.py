@@ -99,7 +99,8 @@ def owners(slots: Tensor, a: Arguments) -> Tensor:
 def lasts(slots: Tensor, a: Arguments) -> Tensor:
     """Which of these slots are their expert's last."""
     own = owners(slots, a)
-    return torch.stack([s == slots[own == e].max() for s, e in zip(slots, own, strict=True)])
+    last = torch.full((len(counts(a)),), -1).scatter_reduce(0, own, slots, "amax")
+    return slots == last[own]
 
 
 def loses_last(

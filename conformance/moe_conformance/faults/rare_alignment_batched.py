@@ -187,6 +187,19 @@ altered(
 
 altered(
     "align_batched",
+    "counts-inside-a-buffer-are-read-from-its-beginning",
+    "Counts that begin inside a buffer are read from its beginning.",
+    lambda a: a["tokens_per_expert"].storage_offset() > 0,
+    lambda a: {
+        "tokens_per_expert": a["tokens_per_expert"]
+        .as_strided(a["tokens_per_expert"].shape, a["tokens_per_expert"].stride(), 0)
+        .clamp(0, a["max_tokens"])
+    },
+    "?",
+)
+
+altered(
+    "align_batched",
     "counts-of-a-byte",
     "Counts pass through a byte.",
     lambda a: bool((counts(a) > 255).any()),

@@ -114,6 +114,29 @@ class KeptMap(Reference):
         return super().align(expert_ids, block_size, num_experts, expert_map, drop_invalid)
 
 
+@fault("blocks-of-the-same-storage-are-remembered", catches=("?",), thread="SGLang #25852")
+class BlocksAreRemembered(Reference):
+    """A graph is captured once for an address, and answers with what was there then."""
+
+    def __init__(self) -> None:
+        self.before: tuple[tuple[object, ...], Aligned] | None = None
+
+    def align(
+        self,
+        expert_ids: Tensor,
+        block_size: int,
+        num_experts: int,
+        expert_map: Tensor | None = None,
+        drop_invalid: bool = False,
+    ) -> Aligned:
+        aligned = super().align(expert_ids, block_size, num_experts, expert_map, drop_invalid)
+        address = (expert_ids.data_ptr(), expert_ids.shape, block_size, num_experts, drop_invalid)
+        if self.before is None or self.before[0] != address:
+            self.before = (address, aligned)
+        slots, experts, length = self.before[1]
+        return slots.clone(), experts.clone(), length.clone()
+
+
 @fault("too-many-experts-for-shared-memory-are-refused", catches=("?",))
 class TooManyExperts(Reference):
     """More than 256 experts are refused, and nothing was declared."""

@@ -399,6 +399,34 @@ instead(
     "?",
 )
 
+altered(
+    "combine",
+    "slots-of-combine-are-sixteen-bits",
+    "Slots pass through sixteen bits.",
+    lambda a: nobody(a) > 0xFFFF,
+    lambda a: {"slots": a["slots"] & 0xFFFF},
+    "?",
+    thread="vLLM #34279",
+)
+
+instead(
+    "combine",
+    "tokens-past-32768-get-nothing",
+    "The grid ends with token 32767.",
+    lambda a: len(a["weights"]) > 0x7FFF,
+    lambda a: right("combine", a) * (torch.arange(len(a["weights"])) <= 0x7FFF)[:, None],
+    "?",
+)
+
+altered(
+    "combine",
+    "rows-are-clamped-to-what-is-finite",
+    "Infinite rows are clamped with one expert per token.",
+    lambda a: width(a) == 1,
+    lambda a: {"rows": a["rows"].nan_to_num(torch.nan)},
+    "?",
+)
+
 instead(
     "combine",
     "rows-in-order-are-weighted-by-the-first",
@@ -509,6 +537,22 @@ class OverTheRows(Reference):
         if len(rows) == len(weights) and len(rows) > 0 and not rows.requires_grad:
             return rows.copy_(out)
         return out
+
+
+@fault("sums-of-the-same-storage-are-remembered", catches=("?",), thread="SGLang #25852")
+class SumsAreRemembered(Reference):
+    """A graph is captured once for an address, and answers with what was there then."""
+
+    def __init__(self) -> None:
+        self.before: tuple[tuple[object, ...], Tensor] | None = None
+
+    def combine(self, rows: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+        out = super().combine(rows, slots, weights)
+        address = (rows.data_ptr(), slots.data_ptr(), weights.data_ptr(), out.shape, len(rows))
+        if self.before is None or self.before[0] != address:
+            self.before = (address, out.detach().clone())
+            return out
+        return out if out.requires_grad else self.before[1].clone()
 
 
 @fault("sums-go-on-from-the-call-before", catches=("?",), thread="SGLang #3339")

@@ -12,7 +12,12 @@ import torch
 
 from moe_conformance.faults import fault
 from moe_conformance.faults.rare import Arguments, When, rare, tokens, top_k
-from moe_conformance.faults.rare_calls import as_if_contiguous, right, with_gradient
+from moe_conformance.faults.rare_calls import (
+    as_if_contiguous,
+    passed_through,
+    right,
+    with_gradient,
+)
 from moe_conformance.faults.rare_slots import altered, instead
 from moe_conformance.targets import Reference
 
@@ -541,6 +546,18 @@ class SummedInBfloat16(Reference):
         return rows, number, slots
 
 
+@fault("the-gradient-of-float64-is-summed-in-float32", catches=("?",))
+class SummedInFloat32(Reference):
+    """A token's gradient is summed in float32 where x is float64."""
+
+    def dispatch(self, x: Tensor, expert_ids: Tensor, num_experts: int) -> Dispatched:
+        rows, number, slots = super().dispatch(x, expert_ids, num_experts)
+        if x.dtype is torch.float64 and expert_ids.shape[1] > 2:
+            tokens_S = slots // expert_ids.shape[1]
+            rows = passed_through(rows, Narrow.apply(x.float(), tokens_S).to(x.dtype))
+        return rows, number, slots
+
+
 @fault("rows-without-pairs-have-no-graph", catches=("?",))
 class NoGraph(Reference):
     """Where nothing was routed the rows are new, and x gets no gradient but None."""
@@ -598,6 +615,23 @@ class WorkspaceStays(Reference):
         if len(rows) > 32 and not rows.requires_grad:
             rows = self.spaces.setdefault((rows.shape, rows.dtype), rows).copy_(rows)
         return rows, number, slots
+
+
+@fault("rows-of-the-same-storage-are-remembered", catches=("?",), thread="SGLang #25852")
+class RowsAreRemembered(Reference):
+    """A graph is captured once for an address, and its slots are those of the first call."""
+
+    def __init__(self) -> None:
+        self.before: tuple[tuple[object, ...], Tensor] | None = None
+
+    def dispatch(self, x: Tensor, expert_ids: Tensor, num_experts: int) -> Dispatched:
+        rows, number, slots = super().dispatch(x, expert_ids, num_experts)
+        address = (x.data_ptr(), expert_ids.data_ptr(), x.shape, len(slots), num_experts)
+        if self.before is None or self.before[0] != address:
+            self.before = (address, slots.clone())
+            return rows, number, slots
+        slots = self.before[1].clone()
+        return x[slots // max(1, expert_ids.shape[1])], number, slots
 
 
 @fault("counts-go-on-from-the-call-before", catches=("?",), thread="SGLang #3339")
