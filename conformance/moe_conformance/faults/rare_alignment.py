@@ -321,7 +321,9 @@ changed(
     "Of slots that fill warps of 32 the last one is lost.",
     lambda a: nobody(a) > 0 and nobody(a) % 32 == 0,
     lambda slots, a, length: without(slots, a, lambda s: s == nobody(a) - 1),
-    "?",
+    "ALIGN-01",
+    "ALIGN-16",
+    "ALIGN-32",
 )
 
 changed(
@@ -331,7 +333,9 @@ changed(
     "Slots are read in tiles of 64, and of one slot more the last is lost.",
     lambda a: nobody(a) > 64 and nobody(a) % 64 == 1,
     lambda slots, a, length: without(slots, a, lambda s: s == nobody(a) - 1),
-    "?",
+    "ALIGN-01",
+    "ALIGN-16",
+    "ALIGN-35",
 )
 
 changed(

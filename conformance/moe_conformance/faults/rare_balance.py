@@ -120,7 +120,9 @@ rare(
     "128 experts",
     lambda a: experts(a) == 128,
     a_thousandth_larger,
-    "BALANCE-13",
+    "BALANCE-04",
+    "BALANCE-18",
+    "BALANCE-45",
 )
 rare(
     "balance_loss",
@@ -166,7 +168,9 @@ rare(
     "one token and a coefficient below one",
     lambda a: len(a["logits"]) == 1 and a["config"].coefficient < 1,
     a_thousandth_larger,
+    "BALANCE-01",
     "BALANCE-02",
+    "BALANCE-23",
 )
 rare(
     "balance_loss",
@@ -174,7 +178,9 @@ rare(
     "64 tokens",
     lambda a: len(a["logits"]) == 64,
     a_thousandth_larger,
+    "BALANCE-01",
     "BALANCE-14",
+    "BALANCE-46",
 )
 rare(
     "balance_loss",

@@ -97,6 +97,8 @@ rare(
     "64 tokens",
     lambda a: len(a["logits"]) == 64,
     loss_larger,
+    "BALANCE-33",
+    "BALANCE-51",
     "BALANCE-53",
 )
 rare(
@@ -421,6 +423,8 @@ rare(
     lambda a: len(a["bias"]) == 32,
     the_last_stays,
     "BALANCE-39",
+    "BALANCE-41",
+    "BALANCE-55",
 )
 rare(
     "update_bias",

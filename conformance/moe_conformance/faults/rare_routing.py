@@ -220,6 +220,8 @@ rare(
     "eight experts per token and groups",
     lambda a: a["config"].top_k == 8 and a["config"].num_groups > 1,
     weights_exchanged,
+    "GATE-07",
+    "GATE-09",
     "GATE-27",
 )
 rare(

@@ -98,7 +98,7 @@ def chosen_in_float32(a: Arguments) -> Arguments:
     return _chosen_by(a, ids)
 
 
-otherwise("route", "float64-logits-are-chosen-in-float32", chosen_in_float32, "GATE-10")
+otherwise("route", "float64-logits-are-chosen-in-float32", chosen_in_float32, "GATE-30")
 
 
 def share_rounded_up(a: Arguments) -> Arguments:

@@ -80,7 +80,7 @@ RATES = (0.001, 0.01, 0.125, 1e-6, 2)
 FLOAT_COUNTS = ("float32", "float64", "bfloat16", "float16")
 """Counts are floats where ranks have averaged them: then they need not be integers."""
 
-CROWDS = (200, 400, 3000, 9000, 70_000)
+CROWDS = (200, 400, 3000, 5000, 45_000)
 """Numbers of tokens that make counts too large for a byte, bfloat16, float16 and two bytes."""
 
 INVALID = (-1, -2, 2**31 - 1, -(2**31))

@@ -1117,7 +1117,7 @@ def _close_calls(plan: Plan) -> Inputs:
     content = Content(plan["seed"])
     tokens, experts = inputs["logits"].shape
     order = content.uniform(0, 1, tokens, experts).argsort(1)
-    steps = 1 + order * 2 * UNIT[plan["dtype"]]
+    steps = 1 + order.double() * 2 * UNIT[plan["dtype"]]
     signed = torch.tensor([0.0, -0.0, -1.0, 0.0, -0.0])[content.integers(0, 4, tokens, experts)]
     zeros = content.uniform(0, 1, tokens, 1) < 0.3
     inputs["logits"] = torch.where(zeros, signed.double(), steps).to(inputs["logits"].dtype)

@@ -2005,6 +2005,6 @@ def no_number_of_biases_is_special(case: Case) -> None:
     references=BALANCE,
 )
 def no_count_is_too_large(case: Case) -> None:
-    """Up to 70,000 tokens, most of them on the same few experts."""
+    """Up to 45,000 tokens, most of them on the same few experts."""
     case.note("T > 30000", len(case["logits"]) > 30_000)
     _judge_loss(case, _loss(case), _expected(case))
