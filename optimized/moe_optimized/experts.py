@@ -1,13 +1,15 @@
-"""The experts of a layer: grouped products over rows in expert order.
+"""The experts of a layer: products over rows in expert order.
 
 Each way to compute them has its own module, with its stages and what each gains:
 
-1. `experts_torch`: grouped products of torch. This is what a CPU user gets.
-2. `experts_triton`: the forward in Triton kernels. Between forward and backward it keeps x, the
+1. `experts_cpu`: a product per expert. This is what a CPU user gets.
+2. `experts_torch`: grouped products of torch, for a GPU without Triton and for float64 on one; and
+   the batched experts.
+3. `experts_triton`: the forward in Triton kernels. Between forward and backward it keeps x, the
    pre-activation and the tile table.
-3. `experts_backward`: the backward in Triton kernels, from those alone.
+4. `experts_backward`: the backward in Triton kernels, from those alone.
 
-Here stand the functions that a user calls, what they check, and the graph that joins 2 and 3.
+Here stand the functions that a user calls, what they check, and the graph that joins 3 and 4.
 
 Dimension key: T tokens, H hidden size, I intermediate size, E experts, K experts per token,
 C rows of a batched expert.
@@ -20,10 +22,11 @@ import torch
 from moe_reference.checks import FLOATS, IDS, check_tensor
 from moe_reference.config import ExpertsConfig, ExpertWeights
 
+from moe_optimized import operators
 from moe_optimized.alignment import TileTable, check_map, check_tokens
+from moe_optimized.dispatch import accumulation_dtype
 from moe_optimized.experts_backward import Needs, run_backward
 from moe_optimized.experts_torch import batched_experts
-from moe_optimized.experts_torch import sum_of_experts as sum_of_experts
 from moe_optimized.experts_triton import Shapes, run_forward
 from moe_optimized.interpreter import KERNEL_DTYPES, has_kernels
 
@@ -75,7 +78,7 @@ def experts_batched(
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype or shape. Counts are checked on a CPU
-            only.
+            only, and not in a compiled call.
     """
     run = experts_batched_triton if has_kernels(x) else experts_batched_torch
     return run(x, tokens_per_expert, experts, config)
@@ -89,9 +92,43 @@ def experts_torch(
     config: ExpertsConfig,
     expert_map: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As `experts`, in grouped products of torch."""
+    """As `experts`, in products of torch.
+
+    Gradients can be taken once: a gradient of theirs raises RuntimeError.
+    """
     check_experts(x, experts, weights, expert_ids, config, expert_map)
-    return sum_of_experts(x, experts, weights, expert_ids, config, expert_map).to(x.dtype)
+    return sum_of_experts(x, experts, weights, expert_ids, config, expert_map, x.dtype)
+
+
+def sum_of_experts(
+    x: torch.Tensor,
+    experts: ExpertWeights,
+    weights: torch.Tensor,
+    expert_ids: torch.Tensor,
+    config: ExpertsConfig,
+    expert_map: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """`experts_torch` on checked arguments, in the dtype that the caller goes on with.
+
+    Args:
+        x: as in `experts`, and so are all but the last.
+        experts: weights of E experts.
+        weights: [T, K].
+        expert_ids: [T, K].
+        config: how one expert computes.
+        expert_map: global ids to local rows, or None.
+        dtype: of the result; None takes float32 (float64 for float64 x).
+
+    Returns:
+        [T, H], `dtype`.
+    """
+    dtype = dtype or accumulation_dtype(x)
+    on_cpu = x.device.type == "cpu"
+    operator = operators.experts_cpu if on_cpu else operators.experts_grouped
+    return operators.run_experts(
+        operator, x, experts, weights, expert_ids, config, expert_map, dtype
+    )
 
 
 def experts_batched_torch(
@@ -148,6 +185,12 @@ def sum_of_experts_triton(
     Returns:
         [T, H], `dtype`.
     """
+    if torch.compiler.is_compiling():
+        # Elsewhere the graph below: it keeps the tile table, which has no fixed size.
+        operator = operators.experts_triton
+        return operators.run_experts(
+            operator, x, experts, weights, expert_ids, config, expert_map, dtype
+        )
     tensors = [x, weights, *(getattr(experts, field.name) for field in fields(experts))]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _Experts.apply(*tensors, expert_ids, config, expert_map, dtype, shapes)
@@ -254,7 +297,9 @@ def check_experts(
     check_weights(experts, x.shape[1], config)
     if expert_map is not None:
         check_tensor("expert_map", expert_map, ("E",), IDS)
-        check_map(expert_map, experts.down.shape[0])
+        # A compiled call cannot look at the map here; the operators do.
+        if not torch.compiler.is_compiling():
+            check_map(expert_map, experts.down.shape[0])
 
 
 def check_batched(
@@ -269,7 +314,8 @@ def check_batched(
     if experts.down.shape[0] != x.shape[0]:
         raise ValueError(f"x: expected E = {experts.down.shape[0]} experts, got {x.shape[0]}")
     check_tensor("tokens_per_expert", tokens_per_expert, (x.shape[0],), IDS)
-    check_tokens(tokens_per_expert, x.shape[1])
+    if not torch.compiler.is_compiling():
+        check_tokens(tokens_per_expert, x.shape[1])
 
 
 def check_weights(

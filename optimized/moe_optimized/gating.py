@@ -120,8 +120,11 @@ def route_torch(
     if config.order == "score_then_topk":
         scores = score(logits, config.score)
     if config.hash_table is not None:
-        table = config.hash_table.to(logits.device)
-        expert_ids = table[token_ids.to(logits.device).long()].long()
+        table, token_ids = config.hash_table.to(logits.device), token_ids.to(logits.device)
+        if torch.compiler.is_compiling():
+            expert_ids = look_up(table, token_ids, logits.shape[1])
+        else:
+            expert_ids = table[token_ids.long()].long()
     else:
         selection = (logits if scores is None else scores).detach()
         if bias is not None:
@@ -195,7 +198,9 @@ def _check(
         check_tensor("bias", bias, (E,), FLOATS)
     if config.hash_table is not None:
         check_tensor("token_ids", token_ids, (T,), IDS)
-        _check_table(config.hash_table, token_ids, E)
+        # A compiled call cannot look at ids here; `look_up` does.
+        if not torch.compiler.is_compiling():
+            _check_table(config.hash_table, token_ids, E)
     G = config.num_groups
     if G == 1:
         return
@@ -231,6 +236,30 @@ def _check_table(table: torch.Tensor, token_ids: torch.Tensor, num_experts: int)
             if low < 0 or high >= end:
                 came = low if low < 0 else high
                 raise ValueError(f"{name}: expected ids in [0, {end}), got {came}")
+
+
+@torch.library.custom_op("moespec::look_up", mutates_args=())
+def look_up(table: torch.Tensor, token_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """The experts that a hash table has for each token, as an operator of torch.
+
+    Args:
+        table: [vocabulary, K], int32 or int64.
+        token_ids: [T], int32 or int64.
+        num_experts: E.
+
+    Returns:
+        [T, K], int64.
+
+    Raises:
+        ValueError: a token id outside the table, or an expert id outside [0, E).
+    """
+    _check_table(table, token_ids, num_experts)
+    return table[token_ids.long()].long()
+
+
+@look_up.register_fake
+def _(table: torch.Tensor, token_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
+    return table.new_empty((token_ids.shape[0], table.shape[1]), dtype=torch.int64)
 
 
 def _is_captured(tensor: torch.Tensor) -> bool:

@@ -3,10 +3,13 @@
 The routed and the shared output are added in float32 and rounded once. The shared expert is an
 expert of its own that every token is sent to, with its gate and scale as the weight. Stages:
 
-1. `layer_torch`: routing and grouped products in torch. This is what a CPU user gets.
-2. `layer_triton`: the kernels of `gating` and `experts` around the router's product.
+1. `layer_torch`: routing and products in torch. This is what a CPU user gets.
+2. `layer_triton`: a kernel each for the router's product, for routing with counts, for the order of
+   the rows, for either product of the experts and for their sum: six launches up to 4096 pairs. A
+   shared expert adds its own four, and the sum of both outputs.
 
-Auxiliary losses are not computed here: `balance_loss` is always None.
+Neither waits for the host on a GPU, so a call can be captured in a CUDA graph, and under
+`torch.compile` both are whole graphs: what cannot be traced is an operator of `operators`.
 
 Dimension key: N sequences, L tokens per sequence, T = N·L tokens, H hidden size, E experts,
 K experts per token.
@@ -14,16 +17,20 @@ K experts per token.
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from moe_reference.checks import FLOATS, IDS, check_tensor
-from moe_reference.config import LayerConfig, LayerOutput, LayerWeights
+from moe_reference.config import LayerConfig, LayerOutput, LayerWeights, RoutingConfig
 
-from moe_optimized.dispatch import accumulation_dtype, count_tokens
+from moe_optimized import operators
+from moe_optimized.dispatch import accumulation_dtype
 from moe_optimized.experts import check_weights, sum_of_experts, sum_of_experts_triton
-from moe_optimized.gating import route_torch, route_triton
+from moe_optimized.gating import route_with_counts_torch, route_with_counts_triton
 from moe_optimized.interpreter import KERNEL_DTYPES, has_kernels
+from moe_optimized.load_balancing import balance_loss_torch, balance_loss_triton
+from moe_optimized.router import router_logits
 
 
 def layer(
@@ -39,18 +46,20 @@ def layer(
     Args:
         x: [N, L, H], any float dtype.
         parameters: router, experts and shared expert.
-        config: how the layer computes; `balance` only where `training` is False.
+        config: how the layer computes. A loss that is taken per sequence takes L as the length of
+            one where `config.balance` names none.
         token_ids: [N, L], int32 or int64; needed with a hash table.
         padding_mask: [N, L], bool, True = a real token, or None. Padding is computed like any
             other token and left out of the counts.
-        training: whether this is the forward of a training step.
+        training: with True and `config.balance`, the balance loss is computed.
 
     Returns:
         `output` [N, L, H] in x's dtype, `expert_ids` [T, K], `weights` [T, K],
-        `tokens_per_expert` [E] int64, and no balance loss.
+        `tokens_per_expert` [E] int64, and `balance_loss`, a scalar or None.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong dtype or shape, or a balance loss asked for.
+        TypeError, ValueError: an argument of the wrong dtype or shape, or a configuration that does
+            not fit E.
     """
     run = layer_triton if has_kernels(x) else layer_torch
     return run(x, parameters, config, token_ids, padding_mask, training)
@@ -65,8 +74,8 @@ def layer_torch(
     training: bool = False,
 ) -> LayerOutput:
     """As `layer`, in whole-tensor torch operations."""
-    _check(x, parameters, config, token_ids, padding_mask, training)
-    return _run(x, parameters, config, token_ids, padding_mask, route_torch, sum_of_experts)
+    _check(x, parameters, config, token_ids, padding_mask)
+    return _run(x, parameters, config, token_ids, padding_mask, training, _TORCH)
 
 
 def layer_triton(
@@ -77,12 +86,49 @@ def layer_triton(
     padding_mask: torch.Tensor | None = None,
     training: bool = False,
 ) -> LayerOutput:
-    """As `layer`, in Triton kernels and one product of torch, the router's; no float64."""
+    """As `layer`, in Triton kernels; no float64."""
     check_tensor("x", x, ("N", "L", "H"), KERNEL_DTYPES)
-    _check(x, parameters, config, token_ids, padding_mask, training)
-    # The routing kernel computes in float32, which a router in float64 asks not to.
-    route = route_torch if config.router_dtype is torch.float64 else route_triton
-    return _run(x, parameters, config, token_ids, padding_mask, route, sum_of_experts_triton)
+    _check(x, parameters, config, token_ids, padding_mask)
+    means = _TRITON
+    if config.router_dtype is torch.float64:
+        # Their kernels compute in float32.
+        means = _TORCH._replace(experts=_TRITON.experts)
+    return _run(x, parameters, config, token_ids, padding_mask, training, means)
+
+
+class _Means(NamedTuple):
+    """The parts of one way to compute a layer."""
+
+    router: Callable[..., torch.Tensor]
+    route: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    experts: Callable[..., torch.Tensor]
+    balance_loss: Callable[..., torch.Tensor]
+
+
+_TORCH = _Means(router_logits, route_with_counts_torch, sum_of_experts, balance_loss_torch)
+
+
+def _route_triton(
+    logits: torch.Tensor,
+    config: RoutingConfig,
+    bias: torch.Tensor | None,
+    token_ids: torch.Tensor | None,
+    padding_mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if not torch.compiler.is_compiling():
+        return route_with_counts_triton(logits, config, bias, token_ids, padding_mask)
+    how = operators.how_route(config)
+    table = config.hash_table
+    return operators.route(logits, bias, token_ids, padding_mask, table, torch.int64, *how)
+
+
+def _balance_loss_triton(*arguments: Any) -> torch.Tensor:
+    # What has no operator is left to the compiler.
+    compiling = torch.compiler.is_compiling()
+    return (balance_loss_torch if compiling else balance_loss_triton)(*arguments)
+
+
+_TRITON = _Means(operators.router, _route_triton, sum_of_experts_triton, _balance_loss_triton)
 
 
 def _run(
@@ -91,50 +137,46 @@ def _run(
     config: LayerConfig,
     token_ids: torch.Tensor | None,
     padding_mask: torch.Tensor | None,
-    route: Callable[..., tuple[torch.Tensor, torch.Tensor]],
-    run_experts: Callable[..., torch.Tensor],
+    training: bool,
+    means: _Means,
 ) -> LayerOutput:
     tokens = x.reshape(-1, x.shape[2])
     flat_ids = None if token_ids is None else token_ids.reshape(-1)
-    logits = _router_logits(tokens, parameters, config)
-    weights, expert_ids = route(logits, config.routing, parameters.selection_bias, flat_ids)
-    total = run_experts(tokens, parameters.experts, weights, expert_ids, config.experts)
-    if parameters.shared is not None:
-        total = total + _shared_output(tokens, parameters, config, run_experts)
-
-    counted = expert_ids
-    if padding_mask is not None:
-        counted = torch.where(padding_mask.reshape(-1, 1), expert_ids, -1)
+    real = None if padding_mask is None else padding_mask.reshape(-1)
+    dtype = config.router_dtype or x.dtype
+    if x.dtype is torch.float64:
+        dtype = torch.float64
+    logits = means.router(tokens, parameters.router, parameters.router_bias, dtype)
+    weights, expert_ids, counts = means.route(
+        logits, config.routing, parameters.selection_bias, flat_ids, real
+    )
+    shared = parameters.shared is not None
+    # Two outputs are added before they are rounded.
+    wide = accumulation_dtype(x) if shared else x.dtype
+    how = config.experts
+    total = means.experts(tokens, parameters.experts, weights, expert_ids, how, dtype=wide)
+    if shared:
+        total = (total + _shared_output(tokens, parameters, config, means)).to(x.dtype)
+    loss = None
+    if training and config.balance is not None:
+        balance = config.balance
+        if balance.sequence_length is None:
+            balance = replace(balance, sequence_length=max(x.shape[1], 1))
+        loss = means.balance_loss(logits, expert_ids, balance, real)
     return LayerOutput(
-        output=total.to(x.dtype).view(x.shape),
+        output=total.view(x.shape),
         expert_ids=expert_ids,
         weights=weights,
-        tokens_per_expert=count_tokens(counted, parameters.router.shape[0]),
+        balance_loss=loss,
+        tokens_per_expert=counts,
     )
-
-
-def _router_logits(
-    tokens: torch.Tensor, parameters: LayerWeights, config: LayerConfig
-) -> torch.Tensor:
-    dtype = config.router_dtype or tokens.dtype
-    if tokens.dtype is torch.float64:
-        dtype = torch.float64
-    # Rounded to the router's dtype before and after, but multiplied and added in a wide one: a sum
-    # in bfloat16 changes experts.
-    wide = torch.float64 if dtype is torch.float64 else torch.float32
-    bias = parameters.router_bias
-    return F.linear(
-        tokens.to(dtype).to(wide),
-        parameters.router.to(dtype).to(wide),
-        None if bias is None else bias.to(dtype).to(wide),
-    ).to(dtype)
 
 
 def _shared_output(
     tokens: torch.Tensor,
     parameters: LayerWeights,
     config: LayerConfig,
-    run_experts: Callable[..., torch.Tensor],
+    means: _Means,
 ) -> torch.Tensor:
     T = tokens.shape[0]
     wide = accumulation_dtype(tokens)
@@ -142,9 +184,9 @@ def _shared_output(
     if parameters.shared_gate is not None:
         gate = F.linear(tokens.to(wide), parameters.shared_gate.to(wide))
         weights = weights * torch.sigmoid(gate)
-    everyone = torch.zeros(T, 1, dtype=torch.int64, device=tokens.device)
+    everyone = torch.zeros(T, 1, dtype=torch.int32, device=tokens.device)
     how = replace(config.experts, weight_on="output")
-    return run_experts(tokens, parameters.shared, weights, everyone, how)
+    return means.experts(tokens, parameters.shared, weights, everyone, how, dtype=wide)
 
 
 def _check(
@@ -153,7 +195,6 @@ def _check(
     config: LayerConfig,
     token_ids: torch.Tensor | None,
     padding_mask: torch.Tensor | None,
-    training: bool,
 ) -> None:
     check_tensor("x", x, ("N", "L", "H"), FLOATS)
     N, L, H = x.shape
@@ -161,8 +202,6 @@ def _check(
         check_tensor("token_ids", token_ids, (N, L), IDS)
     if padding_mask is not None:
         check_tensor("padding_mask", padding_mask, (N, L), (torch.bool,))
-    if training and config.balance is not None:
-        raise ValueError("balance: expected None, no balance loss is computed here, got a config")
     check_tensor("parameters.router", parameters.router, ("E", H), FLOATS)
     E = parameters.router.shape[0]
     for name in ("router_bias", "selection_bias"):

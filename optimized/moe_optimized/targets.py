@@ -19,16 +19,12 @@ from moe_optimized import experts as _experts
 from moe_optimized.dispatch import Policy
 from moe_optimized.interpreter import INTERPRETED, require_triton
 
-_GROUPED_ROUNDING = (
-    # torch.nn.functional.grouped_mm takes no out_dtype other than its inputs', so that the results
-    # of both products are rounded.
+_TORCH_ROUNDING = (
+    # The products of `experts_batched` have their operands' dtype, x's. `experts` and `layer` round
+    # nothing on a CPU but the pre-activation that they keep for the backward.
     "pre_activation",
-    "expert_output",
-    # Its two inputs have one dtype, x's.
     "activation",
-    "expert_input",
-    # The shared expert's products round like the others.
-    "shared_output",
+    "expert_output",
 )
 
 _KERNEL_ROUNDING = (
@@ -39,17 +35,18 @@ _KERNEL_ROUNDING = (
     "shared_output",
 )
 
+# On a GPU kernels, or, where Triton is not installed, grouped products in x's dtype.
+_GPU_ROUNDING = ("expert_input", "shared_output")
+
 
 class Optimized(Target):
-    """What a user gets on this device: compiled kernels on a GPU, grouped products on a CPU."""
+    """What a user gets on this device: compiled kernels on a GPU, products of torch on a CPU."""
 
     name = "optimized"
     version = suite_version()
     capabilities = Capabilities(
         devices=("cpu", "cuda") if torch.cuda.is_available() else ("cpu",),
         dtypes=("float32", "bfloat16", "float16", "float64"),
-        # `layer` computes no loss: a training step calls `balance_loss` beside it.
-        layer={"balance": (None,)},
         gradients=(
             "route",
             "balance_loss",
@@ -62,7 +59,7 @@ class Optimized(Target):
             "layer",
         ),
         ties="lowest",
-        rounding_points=_GROUPED_ROUNDING,
+        rounding_points=_TORCH_ROUNDING + (_GPU_ROUNDING if torch.cuda.is_available() else ()),
         accumulator="float32",
     )
 
@@ -173,8 +170,6 @@ class Optimized(Target):
         training: bool = False,
     ) -> LayerOutput:
         """See `moe_optimized.layer.layer`."""
-        if config.balance is not None:
-            raise Unsupported("balance: expected None, got a BalanceConfig")
         return layer.layer(x, parameters, config, token_ids, padding_mask, training)
 
 
@@ -307,8 +302,6 @@ class OptimizedTriton(Optimized):
     ) -> LayerOutput:
         """See `moe_optimized.layer.layer_triton`."""
         _refuse_float64("x", x)
-        if config.balance is not None:
-            raise Unsupported("balance: expected None, got a BalanceConfig")
         return layer.layer_triton(x, parameters, config, token_ids, padding_mask, training)
 
 

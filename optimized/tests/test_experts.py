@@ -1,11 +1,11 @@
 import pytest
 import torch
+from moe_optimized import operators
 from moe_optimized.experts import (
     experts_batched_torch,
     experts_batched_triton,
     experts_torch,
     experts_triton,
-    sum_of_experts,
     sum_of_experts_triton,
 )
 from moe_optimized.experts_triton import Shapes, TileShape, tile_shapes
@@ -16,16 +16,17 @@ from moe_reference.config import ExpertsConfig, ExpertWeights
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
 
 
-def experts_masked(x, *arguments):
+def experts_grouped(x, experts, weights, ids, config, expert_map=None):
     """What a GPU without compiled kernels does: all rows, those of nobody masked."""
-    return sum_of_experts(x, *arguments, read_count=False).to(x.dtype)
+    operator = operators.experts_grouped
+    return operators.run_experts(operator, x, experts, weights, ids, config, expert_map, x.dtype)
 
 
 implementations = pytest.mark.parametrize(
     "implementation",
     [
         pytest.param(experts_torch, id="torch"),
-        pytest.param(experts_masked, id="masked"),
+        pytest.param(experts_grouped, id="grouped"),
         pytest.param(experts_triton, id="triton", marks=needs_triton),
     ],
 )

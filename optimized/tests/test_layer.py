@@ -1,17 +1,37 @@
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+from moe_optimized import (
+    alignment,
+    dispatch,
+    experts_backward,
+    experts_triton,
+    gating,
+    gating_backward,
+    load_balancing,
+    router,
+)
+from moe_optimized import layer as layer_module
 from moe_optimized.interpreter import HAS_TRITON, launches
 from moe_optimized.layer import layer_torch, layer_triton
 from moe_reference.config import (
     BalanceConfig,
     ExpertsConfig,
+    ExpertWeights,
     LayerConfig,
     LayerWeights,
     RoutingConfig,
 )
 from moe_reference.layer import layer as reference
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
 implementations = pytest.mark.parametrize(
@@ -114,10 +134,6 @@ def test_no_tokens(implementation, make_layer):
 @implementations
 def test_bad_arguments_are_refused(implementation, make_layer):
     parameters, x = make_layer(), torch.randn(2, 3, 16)
-    balanced = replace(CONFIG, balance=BalanceConfig())
-    assert implementation(x, parameters, balanced).balance_loss is None
-    with pytest.raises(ValueError, match="balance: expected None"):
-        implementation(x, parameters, balanced, training=True)
     with pytest.raises(ValueError, match=r"padding_mask: expected shape \[2, 3\]"):
         implementation(x, parameters, CONFIG, padding_mask=torch.ones(3, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"parameters.router: expected shape \[E, 8\]"):
@@ -129,14 +145,171 @@ def test_bad_arguments_are_refused(implementation, make_layer):
         implementation(x, replace(parameters, shared=None), CONFIG)
 
 
+@implementations
+@pytest.mark.parametrize("loss", ["switch", "deepseek_sequence"])
+def test_the_balance_loss_is_that_of_the_reference(implementation, loss, make_layer, assert_close):
+    parameters, x = make_layer(), torch.randn(2, 5, 16)
+    mask = torch.rand(2, 5) < 0.7
+    config = replace(CONFIG, balance=BalanceConfig(loss, 0.1))
+    assert implementation(x, parameters, config).balance_loss is None
+    found = []
+    for run in (implementation, reference):
+        router = parameters.router.clone().requires_grad_()
+        given = replace(parameters, router=router)
+        value = run(x, given, config, padding_mask=mask, training=True).balance_loss
+        value.backward()
+        found.append((value, router.grad))
+    for ours, theirs in zip(*found, strict=True):
+        assert_close(ours, theirs)
+
+
 @needs_triton
 def test_the_kernels_are_launched(make_layer):
+    parameters, x = make_layer(), torch.randn(1, 5, 16)
     before = launches.copy()
-    layer_triton(torch.randn(1, 5, 16), make_layer(), CONFIG)
-    # The routed experts and the shared one.
+    layer_triton(x, replace(parameters, shared=None, shared_gate=None), CONFIG)
     experts = ("align_place_kernel", "experts_up_kernel", "experts_down_kernel")
-    assert launches - before == {
-        "route_topk_kernel": 1,
-        "combine_rows_kernel": 2,
-        **dict.fromkeys(experts, 2),
-    }
+    routed = ("router_kernel", "route_topk_kernel", *experts, "combine_rows_kernel")
+    assert launches - before == dict.fromkeys(routed, 1)
+    before = launches.copy()
+    layer_triton(x, parameters, CONFIG)
+    assert (launches - before)["experts_up_kernel"] == 2
+
+
+class Operations(TorchDispatchMode):
+    """Every operation of torch, by name; "on the host" stands for a result in CPU memory."""
+
+    def __init__(self):
+        self.seen = Counter()
+        super().__init__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen[func.name()] += 1
+        out = func(*args, **(kwargs or {}))
+        if any(t.device.type == "cpu" for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
+            self.seen["on the host"] += 1
+        return out
+
+
+@pytest.fixture
+def unreadable(monkeypatch):
+    """Run something on tensors whose values nobody can read, as if on a GPU that is not there.
+
+    A read of a value raises, and so does a shape that depends on one. Kernels are not launched;
+    their grids must be numbers, and their tensors on the device. Operators are taken apart.
+    """
+    launched = Counter()
+
+    def launch(kernel, grid, *arguments, **options):
+        assert all(type(size) is int for size in grid)
+        assert all(a.device.type != "cpu" for a in arguments if isinstance(a, torch.Tensor))
+        launched[kernel.fn.__name__] += 1
+
+    for module in (
+        alignment,
+        dispatch,
+        experts_backward,
+        experts_triton,
+        gating,
+        gating_backward,
+        load_balancing,
+        router,
+    ):
+        monkeypatch.setattr(module, "launch", launch)
+    monkeypatch.setattr(gating, "_is_captured", lambda tensor: True)
+    monkeypatch.setattr(layer_module, "_TRITON", layer_module._TRITON._replace(router=Router.apply))
+    # No atomics, no scatter: what a kernel with a place for every row would have done.
+    monkeypatch.setattr(dispatch, "has_kernels", lambda tensor: True)
+
+    def run(function):
+        launched.clear()
+        with FakeTensorMode(), Operations() as operations:
+            function()
+        return launched, operations.seen
+
+    return run
+
+
+class Router(torch.autograd.Function):
+    """The operator of the router without its fake implementation."""
+
+    @staticmethod
+    def forward(ctx, x, matrix, bias, dtype):
+        return router.router_logits_triton(x, matrix, bias, dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, None, None, None
+
+
+# Anything else that depends on values has no shape here, and raises.
+READS = {"aten::_local_scalar_dense", "on the host"}
+
+
+@needs_triton
+@pytest.mark.parametrize(("N", "L"), [(1, 1), (2, 4096)])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_no_step_of_the_layer_waits_for_the_host(N, L, shared, training, unreadable):
+    E, H, I, dtype = 8, 64, 32, torch.bfloat16
+    # A build of torch without CUDA runs no backward pass on its tensors, fake or not.
+    device = "meta" if training else "cuda"
+
+    def run():
+        def empty(*shape, dtype=dtype, grad=training):
+            return torch.empty(shape, dtype=dtype, device=device, requires_grad=grad)
+
+        def experts(E):
+            shapes = ((E, 2 * I, H), (E, H, I), (E, 2 * I), (E, H))
+            return ExpertWeights(*(empty(*shape) for shape in shapes))
+
+        parameters = LayerWeights(
+            router=empty(E, H),
+            experts=experts(E),
+            router_bias=empty(E),
+            selection_bias=empty(E, dtype=torch.float32, grad=False),
+            shared=experts(1) if shared else None,
+            shared_gate=empty(1, H) if shared else None,
+        )
+        routing = CONFIG.routing
+        hashed = replace(routing, hash_table=empty(9, 2, dtype=torch.int64, grad=False))
+        for how in (routing, hashed):
+            config = LayerConfig(how, balance=BalanceConfig())
+            ids = empty(N, L, dtype=torch.int64, grad=False)
+            mask = empty(N, L, dtype=torch.bool, grad=False)
+            out = layer_triton(empty(N, L, H), parameters, config, ids, mask, training)
+            assert out.output.shape == (N, L, H)
+            if training:
+                (out.output.sum() + out.balance_loss).backward()
+                gradient = parameters.experts.gate_up.grad
+                assert gradient.device.type == device
+
+    launched, seen = unreadable(run)
+    assert not READS & seen.keys()
+    assert launched["experts_up_kernel"] == (4 if shared else 2)
+    assert bool(launched["experts_d_matrices_kernel"]) is training
+    if not (shared or training):
+        # Six kernels, or eight where the order of the rows takes three; the rest are buffers.
+        assert sum(launched.values()) == (12 if N * L == 1 else 16)
+        written = {name for name in seen if not name.startswith("aten::") or "empty" not in name}
+        views = {"aten::view", "aten::view.dtype", "aten::detach", "prim::device"}
+        assert written - views == {"aten::new_zeros"}
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.tolist(),
+        lambda x: bool(x.any()),
+        lambda x: torch.where(x),
+    ],
+)
+def test_a_step_that_waits_would_be_seen(read, unreadable):
+    with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+        unreadable(lambda: read(torch.ones(3, dtype=torch.bool, device="cuda")))
+
+
+def test_a_copy_to_the_host_would_be_seen(unreadable):
+    _, seen = unreadable(lambda: torch.ones(3, device="cuda").cpu())
+    assert READS & seen.keys()

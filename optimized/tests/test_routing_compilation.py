@@ -30,7 +30,7 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moe_optimized import gating, load_balancing
+from moe_optimized import gating, load_balancing, router
 from moe_optimized.gating_backward import route_gradient_kernel
 
 POINTERS = {
@@ -51,7 +51,7 @@ def spilled_bytes(cubin):
     return int(usage.split("STACK:")[1].split()[0])
 
 
-def compile(kernel, pointers=(), num_warps=4, **constants):
+def compile(kernel, pointers=(), num_warps=4, num_stages=3, aligned=(), **constants):
     names = kernel.arg_names
     kinds = {**POINTERS, **dict(pointers)}
 
@@ -67,17 +67,20 @@ def compile(kernel, pointers=(), num_warps=4, **constants):
         kernel,
         signature,
         {(names.index(name),): value for name, value in constants.items()},
-        {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"},
+        {
+            (i,): [["tt.divisibility", 16]]
+            for i, n in enumerate(names) if signature[n][0] == "*" or n in aligned
+        },
     )
-    made = triton.compile(
-        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps}
-    )
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     words = made.asm["ptx"].split()
     print(json.dumps({
         "name": kernel.fn.__name__,
         "shared": made.metadata.shared,
         "cubin": len(made.asm["cubin"]),
         "spilled": spilled_bytes(made.asm["cubin"]),
+        "tensor_cores": "wgmma" in made.asm["ptx"] or "mma.sync" in made.asm["ptx"],
         "atomics": sorted({w.split(".")[-1] for w in words if w.startswith(("atom.", "red."))}),
     }))
 
@@ -112,6 +115,26 @@ compile(route_gradient_kernel, {"logits_ptr": "*fp16", "out_ptr": "*fp16"}, num_
 compile(route_gradient_kernel, {"out_ptr": "*bf16"}, **{
     **gradient, "SCORE_FIRST": False, "BLOCK_T": 1, "BLOCK_E": 1024,
 })
+
+for tokens, x, out in (
+    (8, "bfloat16", "bfloat16"), (4096, "bfloat16", "float32"), (4096, "float32", "float32"),
+):
+    names = {"float32": "*fp32", "bfloat16": "*bf16"}
+    operand = getattr(torch, x)
+    tile = router._blocks(tokens, 256, 7168, operand)
+    compile(
+        router.router_kernel,
+        {"x_ptr": names[x], "router_ptr": names[x], "logits_ptr": names[out]},
+        num_stages=4, aligned=("depth", "stride_xt", "stride_re"), HAS_BIAS=tokens == 8,
+        OPERAND=router._TRITON[operand], ROUND_OPERANDS=False, WIDEN=False, stride_xh=1,
+        stride_rh=1, **dict(zip(("BLOCK_T", "BLOCK_E", "BLOCK_K"), tile)),
+    )
+compile(
+    router.router_kernel, HAS_BIAS=True, OPERAND=router._TRITON[torch.float32],
+    ROUND_OPERANDS=False, WIDEN=False, BLOCK_T=16, BLOCK_E=16, BLOCK_K=32,
+    **dict.fromkeys(("num_tokens", "num_experts", "depth", "stride_xt", "stride_xh"), 1),
+    **dict.fromkeys(("stride_re", "stride_rh", "stride_b"), 1),
+)
 
 for row, score in enumerate(("softmax", "sigmoid", "sqrtsoftplus")):
     cells = dict(
@@ -184,6 +207,7 @@ def test_every_kernel_around_the_router_compiles_for_hopper(tmp_path, monkeypatc
     assert done.returncode == 0, done.stderr
     compiled = [json.loads(line) for line in done.stdout.splitlines()]
     assert {kernel["name"] for kernel in compiled} == {
+        "router_kernel",
         "route_topk_kernel",
         "route_gradient_kernel",
         "balance_sums_kernel",
@@ -198,6 +222,9 @@ def test_every_kernel_around_the_router_compiles_for_hopper(tmp_path, monkeypatc
         assert kernel["cubin"] > 0
         assert kernel["shared"] <= SHARED_MEMORY
         assert kernel["spilled"] == 0, kernel
+    # Tensor cores multiply no more than the first ten bits of a float32's fraction.
+    products = [kernel["tensor_cores"] for kernel in compiled if kernel["name"] == "router_kernel"]
+    assert products == [True, True, False, False]
     # Sums of floats would depend on who comes first; those of integers do not.
     atomics = [(kernel["name"], kernel["atomics"]) for kernel in compiled if kernel["atomics"]]
     assert atomics == 2 * [("route_topk_kernel", ["u64"])]

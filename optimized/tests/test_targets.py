@@ -79,14 +79,6 @@ def test_every_operation_answers_in_every_declared_dtype(target):
             assert (launches.total() > before) == (target is OptimizedTriton)
 
 
-@targets
-def test_a_balance_loss_is_unsupported(target):
-    x, parameters, config = arguments()["layer"]
-    balanced = LayerConfig(config.routing, balance=BalanceConfig())
-    with pytest.raises(Unsupported, match="balance"):
-        target().layer(x, parameters, balanced, training=True)
-
-
 @pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
 def test_float64_is_unsupported_by_the_kernels():
     for operation, given in arguments(torch.float64).items():

@@ -1,0 +1,492 @@
+"""The fast versions as operators of torch, in the namespace `moespec`.
+
+An operator is opaque to `torch.compile`, which is what the fast versions need: kernels that are
+launched by hand cannot be traced, `grouped_mm` in float32 has no fake implementation (torch 2.13),
+and the way of a CPU depends on the ids. Each operator says what shapes come out, with T·K rows
+whatever the ids are, so that nothing depends on data and T may change without compiling again.
+
+| operator | what it is |
+|---|---|
+| `experts_cpu`, `experts_cpu_backward` | those of `experts_cpu` |
+| `experts_grouped`, `experts_grouped_backward` | those of `experts_torch` |
+| `experts_triton`, `experts_triton_backward` | `experts_triton` and `experts_backward` |
+| `router` | `router.router_logits_triton` |
+| `route`, `route_backward` | the kernels of `gating`, counts included |
+| `look_up` | the ids of a hash table; it stands in `gating` |
+| `dispatch` | `dispatch.dispatch` with T·K rows on every device |
+| `combine` | `dispatch.combine` |
+| `align`, `align_batched` | those of `alignment` |
+| `add_counts` | `counter += tokens_per_expert`, in a compiled backward pass |
+
+`moe_optimized.experts` and `moe_optimized.layer` call them where it is needed, and check what goes
+in. Whoever calls one directly, `operators.dispatch_rows` in a compiled function for example, passes
+what the function of the same concept takes.
+
+Dimension key: T tokens, H hidden size, J rows of gate_up, E experts, K experts per token.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from moe_reference.config import ExpertsConfig, ExpertWeights, RoutingConfig
+
+from moe_optimized import alignment, dispatch, gating
+from moe_optimized.experts_backward import Needs, run_backward
+from moe_optimized.experts_cpu import backward_on_cpu, forward_on_cpu
+from moe_optimized.experts_torch import backward_grouped, forward_grouped
+from moe_optimized.experts_triton import one_dtype, run_forward, tile_shapes
+from moe_optimized.gating_backward import route_gradient
+from moe_optimized.router import router_logits_triton
+
+Tensor = torch.Tensor
+
+_SCHEMA_TYPES = {int: "int", float: "float", bool: "bool", str: "str"}
+
+
+def _fields(config: Any, *without: str) -> dict[str, str]:
+    """Each field of a configuration with its type in a schema."""
+    names = [field.name for field in fields(config) if field.name not in without]
+    return {name: _SCHEMA_TYPES[type(getattr(config, name))] for name in names}
+
+
+_EXPERTS_FIELDS = _fields(ExpertsConfig())
+_ROUTING_FIELDS = _fields(RoutingConfig(top_k=1), "hash_table")
+
+
+def how_experts(config: ExpertsConfig) -> tuple[Any, ...]:
+    """The configuration as the operators of the experts take it."""
+    return tuple(getattr(config, name) for name in _EXPERTS_FIELDS)
+
+
+def how_route(config: RoutingConfig) -> tuple[Any, ...]:
+    """The configuration as the operators of the routing take it; its table goes beside it."""
+    return tuple(getattr(config, name) for name in _ROUTING_FIELDS)
+
+
+def _operator(name: str, arguments: str, results: str, run: Callable[..., Any]) -> Any:
+    # Operators stand below autograd. Functions that build a graph by themselves must not start one.
+    return torch.library.custom_op(
+        f"moespec::{name}",
+        torch.no_grad()(run),
+        mutates_args=(),
+        schema=f"({arguments}) -> {results}",
+    )
+
+
+def _listed(fields_and_types: dict[str, str]) -> str:
+    return ", ".join(f"{kind} {name}" for name, kind in fields_and_types.items())
+
+
+_EXPERTS = (
+    "Tensor x, Tensor weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, "
+    "Tensor? down_bias, Tensor expert_ids, Tensor? expert_map"
+)
+_FORWARD = f"{_EXPERTS}, ScalarType dtype, bool keep, {_listed(_EXPERTS_FIELDS)}"
+_BACKWARD = f"Tensor grad, Tensor pre, {_EXPERTS}, bool[] needs, {_listed(_EXPERTS_FIELDS)}"
+
+
+def _in_torch(run: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(
+        x: Tensor,
+        weights: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        gate_up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        expert_ids: Tensor,
+        expert_map: Tensor | None,
+        dtype: torch.dtype,
+        keep: bool,
+        *how: Any,
+    ) -> tuple[Tensor, Tensor]:
+        _check_map(expert_map, down)
+        experts = ExpertWeights(gate_up, down, gate_up_bias, down_bias)
+        config = ExpertsConfig(*how)
+        return run(x, experts, weights, expert_ids, config, expert_map, dtype, keep)
+
+    return forward
+
+
+def _in_torch_backward(run: Callable[..., Any]) -> Callable[..., Any]:
+    def backward(
+        grad: Tensor,
+        pre: Tensor,
+        x: Tensor,
+        weights: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        gate_up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        expert_ids: Tensor,
+        expert_map: Tensor | None,
+        needs: Sequence[bool],
+        *how: Any,
+    ) -> list[Tensor]:
+        experts = ExpertWeights(gate_up, down, gate_up_bias, down_bias)
+        config, wanted = ExpertsConfig(*how), Needs(*needs)
+        grads = run(grad, x, pre, experts, weights, expert_ids, config, expert_map, wanted)
+        return [gradient.contiguous() for gradient in grads if gradient is not None]
+
+    return backward
+
+
+def _experts_triton(
+    x: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    expert_ids: Tensor,
+    expert_map: Tensor | None,
+    dtype: torch.dtype,
+    keep: bool,
+    *how: Any,
+) -> tuple[Tensor, Tensor]:
+    _check_map(expert_map, down)
+    experts = ExpertWeights(gate_up, down, gate_up_bias, down_bias)
+    out, pre, _ = run_forward(
+        x, experts, weights, expert_ids, ExpertsConfig(*how), expert_map, None, dtype, keep
+    )
+    return out, x.new_empty(0, gate_up.shape[1]) if pre is None else pre
+
+
+def _experts_triton_backward(
+    grad: Tensor,
+    pre: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    expert_ids: Tensor,
+    expert_map: Tensor | None,
+    needs: Sequence[bool],
+    *how: Any,
+) -> list[Tensor]:
+    experts = ExpertWeights(gate_up, down, gate_up_bias, down_bias)
+    # Made again and not kept: how many tiles there are depends on T in steps.
+    E, H, I = down.shape
+    dtype = one_dtype(x, gate_up, down)[0].dtype
+    height = tile_shapes(expert_ids.numel(), E, I, H, dtype).up.m
+    tiles = alignment.tile_table(expert_ids, height, E, expert_map)
+    grads = run_backward(
+        grad, x, pre, experts, weights, tiles, ExpertsConfig(*how), None, Needs(*needs)
+    )
+    return [gradient.contiguous() for gradient in grads if gradient is not None]
+
+
+def _check_map(expert_map: Tensor | None, down: Tensor) -> None:
+    # Here and not only before the call: a compiled call cannot look at the map.
+    if expert_map is not None:
+        alignment.check_map(expert_map, down.shape[0])
+
+
+def _fake_experts(
+    x: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    expert_ids: Tensor,
+    expert_map: Tensor | None,
+    dtype: torch.dtype,
+    keep: bool,
+    *how: Any,
+) -> tuple[Tensor, Tensor]:
+    rows = expert_ids.shape[0] * expert_ids.shape[1] if keep else 0
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(rows, gate_up.shape[1])
+
+
+def _fake_experts_backward(grad: Tensor, pre: Tensor, *arguments: Any) -> list[Tensor]:
+    tensors, needs = arguments[:6], arguments[8]
+    return [t.new_empty(t.shape) for t, needed in zip(tensors, needs, strict=True) if needed]
+
+
+def _register_experts(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Any:
+    run = _operator(name, _FORWARD, "(Tensor out, Tensor pre)", forward)
+    run_back = _operator(f"{name}_backward", _BACKWARD, "Tensor[]", backward)
+    run.register_fake(_fake_experts)
+    run_back.register_fake(_fake_experts_backward)
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(output[1], *inputs[:8])
+        ctx.how = inputs[10:]
+        ctx.mark_non_differentiable(output[1])
+        # A gradient of the pre-activation would be [T·K, J] of zeros.
+        ctx.set_materialize_grads(False)
+
+    def differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+        needs = ctx.needs_input_grad[:6]
+        found = [None] * 6
+        if grad is not None:
+            grads = iter(run_back(grad, *ctx.saved_tensors, list(needs), *ctx.how))
+            found = [next(grads) if wanted else None for wanted in needs]
+        return (*found, *[None] * (4 + len(ctx.how)))
+
+    run.register_autograd(differentiate, setup_context=setup)
+    return run
+
+
+experts_cpu = _register_experts(
+    "experts_cpu", _in_torch(forward_on_cpu), _in_torch_backward(backward_on_cpu)
+)
+experts_grouped = _register_experts(
+    "experts_grouped", _in_torch(forward_grouped), _in_torch_backward(backward_grouped)
+)
+experts_triton = _register_experts("experts_triton", _experts_triton, _experts_triton_backward)
+
+
+def run_experts(
+    operator: Any,
+    x: Tensor,
+    experts: ExpertWeights,
+    weights: Tensor,
+    expert_ids: Tensor,
+    config: ExpertsConfig,
+    expert_map: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Call one of the three operators of the experts.
+
+    Args:
+        operator: `experts_cpu`, `experts_grouped` or `experts_triton`.
+        x: [T, H].
+        experts: weights of E experts.
+        weights: [T, K].
+        expert_ids: [T, K].
+        config: how one expert computes.
+        expert_map: global ids to local rows, or None.
+        dtype: of the result.
+
+    Returns:
+        [T, H], differentiable in x, weights and every tensor of `experts`.
+    """
+    tensors = (x, weights, experts.gate_up, experts.down, experts.gate_up_bias, experts.down_bias)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return operator(*tensors, expert_ids, expert_map, dtype, keep, *how_experts(config))[0]
+
+
+def _route(
+    logits: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor | None,
+    padding_mask: Tensor | None,
+    table: Tensor | None,
+    ids_dtype: torch.dtype,
+    *how: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    config = RoutingConfig(*how, hash_table=table)
+    return gating.route_with_counts_triton(logits, config, bias, token_ids, padding_mask, ids_dtype)
+
+
+def _fake_route(
+    logits: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor | None,
+    padding_mask: Tensor | None,
+    table: Tensor | None,
+    ids_dtype: torch.dtype,
+    *how: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    T, E = logits.shape
+    K = RoutingConfig(*how).top_k
+    return (
+        logits.new_empty((T, K), dtype=torch.float32),
+        logits.new_empty((T, K), dtype=ids_dtype),
+        logits.new_empty(E, dtype=torch.int64),
+    )
+
+
+def _route_backward(grad: Tensor, logits: Tensor, expert_ids: Tensor, *how: Any) -> Tensor:
+    config = RoutingConfig(*how)
+    renormalizes, factor = gating._renormalizes(config), gating._factor(config)
+    return route_gradient(logits, expert_ids, grad, config, renormalizes, factor)
+
+
+def _setup_route(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(inputs[0], output[1])
+    ctx.how = inputs[6:]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_route(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    found = None if grad is None else route_backward(grad, *ctx.saved_tensors, *ctx.how)
+    return (found, *[None] * (5 + len(ctx.how)))
+
+
+_ROUTE = _listed(_ROUTING_FIELDS)
+route = _operator(
+    "route",
+    "Tensor logits, Tensor? bias, Tensor? token_ids, Tensor? padding_mask, Tensor? table, "
+    f"ScalarType ids_dtype, {_ROUTE}",
+    "(Tensor weights, Tensor expert_ids, Tensor tokens_per_expert)",
+    _route,
+)
+route_backward = _operator(
+    "route_backward",
+    f"Tensor grad, Tensor logits, Tensor expert_ids, {_ROUTE}",
+    "Tensor",
+    _route_backward,
+)
+route.register_fake(_fake_route)
+route.register_autograd(_differentiate_route, setup_context=_setup_route)
+route_backward.register_fake(lambda grad, logits, *_: logits.new_empty(logits.shape))
+
+
+def _dispatch(x: Tensor, expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    rows, counts, slots = dispatch.dispatch(x, expert_ids, num_experts)
+    missing = expert_ids.numel() - rows.shape[0]
+    # On a CPU the rows of nobody are left out; here they are, as on a GPU.
+    rows = torch.cat([rows, rows.new_zeros(missing, rows.shape[1])])
+    return rows, counts, torch.cat([slots, slots.new_full((missing,), expert_ids.numel())])
+
+
+def _fake_dispatch(
+    x: Tensor, expert_ids: Tensor, num_experts: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    slots = expert_ids.new_empty(expert_ids.shape[0] * expert_ids.shape[1], dtype=torch.int64)
+    rows = x.new_empty(slots.shape[0], x.shape[1])
+    return rows, slots.new_empty(num_experts), slots
+
+
+def _setup_dispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(inputs[1], output[2])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _differentiate_dispatch(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:
+    expert_ids, slots = ctx.saved_tensors
+    # Each token's sum; its dtype decides that of the sum's result.
+    ones = torch.ones(expert_ids.shape, dtype=torch.float32, device=grad.device)
+    return combine(grad, slots, ones), None, None
+
+
+dispatch_rows = _operator(
+    "dispatch",
+    "Tensor x, Tensor expert_ids, int num_experts",
+    "(Tensor rows, Tensor tokens_per_expert, Tensor slots)",
+    _dispatch,
+)
+dispatch_rows.register_fake(_fake_dispatch)
+dispatch_rows.register_autograd(_differentiate_dispatch, setup_context=_setup_dispatch)
+
+
+def _setup_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate_combine(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+    rows, slots, weights = ctx.saved_tensors
+    T, K = weights.shape
+    wide = dispatch.accumulation_dtype(rows)
+    # A zero in front of all, which the rows of nobody read.
+    here = (slots >= 0) & (slots < T * K)
+    known = torch.where(here, slots.long(), T * K)
+    tokens = known // max(K, 1)
+    grads = torch.cat([grad.to(wide), grad.new_zeros((1, grad.shape[1]), dtype=wide)])[tokens]
+    factors = torch.cat([weights.to(wide).flatten(), weights.new_zeros(1, dtype=wide)])[known]
+    dots = torch.where(here, (grads * rows.to(wide)).sum(1), 0.0)
+    to_weights = torch.zeros(T * K + 1, dtype=wide, device=rows.device).scatter(0, known, dots)
+    to_rows = torch.where(here[:, None], grads * factors[:, None], 0.0)
+    return to_rows.to(rows.dtype), None, to_weights[:-1].view(T, K).to(weights.dtype)
+
+
+combine = _operator(
+    "combine", "Tensor rows, Tensor slots, Tensor weights", "Tensor", dispatch.combine
+)
+combine.register_fake(lambda rows, slots, weights: rows.new_empty(weights.shape[0], rows.shape[1]))
+combine.register_autograd(_differentiate_combine, setup_context=_setup_combine)
+
+
+def _fake_align(
+    expert_ids: Tensor,
+    block_size: int,
+    num_experts: int,
+    expert_map: Tensor | None,
+    drop_invalid: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    numel = expert_ids.shape[0] * expert_ids.shape[1]
+    size = numel + num_experts * (block_size - 1)
+    size = torch.sym_min(size, numel * block_size)
+    return _int32(expert_ids, size, -(-size // block_size), 1)
+
+
+def _fake_align_batched(
+    tokens_per_expert: Tensor, max_tokens: int, block_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    blocks = tokens_per_expert.shape[0] * -(-max_tokens // block_size)
+    return _int32(tokens_per_expert, blocks * block_size, blocks, 1)
+
+
+def _int32(like: Tensor, *sizes: int) -> tuple[Tensor, Tensor, Tensor]:
+    first, second, third = (like.new_empty(size, dtype=torch.int32) for size in sizes)
+    return first, second, third
+
+
+_ALIGNED = "(Tensor sorted_slots, Tensor block_experts, Tensor padded_length)"
+align = _operator(
+    "align",
+    "Tensor expert_ids, int block_size, int num_experts, Tensor? expert_map, bool drop_invalid",
+    _ALIGNED,
+    alignment.align,
+)
+align.register_fake(_fake_align)
+align_batched = _operator(
+    "align_batched",
+    "Tensor tokens_per_expert, SymInt max_tokens, SymInt block_size",
+    _ALIGNED,
+    alignment.align_batched,
+)
+align_batched.register_fake(_fake_align_batched)
+
+
+def _differentiate_router(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, router_matrix, bias = ctx.saved_tensors
+    wide = grad.to(dispatch.accumulation_dtype(grad))
+    to_x = to_router = to_bias = None
+    if ctx.needs_input_grad[0]:
+        to_x = (wide @ router_matrix.to(ctx.dtype).to(wide.dtype)).to(ctx.dtype).to(x.dtype)
+    if ctx.needs_input_grad[1]:
+        to_router = wide.T @ x.to(ctx.dtype).to(wide.dtype)
+        to_router = to_router.to(ctx.dtype).to(router_matrix.dtype)
+    if ctx.needs_input_grad[2]:
+        to_bias = wide.sum(0).to(ctx.dtype).to(bias.dtype)
+    return to_x, to_router, to_bias, None
+
+
+def _setup_router(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.dtype = inputs[3]
+
+
+router = _operator(
+    "router",
+    "Tensor x, Tensor router, Tensor? bias, ScalarType dtype",
+    "Tensor",
+    router_logits_triton,
+)
+router.register_fake(
+    lambda x, router, bias, dtype: x.new_empty((x.shape[0], router.shape[0]), dtype=dtype)
+)
+router.register_autograd(_differentiate_router, setup_context=_setup_router)
+
+
+def _add_counts(counter: Tensor, tokens_per_expert: Tensor, grad: Tensor) -> None:
+    # The gradient is there for the compiler, which else adds in the forward pass what the backward
+    # pass stores: of two forward passes in a row only the second would be counted.
+    counter.add_(tokens_per_expert)
+
+
+add_counts = torch.library.custom_op(
+    "moespec::add_counts",
+    _add_counts,
+    mutates_args=("counter",),
+    schema="(Tensor(a!) counter, Tensor tokens_per_expert, Tensor grad) -> ()",
+)
+add_counts.register_fake(lambda counter, tokens_per_expert, grad: None)
