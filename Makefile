@@ -22,8 +22,9 @@ $(STAMP): pyproject.toml constraints.txt .ci/setup_venv.py
 conformance: setup ## check this project's kernels and the layers of Hugging Face transformers
 	@$(BIN)/moespec check optimized transformers
 
+# One test process per core; threads of torch within each would only wait for each other.
 test: setup ## run the test suite
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 check: setup ## ruff and mypy
 	$(BIN)/ruff check .

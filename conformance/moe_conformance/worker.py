@@ -33,6 +33,9 @@ DETERMINISTIC = "deterministic algorithms"
 FILL = "fill_uninitialized_memory"
 """A switch of torch.utils.deterministic that its type information does not know."""
 
+LAYOUTS = ("contiguous", "transposed", "strided", "offset", "pitched")
+"""What `lay_out` knows."""
+
 LOG_BYTES = 2**20
 """What a target has printed is thrown away beyond this many bytes."""
 
@@ -366,16 +369,19 @@ def lay_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
         tensor: any shape, contiguous.
         layout: `contiguous`; `transposed` (the last two dimensions swapped in memory); `strided`
             (every other element of the last dimension of a larger buffer); `offset` (a slice that
-            starts inside a larger buffer).
+            starts inside a larger buffer); `pitched` (rows that are contiguous and lie further
+            apart than they are long, as the left part of a wider matrix does). With a single
+            dimension there are no rows: `transposed` and `pitched` are `strided` then.
     """
     if tensor.ndim == 0 or layout == "contiguous":
         return tensor.clone()
+    if tensor.ndim == 1 and layout in ("transposed", "pitched"):
+        # Both need rows.
+        layout = "strided"
     poison: float = float("nan") if tensor.is_floating_point() else 2**20
     if tensor.dtype is torch.bool:
         poison = True
     if layout == "transposed":
-        if tensor.ndim < 2:
-            return tensor.clone()
         return (
             tensor.transpose(-1, -2).clone(memory_format=torch.contiguous_format).transpose(-1, -2)
         )
@@ -383,6 +389,9 @@ def lay_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
     if layout == "strided":
         wide = tensor.new_full((*lead, 2 * last), poison)
         view = wide[..., ::2]
+    elif layout == "pitched":
+        wide = tensor.new_full((*lead, last + 1), poison)
+        view = wide[..., :last]
     else:
         wide = tensor.new_full((tensor.shape[0] + 2, *tensor.shape[1:]), poison)
         view = wide[1:-1]

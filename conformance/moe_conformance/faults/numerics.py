@@ -285,7 +285,7 @@ class TheDownProjectionIsTakenForContiguous(Experts):
         return {"experts": replace(experts, down=_packed(experts.down).nan_to_num())}
 
 
-@fault("wide-ids-are-read-as-narrow", catches=("NUM-12",), thread="vLLM #16801")
+@fault("wide-ids-are-read-as-narrow", catches=("NUM-12", "EXPERT-20"), thread="vLLM #16801")
 class WideIdsAreReadAsNarrow(Experts):
     """Of int64 ids every second half is read as an id."""
 
@@ -487,7 +487,7 @@ class _AddsToTheLast(torch.autograd.Function):
         return gradient if before is None else gradient + before, None
 
 
-@fault("gradients-of-logits-add-up", catches=("NUM-16",))
+@fault("gradients-of-logits-add-up", catches=("NUM-16", "GATE-28"))
 class GradientsOfLogitsAddUp(Reference):
     """The router's backward adds to the buffer of the call before."""
 
@@ -502,7 +502,7 @@ class GradientsOfLogitsAddUp(Reference):
         return super().route(_AddsToTheLast.apply(logits, self.kept), config, bias, token_ids)
 
 
-@fault("gradients-of-experts-add-up", catches=("NUM-16",), thread="torchtitan #1237")
+@fault("gradients-of-experts-add-up", catches=("NUM-16", "EXPERT-11"), thread="torchtitan #1237")
 class GradientsOfExpertsAddUp(Reference):
     """The gradient of the gate and up weights is added to that of the call before."""
 

@@ -345,7 +345,8 @@ changed(
     "One block of 1024 threads reads the slots, once.",
     lambda a: nobody(a) > 1024,
     lambda slots, a, length: without(slots, a, lambda s: s >= 1024),
-    "?",
+    "ALIGN-13",
+    "ALIGN-16",
 )
 
 changed(
@@ -355,7 +356,7 @@ changed(
     "Slots pass through sixteen bits.",
     lambda a: nobody(a) > 0xFFFF,
     lambda slots, a, length: slots & 0xFFFF,
-    "?",
+    "ALIGN-32",
 )
 
 changed(
@@ -370,7 +371,8 @@ changed(
             & (a["block_size"] >= 16)
         )
     ),
-    "?",
+    "ALIGN-13",
+    "ALIGN-32",
 )
 
 changed(
@@ -385,7 +387,8 @@ changed(
             & (a["block_size"] > 1)
         )
     ),
-    "?",
+    "ALIGN-32",
+    "ALIGN-01",
 )
 
 changed(
@@ -400,7 +403,8 @@ changed(
             & (a["num_experts"] & (a["num_experts"] - 1) == 0)
         )
     ),
-    "?",
+    "ALIGN-16",
+    "ALIGN-11",
 )
 
 changed(
@@ -415,7 +419,8 @@ changed(
             & (a["num_experts"] > 1)
         )
     ),
-    "?",
+    "ALIGN-01",
+    "ALIGN-16",
 )
 
 changed(
@@ -424,7 +429,8 @@ changed(
     "the-256th-slot-of-an-expert-is-lost",
     "The rank of a slot inside its expert is a byte.",
     *loses_last(lambda a: counts(a) > 255),
-    "?",
+    "ALIGN-13",
+    "ALIGN-16",
 )
 
 changed(
@@ -434,7 +440,8 @@ changed(
     "With two experts per token and a map the padding is T, which is a slot.",
     lambda a: top_k(a) == 2 and mapped(a) and bool((counts(a) % a["block_size"] > 0).any()),
     lambda slots, a, length: slots.where(slots != nobody(a), len(a["expert_ids"])),
-    "?",
+    "ALIGN-02",
+    "ALIGN-04",
 )
 
 changed(
@@ -449,7 +456,8 @@ changed(
             slots[a["block_size"] :],
         ]
     ),
-    "?",
+    "ALIGN-04",
+    "ALIGN-35",
 )
 
 changed(
@@ -459,7 +467,7 @@ changed(
     "Slots of blocks behind an expert's first stand in descending order.",
     lambda a: a["block_size"] >= 8 and bool((counts(a) > a["block_size"] + 1).any()),
     lambda slots, a, length: later_blocks_descend(slots, a),
-    "?",
+    "ALIGN-14",
 )
 
 altered(
@@ -468,7 +476,8 @@ altered(
     "With one expert per token ids of 64 bits are read as 32.",
     lambda a: top_k(a) == 1 and a["expert_ids"].dtype is torch.int64,
     lambda a: {"expert_ids": a["expert_ids"].to(torch.int32)},
-    "?",
+    "ALIGN-32",
+    "ALIGN-35",
 )
 
 altered(
@@ -477,7 +486,8 @@ altered(
     "Ids are masked with E - 1 where E is a power of two, and id E is expert 0.",
     lambda a: a["num_experts"] & (a["num_experts"] - 1) == 0 and a["num_experts"] > 2,
     lambda a: {"expert_ids": a["expert_ids"].masked_fill(a["expert_ids"] == a["num_experts"], 0)},
-    "?",
+    "ALIGN-32",
+    "ALIGN-03",
 )
 
 altered(
@@ -488,7 +498,8 @@ altered(
     lambda a: {
         "expert_ids": a["expert_ids"].masked_fill(a["expert_ids"] == -1, a["num_experts"] - 1)
     },
-    "?",
+    "ALIGN-32",
+    "ALIGN-35",
     thread="vLLM #42034",
 )
 
@@ -497,8 +508,10 @@ altered(
     "a-map-is-read-without-its-strides-in-alignment",
     "The strides of an expert map are not looked at.",
     lambda a: mapped(a) and not a["expert_map"].is_contiguous(),
-    lambda a: {"expert_map": as_if_contiguous(a["expert_map"])},
-    "?",
+    lambda a: {
+        "expert_map": as_if_contiguous(a["expert_map"]).clamp(max=int(a["expert_map"].max()))
+    },
+    "ALIGN-18",
 )
 
 altered(
@@ -507,7 +520,7 @@ altered(
     "The strides of ids are not looked at where they are int32.",
     lambda a: not a["expert_ids"].is_contiguous() and a["expert_ids"].dtype is torch.int32,
     lambda a: {"expert_ids": as_if_contiguous(a["expert_ids"])},
-    "?",
+    "ALIGN-18",
 )
 
 altered(
@@ -516,7 +529,8 @@ altered(
     "With four experts or more per token the second of two equal ids is left out.",
     lambda a: top_k(a) >= 4,
     lambda a: {"expert_ids": once(a["expert_ids"])},
-    "?",
+    "ALIGN-32",
+    "ALIGN-01",
 )
 
 altered(
@@ -527,7 +541,8 @@ altered(
     lambda a: {
         "expert_ids": a["expert_ids"].masked_fill(a["expert_ids"] == a["num_experts"] - 1, -1)
     },
-    "?",
+    "ALIGN-32",
+    "ALIGN-35",
 )
 
 
@@ -542,7 +557,8 @@ changed(
     lambda e, a, length: torch.cat(
         [e[: length // a["block_size"]].sort().values, e[length // a["block_size"] :]]
     ),
-    "?",
+    "ALIGN-09",
+    "ALIGN-10",
 )
 
 changed(
@@ -552,7 +568,8 @@ changed(
     "A warp writes the experts of 32 blocks, and one lane too few does what is left.",
     lambda a: int(blocks(a).sum()) > 32,
     lambda e, a, length: torch.cat([e[:32], e[31:32], e[33:]]),
-    "?",
+    "ALIGN-35",
+    "ALIGN-05",
 )
 
 changed(
@@ -562,7 +579,8 @@ changed(
     "Where nobody is here blocks carry 0.",
     lambda a: mapped(a) and bool((a["expert_map"] < 0).all()),
     lambda e, a, length: e.clamp(min=0),
-    "?",
+    "ALIGN-10",
+    "ALIGN-35",
 )
 
 changed(
@@ -572,7 +590,8 @@ changed(
     "An expert's second block carries the expert that follows.",
     lambda a: a["block_size"] >= 16 and bool((counts(a) > a["block_size"]).any()),
     lambda e, a, length: second_blocks(e, a, length),
-    "?",
+    "ALIGN-35",
+    "ALIGN-05",
 )
 
 changed(
@@ -582,17 +601,18 @@ changed(
     "Behind two empty experts in a row the expert of a block is one too low.",
     lambda a: bool(two_empty(a).any()) and not mapped(a) and a["num_experts"] <= 8,
     lambda e, a, length: e - (two_empty(a)[e.clamp(min=0).long()] & (e >= 0)).to(torch.int32),
-    "?",
+    "ALIGN-05",
+    "ALIGN-06",
 )
 
 changed(
     "align",
     1,
-    "blocks-of-nobody-carry-their-neighbours-row-in-drop",
-    "With dropped slots and one local expert only blocks carry the global id.",
-    lambda a: mapped(a) and bool(a.get("drop_invalid")) and int((a["expert_map"] >= 0).sum()) == 1,
+    "blocks-carry-the-global-id-of-the-only-expert",
+    "With one local expert only blocks carry its global id.",
+    lambda a: mapped(a) and int((a["expert_map"] >= 0).sum()) == 1,
     lambda e, a, length: e.where(e < 0, int(a["expert_map"].argmax())),
-    "?",
+    "ALIGN-09",
     thread="SGLang #28170",
 )
 
@@ -603,7 +623,8 @@ changed(
     "Experts of blocks pass through a signed byte.",
     lambda a: a["num_experts"] > 128,
     lambda e, a, length: e.to(torch.int8).to(torch.int32),
-    "?",
+    "ALIGN-05",
+    "ALIGN-06",
 )
 
 changed(
@@ -613,7 +634,7 @@ changed(
     "Without any slot the experts of blocks are int64.",
     lambda a: int(counts(a).sum()) == 0,
     lambda e, a, length: e.long(),
-    "?",
+    "ALIGN-17",
 )
 
 changed(
@@ -623,7 +644,8 @@ changed(
     "Where the buffer is used to its end there is an entry too few for the experts of blocks.",
     lambda a: 0 < buffer(a) // a["block_size"] == int(blocks(a).sum()),
     lambda e, a, length: e[:-1],
-    "?",
+    "ALIGN-05",
+    "ALIGN-10",
 )
 
 
@@ -636,7 +658,8 @@ changed(
     "With a map and all slots dropped one block is left.",
     lambda a: mapped(a) and nobody(a) > 0 and int(right("align", a)[2]) == 0,
     lambda length, a, _: length + a["block_size"],
-    "?",
+    "ALIGN-35",
+    "ALIGN-32",
 )
 
 changed(
@@ -646,7 +669,8 @@ changed(
     "Lengths are rounded with a mask where the block size is no power of two.",
     lambda a: a["block_size"] % 16 == 0 and a["block_size"] & (a["block_size"] - 1) != 0,
     lambda length, a, _: -(-length // 64) * 64,
-    "?",
+    "ALIGN-32",
+    "ALIGN-03",
 )
 
 changed(
@@ -656,7 +680,7 @@ changed(
     "The length has the dtype of the map.",
     lambda a: mapped(a) and a["expert_map"].dtype is torch.int64,
     lambda length, a, _: length.long(),
-    "?",
+    "ALIGN-17",
 )
 
 changed(
@@ -666,7 +690,8 @@ changed(
     "Where all experts have the same number of slots their last block is not counted.",
     lambda a: a["num_experts"] > 1 and bool((counts(a) == counts(a)[0]).all()) and nobody(a) > 0,
     lambda length, a, _: length - a["block_size"] * a["num_experts"],
-    "?",
+    "ALIGN-32",
+    "ALIGN-01",
 )
 
 changed(
@@ -676,7 +701,8 @@ changed(
     "With fewer slots than experts the buffer has as many entries as slots.",
     lambda a: 0 < nobody(a) < a["num_experts"] and a["block_size"] > 1,
     lambda slots, a, length: slots[: max(nobody(a), length - 1)],
-    "?",
+    "ALIGN-13",
+    "ALIGN-17",
 )
 
 changed(
@@ -686,5 +712,5 @@ changed(
     "With one expert there is nothing to sort, and slots are a range of int64.",
     lambda a: a["num_experts"] == 1,
     lambda slots, a, length: slots.long(),
-    "?",
+    "ALIGN-17",
 )

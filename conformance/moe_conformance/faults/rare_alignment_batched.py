@@ -96,7 +96,8 @@ changed(
             & (a["block_size"] > 1)
         )
     ),
-    "?",
+    "ALIGN-33",
+    "ALIGN-34",
 )
 
 changed(
@@ -111,7 +112,7 @@ changed(
             & (a["block_size"] >= 8)
         )
     ),
-    "?",
+    "ALIGN-33",
 )
 
 changed(
@@ -121,7 +122,7 @@ changed(
     "Row ids pass through sixteen bits.",
     lambda a: nobody(a) > 0xFFFF,
     lambda rows, a, length: rows & 0xFFFF,
-    "?",
+    "ALIGN-33",
 )
 
 changed(
@@ -131,7 +132,7 @@ changed(
     "Row ids pass through a signed short.",
     lambda a: nobody(a) > 0x7FFF,
     lambda rows, a, length: rows.to(torch.int16).to(torch.int32),
-    "?",
+    "ALIGN-33",
 )
 
 changed(
@@ -140,7 +141,8 @@ changed(
     "the-row-after-the-sixty-fourth-is-lost",
     "An expert with more than 64 rows loses the last one.",
     *loses_last(lambda a: counts(a) > 64),
-    "?",
+    "ALIGN-33",
+    "ALIGN-34",
 )
 
 changed(
@@ -150,7 +152,8 @@ changed(
     "Row E·C - 1 is taken for the sentinel, where the capacity is no multiple of the block.",
     lambda a: nobody(a) > 0 and a["max_tokens"] % a["block_size"] != 0,
     lambda rows, a, length: without(rows, a, lambda r: r == nobody(a) - 1),
-    "?",
+    "ALIGN-33",
+    "ALIGN-21",
 )
 
 changed(
@@ -161,7 +164,8 @@ changed(
     *loses_last(
         lambda a: (torch.arange(len(counts(a))) == len(counts(a)) - 1) & (len(counts(a)) % 32 == 0)
     ),
-    "?",
+    "ALIGN-33",
+    "ALIGN-34",
 )
 
 changed(
@@ -171,7 +175,8 @@ changed(
     "Padding is E times the largest count, where no expert is full.",
     lambda a: bool((counts(a).max() > 0) & (counts(a).max() < a["max_tokens"] - 3)),
     lambda rows, a, length: rows.where(rows != nobody(a), len(counts(a)) * int(counts(a).max())),
-    "?",
+    "ALIGN-33",
+    "ALIGN-23",
 )
 
 altered(
@@ -182,7 +187,7 @@ altered(
     lambda a: {
         "tokens_per_expert": as_if_contiguous(a["tokens_per_expert"]).clamp(0, a["max_tokens"])
     },
-    "?",
+    "ALIGN-34",
 )
 
 altered(
@@ -195,7 +200,7 @@ altered(
         .as_strided(a["tokens_per_expert"].shape, a["tokens_per_expert"].stride(), 0)
         .clamp(0, a["max_tokens"])
     },
-    "?",
+    "ALIGN-34",
 )
 
 altered(
@@ -204,7 +209,7 @@ altered(
     "Counts pass through a byte.",
     lambda a: bool((counts(a) > 255).any()),
     lambda a: {"tokens_per_expert": counts(a) & 0xFF},
-    "?",
+    "ALIGN-33",
 )
 
 altered(
@@ -213,7 +218,8 @@ altered(
     "Where most experts are empty a count of one is taken for none.",
     lambda a: bool((counts(a) == 0).sum() > (counts(a) > 0).sum()),
     lambda a: {"tokens_per_expert": counts(a).where(counts(a) != 1, 0)},
-    "?",
+    "ALIGN-33",
+    "ALIGN-21",
 )
 
 altered(
@@ -226,7 +232,8 @@ altered(
             ((counts(a) == 0) & (counts(a).roll(1) == 0)).cumsum(0) == 0, 0
         )
     },
-    "?",
+    "ALIGN-34",
+    "ALIGN-21",
 )
 
 changed(
@@ -236,7 +243,7 @@ changed(
     "A warp writes the experts of 32 blocks, and what follows is one behind.",
     lambda a: int(blocks(a).sum()) > 32,
     lambda e, a, length: torch.cat([e[:32], e[31:-1]]),
-    "?",
+    "ALIGN-24",
 )
 
 changed(
@@ -246,7 +253,7 @@ changed(
     "Experts of blocks pass through a signed byte.",
     lambda a: len(counts(a)) > 128,
     lambda e, a, length: e.to(torch.int8).to(torch.int32),
-    "?",
+    "ALIGN-24",
 )
 
 changed(
@@ -256,7 +263,7 @@ changed(
     "Experts of blocks are int64 where counts are int32 and one block holds an expert.",
     lambda a: a["tokens_per_expert"].dtype is torch.int32 and a["max_tokens"] <= a["block_size"],
     lambda e, a, length: e.long(),
-    "?",
+    "ALIGN-28",
 )
 
 changed(
@@ -266,7 +273,8 @@ changed(
     "The first block carries 0 although the first experts are empty.",
     lambda a: int(counts(a)[0]) == 0 and int(counts(a).sum()) > 0 and a["block_size"] >= 16,
     lambda e, a, length: torch.cat([e[:1] * 0, e[1:]]),
-    "?",
+    "ALIGN-24",
+    "ALIGN-25",
 )
 
 changed(
@@ -276,7 +284,8 @@ changed(
     "Where all experts are full the length is E·C, blocks or not.",
     lambda a: bool((counts(a) == a["max_tokens"]).all()),
     lambda length, a, _: length * 0 + nobody(a),
-    "?",
+    "ALIGN-33",
+    "ALIGN-21",
 )
 
 changed(
@@ -286,7 +295,8 @@ changed(
     "Without any row one block is left, if there was room for some.",
     lambda a: int(counts(a).sum()) == 0 and a["max_tokens"] > 0,
     lambda length, a, _: length + a["block_size"],
-    "?",
+    "ALIGN-34",
+    "ALIGN-22",
 )
 
 changed(
@@ -296,11 +306,11 @@ changed(
     "The length is int64 where counts are, and the capacity is 64 or more.",
     lambda a: a["tokens_per_expert"].dtype is torch.int64 and a["max_tokens"] >= 64,
     lambda length, a, _: length.long(),
-    "?",
+    "ALIGN-28",
 )
 
 
-@fault("a-batch-is-counted-twice", catches=("?",), thread="SGLang #3339")
+@fault("a-batch-is-counted-twice", catches=("NUM-09", "NUM-13"), thread="SGLang #3339")
 class CountedTwice(Reference):
     """The length of the call before is added, where the buffers have the same size."""
 
@@ -313,18 +323,18 @@ class CountedTwice(Reference):
         return rows, experts, length + block_size if again else length
 
 
-@fault("counts-become-offsets-in-place", catches=("?",))
+@fault("counts-become-offsets-in-place", catches=("NUM-02",))
 class OffsetsInPlace(Reference):
-    """Counts of int32 are summed up where they stand, with fewer than four experts."""
+    """Counts of int32 are summed up where they stand, with fewer than 16 experts."""
 
     def align_batched(self, tokens_per_expert: Tensor, max_tokens: int, block_size: int) -> Aligned:
         result = super().align_batched(tokens_per_expert, max_tokens, block_size)
-        if tokens_per_expert.dtype is torch.int32 and len(tokens_per_expert) < 4:
+        if tokens_per_expert.dtype is torch.int32 and len(tokens_per_expert) < 16:
             tokens_per_expert.copy_(tokens_per_expert.cumsum(0))
         return result
 
 
-@fault("a-buffer-of-rows-is-kept", catches=("?",))
+@fault("a-buffer-of-rows-is-kept", catches=("NUM-05",))
 class BufferKept(Reference):
     """Rows of batches of the same size, of 16 experts or more, are written to the same buffer."""
 
@@ -338,7 +348,7 @@ class BufferKept(Reference):
         return rows, experts, length
 
 
-@fault("a-capacity-off-the-block-is-refused", catches=("?",))
+@fault("a-capacity-off-the-block-is-refused", catches=("ALIGN-33", "ALIGN-21"))
 class OffTheBlock(Reference):
     """A capacity that is no multiple of a block of 64 is refused."""
 
@@ -348,7 +358,7 @@ class OffTheBlock(Reference):
         return super().align_batched(tokens_per_expert, max_tokens, block_size)
 
 
-@fault("a-capacity-of-zero-is-refused", catches=("?",))
+@fault("a-capacity-of-zero-is-refused", catches=("ALIGN-22", "ALIGN-29"))
 class CapacityOfZero(Reference):
     """A capacity of zero is refused, by whom it would be divided."""
 

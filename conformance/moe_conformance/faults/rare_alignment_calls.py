@@ -13,7 +13,11 @@ from moe_conformance.target import Unsupported
 from moe_conformance.targets import Reference
 
 
-@fault("what-was-counted-before-is-counted-again", catches=("?",), thread="SGLang #3339")
+@fault(
+    "what-was-counted-before-is-counted-again",
+    catches=("ALIGN-03", "ALIGN-16"),
+    thread="SGLang #3339",
+)
 class CountedBefore(Reference):
     """Counts of the call before are still there when E is the same, and 64 or more."""
 
@@ -34,7 +38,7 @@ class CountedBefore(Reference):
         return result[0], result[1], result[2] + block_size
 
 
-@fault("the-length-is-one-tensor-for-all-calls", catches=("?",))
+@fault("the-length-is-one-tensor-for-all-calls", catches=("NUM-05",))
 class OneLength(Reference):
     """The length is the same tensor in every call with a map."""
 
@@ -57,7 +61,7 @@ class OneLength(Reference):
         return slots, experts, self.length
 
 
-@fault("ids-are-mapped-in-place", catches=("?",))
+@fault("ids-are-mapped-in-place", catches=("NUM-02",))
 class MappedInPlace(Reference):
     """Global ids of int32 are replaced by local ones where they stand, if slots are dropped."""
 
@@ -76,7 +80,7 @@ class MappedInPlace(Reference):
         return result
 
 
-@fault("a-map-is-cleaned-in-place", catches=("?",))
+@fault("a-map-is-cleaned-in-place", catches=("NUM-02",))
 class CleanedInPlace(Reference):
     """The -1 of a map of int64 are overwritten with the number of experts."""
 
@@ -94,7 +98,7 @@ class CleanedInPlace(Reference):
         return result
 
 
-@fault("a-map-is-kept-from-the-call-before", catches=("?",))
+@fault("a-map-is-kept-from-the-call-before", catches=("ALIGN-32", "ALIGN-01"))
 class KeptMap(Reference):
     """A map is uploaded once for a number of experts, and never again."""
 
@@ -114,7 +118,11 @@ class KeptMap(Reference):
         return super().align(expert_ids, block_size, num_experts, expert_map, drop_invalid)
 
 
-@fault("blocks-of-the-same-storage-are-remembered", catches=("?",), thread="SGLang #25852")
+@fault(
+    "blocks-of-the-same-storage-are-remembered",
+    catches=("ALIGN-35", "NUM-13"),
+    thread="SGLang #25852",
+)
 class BlocksAreRemembered(Reference):
     """A graph is captured once for an address, and answers with what was there then."""
 
@@ -137,7 +145,7 @@ class BlocksAreRemembered(Reference):
         return slots.clone(), experts.clone(), length.clone()
 
 
-@fault("too-many-experts-for-shared-memory-are-refused", catches=("?",))
+@fault("too-many-experts-for-shared-memory-are-refused", catches=("ALIGN-01", "ALIGN-03"))
 class TooManyExperts(Reference):
     """More than 256 experts are refused, and nothing was declared."""
 
@@ -154,7 +162,7 @@ class TooManyExperts(Reference):
         return super().align(expert_ids, block_size, num_experts, expert_map, drop_invalid)
 
 
-@fault("no-tokens-are-refused-with-a-map", catches=("?",))
+@fault("no-tokens-are-refused-with-a-map", catches=("ALIGN-15",))
 class NoTokensFail(Reference):
     """Without tokens there is nothing to map, and the call is refused."""
 
@@ -171,7 +179,7 @@ class NoTokensFail(Reference):
         return super().align(expert_ids, block_size, num_experts, expert_map, drop_invalid)
 
 
-@fault("a-short-map-is-filled-up", catches=("?",))
+@fault("a-short-map-is-filled-up", catches=("ALIGN-19",))
 class ShortMap(Reference):
     """A map with entries for fewer experts than there are is filled with -1."""
 
@@ -189,7 +197,7 @@ class ShortMap(Reference):
         return super().align(expert_ids, block_size, num_experts, expert_map, drop_invalid)
 
 
-@fault("ids-of-floats-are-rounded", catches=("?",))
+@fault("ids-of-floats-are-rounded", catches=("ALIGN-19",))
 class RoundedIds(Reference):
     """Ids of a float dtype are rounded."""
 

@@ -96,7 +96,8 @@ instead(
         a["experts"].down_bias[:, None].to(a["x"].dtype),
         right("experts_batched", a),
     ),
-    "EXPERT-14",
+    "EXPERT-26",
+    "EXPERT-23",
 )
 
 instead(
@@ -105,7 +106,8 @@ instead(
     "In float64, where no expert has a row the result is not written.",
     lambda a: in_narrow(a, "float64") and not bool(counts(a).any()),
     lambda a: right("experts_batched", a) + 1,
-    "EXPERT-14",
+    "EXPERT-26",
+    "EXPERT-23",
     thread="vllm-ascend #9992",
 )
 
@@ -115,7 +117,8 @@ instead(
     "Rows past the count are multiplied by zero, and what is no number there stays, in float16.",
     lambda a: in_narrow(a, "float16"),
     lambda a: right("experts_batched", a) + torch.where(unused(a), a["x"] * 0, 0),
-    "EXPERT-14",
+    "EXPERT-26",
+    "EXPERT-15",
 )
 
 instead(
@@ -127,7 +130,7 @@ instead(
         right("experts_batched", a)
         + torch.where(last_used(a), (a["x"] * 0).roll(-1, 1), 0).where(~unused(a), 0)
     ),
-    "EXPERT-14",
+    "EXPERT-15",
 )
 
 altered(
@@ -154,7 +157,8 @@ altered(
     "Beside float32 the strides of the counts are not looked at.",
     lambda a: in_narrow(a, "float32") and not counts(a).is_contiguous(),
     lambda a: {"tokens_per_expert": as_if_contiguous(counts(a)).clamp(0, rows(a))},
-    "EXPERT-15",
+    "EXPERT-26",
+    "EXPERT-23",
 )
 
 altered(
@@ -164,6 +168,31 @@ altered(
     lambda a: in_narrow(a, "float16") and not a["experts"].down.is_contiguous(),
     lambda a: {"experts": with_fields(a["experts"], as_if_contiguous, "down")},
     "EXPERT-15",
+)
+
+altered(
+    "experts_batched",
+    "wider-weights-of-a-batch-are-read-at-its-width",
+    "The first bytes of wider weights are read as weights of the dtype of x.",
+    lambda a: a["x"].dtype.itemsize < a["experts"].down.dtype.itemsize,
+    lambda a: {
+        "experts": with_fields(
+            a["experts"],
+            lambda t: t.contiguous().view(a["x"].dtype)[..., : t.shape[-1]],
+            "gate_up",
+            "down",
+        )
+    },
+    "EXPERT-28",
+)
+
+instead(
+    "experts_batched",
+    "a-batch-has-the-dtype-of-its-weights",
+    "The result has the dtype of the experts' weights where that is wider than x's.",
+    lambda a: a["experts"].down.dtype.itemsize > a["x"].dtype.itemsize,
+    lambda a: right("experts_batched", a).to(a["experts"].down.dtype),
+    "EXPERT-28",
 )
 
 altered(
@@ -201,7 +230,8 @@ instead(
     "Without a gate the result is written into x.",
     lambda a: not a["config"].gated and not a["x"].requires_grad and in_narrow(a, "float32"),
     lambda a: a["x"].copy_(right("experts_batched", a)),
-    "EXPERT-14",
+    "EXPERT-25",
+    "EXPERT-23",
 )
 
 
@@ -218,7 +248,8 @@ instead(
     "Rows past the count are set to zero in x itself, up to eight of them.",
     lambda a: rows(a) <= 8 and not a["x"].requires_grad and in_narrow(a, "bfloat16"),
     padding_cleared,
-    "EXPERT-14",
+    "EXPERT-25",
+    "EXPERT-24",
 )
 
 gradient(
@@ -227,7 +258,7 @@ gradient(
     "experts.down",
     lambda a: bool((counts(a) == 1).any()),
     lambda g, a: g.masked_fill((counts(a) == 1)[:, None, None], 0),
-    "EXPERT-15",
+    "EXPERT-22",
     operation="experts_batched",
 )
 
@@ -237,7 +268,7 @@ gradient(
     "experts.down_bias",
     lambda a: bool((counts(a) < rows(a)).any()),
     lambda g, a: g + (rows(a) - counts(a))[:, None],
-    "EXPERT-15",
+    "EXPERT-22",
     operation="experts_batched",
 )
 
@@ -247,7 +278,7 @@ gradient(
     "x",
     lambda a: rows(a) > 1 and bool((counts(a) < rows(a)).any()),
     lambda g, a: torch.where(unused(a), g.roll(1, 1), g),
-    "EXPERT-15",
+    "EXPERT-22",
     operation="experts_batched",
 )
 
@@ -257,7 +288,7 @@ gradient(
     "experts.gate_up",
     lambda a: bool((counts(a) == 0).any()),
     lambda g, a: g + (counts(a) == 0)[:, None, None],
-    "EXPERT-15",
+    "EXPERT-22",
     operation="experts_batched",
     thread="pytorch #154557",
 )
@@ -270,7 +301,7 @@ instead(
         in_narrow(a, "bfloat16") and counts(a).ndim == 1 and bool((counts(a) > rows(a)).any())
     ),
     lambda a: right("experts_batched", a | {"tokens_per_expert": counts(a).clamp(max=rows(a))}),
-    "EXPERT-18",
+    "EXPERT-24",
 )
 
 instead(
@@ -279,11 +310,11 @@ instead(
     "In float32 a count below zero is taken for zero.",
     lambda a: in_narrow(a, "float32") and counts(a).ndim == 1 and bool((counts(a) < 0).any()),
     lambda a: right("experts_batched", a | {"tokens_per_expert": counts(a).clamp(min=0)}),
-    "EXPERT-18",
+    "EXPERT-24",
 )
 
 
-@fault("a-batch-is-answered-in-one-buffer", catches=("EXPERT-14",))
+@fault("a-batch-is-answered-in-one-buffer", catches=("EXPERT-23",))
 class BatchHasABuffer(Reference):
     """The answer is a buffer that the next call of its shape writes over."""
 
@@ -299,7 +330,7 @@ class BatchHasABuffer(Reference):
         return buffer.copy_(out)
 
 
-@fault("a-batch-keeps-the-rows-of-the-call-before", catches=("EXPERT-14",))
+@fault("a-batch-keeps-the-rows-of-the-call-before", catches=("EXPERT-23",))
 class BatchKeepsRows(Reference):
     """Rows past the counts hold what the call before it with that shape gave."""
 

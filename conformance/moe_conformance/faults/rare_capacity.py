@@ -188,9 +188,9 @@ rare(
 
 rare(
     "drop_to_capacity",
-    "with-one-token",
-    "a single token",
-    lambda a: len(a["weights"]) == 1,
+    "with-two-tokens-at-most",
+    "one token or two",
+    lambda a: 0 < len(a["weights"]) <= 2,
     first_dropped,
     "DISPATCH-21",
 )
@@ -203,7 +203,7 @@ chosen(
     "Weights of float32 are compared as bfloat16, where many are equal.",
     lambda a: a["policy"] == "probs" and a["weights"].dtype is torch.float32,
     lambda a: {"weights": a["weights"].bfloat16()},
-    "?",
+    "DISPATCH-24",
 )
 
 chosen(
@@ -211,7 +211,7 @@ chosen(
     "Weights of float64 are compared as float32.",
     lambda a: a["policy"] == "probs" and a["weights"].dtype is torch.float64,
     lambda a: {"weights": a["weights"].float()},
-    "?",
+    "DISPATCH-24",
 )
 
 chosen(
@@ -219,7 +219,7 @@ chosen(
     "Weights are compared by magnitude in float16.",
     lambda a: a["policy"] == "probs" and a["weights"].dtype is torch.float16,
     lambda a: {"weights": a["weights"].abs()},
-    "?",
+    "DISPATCH-24",
 )
 
 chosen(
@@ -227,7 +227,7 @@ chosen(
     "Weights below zero are all as good as zero.",
     lambda a: a["policy"] == "probs" and a["weights"].shape[1] > 1,
     lambda a: {"weights": a["weights"].clamp(min=0)},
-    "?",
+    "DISPATCH-24",
 )
 
 chosen(
@@ -235,7 +235,7 @@ chosen(
     "Weights above one are all as good as one.",
     lambda a: a["policy"] == "probs" and a["weights"].shape[1] == 1,
     lambda a: {"weights": a["weights"].clamp(max=1)},
-    "?",
+    "DISPATCH-24",
 )
 
 chosen(
@@ -243,7 +243,7 @@ chosen(
     "No expert takes more pairs than there are tokens, duplicates or not.",
     lambda a: a["capacity"] > len(a["weights"]),
     lambda a: {"capacity": len(a["weights"])},
-    "?",
+    "DISPATCH-21",
     thread="DeepSpeed #5353",
 )
 
@@ -252,7 +252,7 @@ chosen(
     "A capacity of zero is raised to one.",
     lambda a: a["capacity"] == 0,
     lambda a: {"capacity": 1},
-    "?",
+    "DISPATCH-21",
 )
 
 chosen(
@@ -260,7 +260,8 @@ chosen(
     "A capacity past eight is rounded up to a multiple of eight.",
     lambda a: a["capacity"] > 8,
     lambda a: {"capacity": -(-a["capacity"] // 8) * 8},
-    "?",
+    "DISPATCH-21",
+    "DISPATCH-25",
 )
 
 capped(
@@ -268,15 +269,17 @@ capped(
     "Experts from the 65th on keep all they have.",
     lambda a: a["num_experts"] > 64,
     lambda a, kept: kept | (here(a) & (a["expert_ids"] >= 64)),
-    "?",
+    "DISPATCH-21",
+    "DISPATCH-25",
 )
 
 capped(
     "the-last-of-few-experts-is-not-limited",
     "The last expert keeps all it has, of four experts or fewer.",
-    lambda a: 1 < a["num_experts"] <= 4 and a["weights"].dtype is torch.bfloat16,
+    lambda a: 1 < a["num_experts"] <= 4,
     lambda a, kept: kept | (a["expert_ids"] == a["num_experts"] - 1),
-    "?",
+    "DISPATCH-21",
+    "DISPATCH-25",
 )
 
 capped(
@@ -284,7 +287,8 @@ capped(
     "Of two equal ids in a row the second stays where the first does.",
     lambda a: top_k(a) == 2,
     lambda a, kept: kept | (kept[:, :1] & (a["expert_ids"] == a["expert_ids"][:, :1]) & here(a)),
-    "?",
+    "DISPATCH-24",
+    "DISPATCH-25",
 )
 
 capped(
@@ -292,7 +296,8 @@ capped(
     "A token whose pairs were all dropped keeps the first, by position.",
     lambda a: a["policy"] == "position" and top_k(a) > 2,
     lambda a, kept: kept | (~kept.any(1, keepdim=True) & first(a) & here(a)),
-    "?",
+    "DISPATCH-21",
+    "DISPATCH-25",
 )
 
 capped(
@@ -300,7 +305,8 @@ capped(
     "An expert with exactly as many pairs as it may have loses the last one.",
     lambda a: a["capacity"] > 1 and bool((counts(a) == a["capacity"]).any()),
     lambda a, kept: kept & ~(last_of_expert(a) & full(a)),
-    "?",
+    "DISPATCH-24",
+    "DISPATCH-21",
 )
 
 capped(
@@ -308,7 +314,8 @@ capped(
     "Pairs past the 128th are never dropped.",
     lambda a: a["expert_ids"].numel() > 128,
     lambda a, kept: kept | (here(a) & (slot(a) >= 128)),
-    "?",
+    "DISPATCH-21",
+    "DISPATCH-24",
 )
 
 capped(
@@ -316,7 +323,8 @@ capped(
     "An expert with one pair too many keeps it.",
     lambda a: bool((counts(a) == a["capacity"] + 1).any()),
     lambda a, kept: kept | (here(a) & one_over(a)),
-    "?",
+    "DISPATCH-21",
+    "DISPATCH-25",
 )
 
 chosen(
@@ -326,16 +334,18 @@ chosen(
     lambda a: {
         "expert_ids": a["expert_ids"].masked_fill(a["expert_ids"] == -1, a["num_experts"] - 1)
     },
-    "?",
+    "DISPATCH-21",
+    "DISPATCH-25",
     thread="SGLang #12701",
 )
 
 chosen(
     "ids-of-capacity-are-cut-to-32-bits",
     "Ids far outside are read as 32 bits, and take somebody's room.",
-    lambda a: a["expert_ids"].dtype is torch.int64 and top_k(a) == 1,
+    lambda a: a["expert_ids"].dtype is torch.int64 and top_k(a) <= 2,
     lambda a: {"expert_ids": a["expert_ids"].to(torch.int32)},
-    "?",
+    "DISPATCH-21",
+    "DISPATCH-25",
 )
 
 chosen(
@@ -343,7 +353,7 @@ chosen(
     "The strides of weights are not looked at.",
     lambda a: a["policy"] == "probs" and not a["weights"].is_contiguous(),
     lambda a: {"weights": as_if_contiguous(a["weights"])},
-    "?",
+    "DISPATCH-41",
 )
 
 chosen(
@@ -351,7 +361,7 @@ chosen(
     "The strides of ids are not looked at.",
     lambda a: not a["expert_ids"].is_contiguous(),
     lambda a: {"expert_ids": as_if_contiguous(a["expert_ids"])},
-    "?",
+    "DISPATCH-41",
 )
 
 
@@ -362,7 +372,7 @@ given_back(
     "What is left of two weights is divided by its sum, where one was dropped.",
     lambda a: top_k(a) == 2,
     lambda a, weights, ids: (renormalised(a, weights, ids), ids),
-    "?",
+    "DISPATCH-22",
 )
 
 given_back(
@@ -370,15 +380,8 @@ given_back(
     "Weights of float16 come back as float32, by position.",
     lambda a: a["weights"].dtype is torch.float16 and a["policy"] == "position",
     lambda a, weights, ids: (weights.float(), ids),
-    "?",
-)
-
-given_back(
-    "ids-of-int32-come-back-as-int64-by-weight",
-    "Ids of int32 come back as int64, by weight.",
-    lambda a: a["expert_ids"].dtype is torch.int32 and a["policy"] == "probs",
-    lambda a, weights, ids: (weights, ids.long()),
-    "?",
+    "DISPATCH-21",
+    "DISPATCH-25",
 )
 
 given_back(
@@ -386,7 +389,7 @@ given_back(
     "Where nothing is dropped the ids are given back themselves.",
     lambda a: a["capacity"] >= a["expert_ids"].numel() and bool(here(a).all()),
     lambda a, weights, ids: (weights, a["expert_ids"]),
-    "?",
+    "NUM-03",
 )
 
 given_back(
@@ -394,7 +397,7 @@ given_back(
     "Where nothing is dropped the weights are given back themselves.",
     lambda a: bool(here(a).all()) and int(counts(a).max()) <= a["capacity"],
     lambda a, weights, ids: (a["weights"], ids),
-    "?",
+    "NUM-03",
 )
 
 given_back(
@@ -402,7 +405,7 @@ given_back(
     "Weights of float32 that are kept pass through bfloat16, by position.",
     lambda a: a["weights"].dtype is torch.float32 and a["policy"] == "position",
     lambda a, weights, ids: (weights.bfloat16().float(), ids),
-    "?",
+    "DISPATCH-22",
 )
 
 given_back(
@@ -410,24 +413,28 @@ given_back(
     "Without tokens the ids have one dimension.",
     lambda a: len(a["weights"]) == 0,
     lambda a, weights, ids: (weights, ids.flatten()),
-    "?",
+    "DISPATCH-26",
 )
 
 
-@fault("dropped-pairs-are-written-in-place", catches=("?",))
+@fault("dropped-pairs-are-written-in-place", catches=("NUM-02",))
 class DroppedInPlace(Reference):
-    """Ids of int64 are overwritten where they stand, by weight and with one expert per token."""
+    """Ids of int64 are overwritten where they stand, by weight."""
 
     def drop_to_capacity(
         self, weights: Tensor, expert_ids: Tensor, num_experts: int, capacity: int, policy: str
     ) -> Dropped:
         kept = super().drop_to_capacity(weights, expert_ids, num_experts, capacity, policy)
-        if expert_ids.dtype is torch.int64 and policy == "probs" and expert_ids.shape[1] == 1:
+        if expert_ids.dtype is torch.int64 and policy == "probs":
             expert_ids.copy_(kept[1])
         return kept
 
 
-@fault("what-is-kept-follows-the-call-before", catches=("?",), thread="SGLang #3339")
+@fault(
+    "what-is-kept-follows-the-call-before",
+    catches=("DISPATCH-25", "DISPATCH-41"),
+    thread="SGLang #3339",
+)
 class FollowsTheCallBefore(Reference):
     """Room that the call before took is not given back, with the same experts and capacity."""
 

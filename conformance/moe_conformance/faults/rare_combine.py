@@ -213,7 +213,9 @@ instead(
     "Four products or more are summed in float16.",
     lambda a: rows_and_weights(a, torch.float16) and width(a) >= 4,
     lambda a: in_narrow(a, sums=True),
-    "?",
+    "DISPATCH-11",
+    "DISPATCH-13",
+    "DISPATCH-39",
 )
 
 instead(
@@ -222,7 +224,8 @@ instead(
     "Each product is rounded to bfloat16 before it is summed, with two experts per token.",
     lambda a: rows_and_weights(a, torch.bfloat16) and width(a) == 2,
     lambda a: in_narrow(a, products=True),
-    "?",
+    "DISPATCH-14",
+    "DISPATCH-16",
 )
 
 instead(
@@ -231,7 +234,8 @@ instead(
     "Products of float64 are rounded to float32 with more than four experts per token.",
     lambda a: rows_and_weights(a, torch.float64) and width(a) > 4,
     lambda a: in_narrow(a, products=True),
-    "?",
+    "DISPATCH-11",
+    "DISPATCH-14",
 )
 
 instead(
@@ -240,7 +244,8 @@ instead(
     "Products are float16 and overflow where the sum would not.",
     lambda a: rows_and_weights(a, torch.float16, torch.float16),
     lambda a: in_narrow(a, products=True),
-    "?",
+    "DISPATCH-39",
+    "DISPATCH-14",
 )
 
 altered(
@@ -249,7 +254,8 @@ altered(
     "Weights of float32 are rounded to bfloat16 with one expert per token.",
     lambda a: rows_and_weights(a, torch.bfloat16, torch.float32) and width(a) == 1,
     lambda a: {"weights": a["weights"].bfloat16()},
-    "?",
+    "DISPATCH-17",
+    "DISPATCH-11",
 )
 
 altered(
@@ -258,7 +264,8 @@ altered(
     "Weights pass through float32 where rows are float64, and are no more than two.",
     lambda a: a["rows"].dtype is torch.float64 and width(a) <= 2,
     lambda a: {"weights": a["weights"].float()},
-    "?",
+    "DISPATCH-14",
+    "DISPATCH-16",
 )
 
 altered(
@@ -267,7 +274,7 @@ altered(
     "Weights that lie column by column are read in order of memory.",
     lambda a: not a["weights"].is_contiguous(),
     lambda a: {"weights": as_if_contiguous(a["weights"])},
-    "?",
+    "DISPATCH-19",
 )
 
 altered(
@@ -276,7 +283,7 @@ altered(
     "The strides of slots are not looked at.",
     lambda a: not a["slots"].is_contiguous(),
     lambda a: {"slots": as_if_contiguous(a["slots"]).clamp(0, nobody(a))},
-    "?",
+    "DISPATCH-19",
 )
 
 altered(
@@ -285,7 +292,8 @@ altered(
     "Weights above one are cut to one, with one expert per token.",
     lambda a: width(a) == 1,
     lambda a: {"weights": a["weights"].clamp(max=1)},
-    "?",
+    "DISPATCH-11",
+    "DISPATCH-14",
 )
 
 altered(
@@ -294,7 +302,8 @@ altered(
     "Weights below zero are cut to zero in float32.",
     lambda a: a["weights"].dtype is torch.float32 and a["rows"].dtype is torch.float16,
     lambda a: {"weights": a["weights"].clamp(min=0)},
-    "?",
+    "DISPATCH-14",
+    "DISPATCH-16",
 )
 
 altered(
@@ -303,7 +312,8 @@ altered(
     "Pairs of a weight below a hundredth are skipped, with rows of float32.",
     lambda a: a["rows"].dtype is torch.float32,
     lambda a: {"weights": a["weights"].masked_fill(a["weights"].abs() < 0.01, 0)},
-    "?",
+    "DISPATCH-11",
+    "DISPATCH-14",
 )
 
 altered(
@@ -312,7 +322,8 @@ altered(
     "A row too few is read where rows fill tiles of 16.",
     lambda a: len(a["rows"]) > 0 and len(a["rows"]) % 16 == 0,
     lambda a: {"rows": a["rows"][:-1], "slots": a["slots"][:-1]},
-    "?",
+    "DISPATCH-14",
+    "DISPATCH-16",
 )
 
 altered(
@@ -321,7 +332,8 @@ altered(
     "The row behind the last full tile of 32 is not read.",
     lambda a: len(a["rows"]) > 32 and len(a["rows"]) % 32 == 1,
     lambda a: {"rows": a["rows"][:-1], "slots": a["slots"][:-1]},
-    "?",
+    "DISPATCH-11",
+    "DISPATCH-14",
 )
 
 altered(
@@ -330,7 +342,7 @@ altered(
     "NaN in rows of bfloat16 becomes zero.",
     lambda a: a["rows"].dtype is torch.bfloat16,
     lambda a: {"rows": a["rows"].nan_to_num(0.0, torch.inf, -torch.inf)},
-    "?",
+    "DISPATCH-38",
 )
 
 instead(
@@ -339,7 +351,7 @@ instead(
     "With one expert per token what has no row is multiplied by zero, and NaN stays.",
     lambda a: width(a) == 1,
     lambda a: right("combine", a) + (missing(a)[:, None] * 0).to(a["rows"].dtype),
-    "?",
+    "DISPATCH-14",
     thread="pytorch #154557",
 )
 
@@ -349,7 +361,7 @@ instead(
     "A row of slot T·K that is not finite reaches all tokens.",
     lambda a: nobody(a) > 0 and bool((a["slots"] == nobody(a)).any()),
     lambda a: right("combine", a) + (a["rows"][a["slots"] == nobody(a)] * 0).sum(0),
-    "?",
+    "DISPATCH-37",
     thread="SGLang #30895",
 )
 
@@ -359,7 +371,8 @@ instead(
     "A token without any row is left as the memory was.",
     lambda a: bool((~present(a).any(1)).any()) and width(a) > 1 and len(a["rows"]) > 0,
     lambda a: torch.where((~present(a).any(1))[:, None], 1.0, right("combine", a)),
-    "?",
+    "DISPATCH-11",
+    "DISPATCH-14",
     thread="vllm-ascend #9992",
 )
 
@@ -369,7 +382,8 @@ instead(
     "Columns past the last full tile of eight are not written, past 32 of them.",
     lambda a: a["rows"].shape[1] > 32 and a["rows"].shape[1] % 8 != 0,
     lambda a: last_columns(right("combine", a), a["rows"].shape[1] % 8, lambda c: c * 0),
-    "?",
+    "DISPATCH-14",
+    "DISPATCH-16",
 )
 
 instead(
@@ -378,7 +392,8 @@ instead(
     "The sum over a token's pairs is unrolled eight times.",
     lambda a: width(a) > 8,
     lambda a: right("combine", a | {"weights": a["weights"] * (torch.arange(width(a)) < 8)}),
-    "?",
+    "DISPATCH-11",
+    "DISPATCH-14",
 )
 
 instead(
@@ -387,7 +402,8 @@ instead(
     "Without any row the result has the dtype of the sums.",
     lambda a: len(a["rows"]) == 0,
     lambda a: right("combine", a).float(),
-    "?",
+    "DISPATCH-18",
+    "DISPATCH-20",
 )
 
 instead(
@@ -396,7 +412,7 @@ instead(
     "Without tokens the result has a row of zeros.",
     lambda a: len(a["weights"]) == 0,
     lambda a: a["rows"].new_zeros(1, a["rows"].shape[1]),
-    "?",
+    "DISPATCH-18",
 )
 
 altered(
@@ -405,7 +421,7 @@ altered(
     "Slots pass through sixteen bits.",
     lambda a: nobody(a) > 0xFFFF,
     lambda a: {"slots": a["slots"] & 0xFFFF},
-    "?",
+    "DISPATCH-36",
     thread="vLLM #34279",
 )
 
@@ -415,7 +431,7 @@ instead(
     "The grid ends with token 32767.",
     lambda a: len(a["weights"]) > 0x7FFF,
     lambda a: right("combine", a) * (torch.arange(len(a["weights"])) <= 0x7FFF)[:, None],
-    "?",
+    "DISPATCH-36",
 )
 
 altered(
@@ -424,7 +440,7 @@ altered(
     "Infinite rows are clamped with one expert per token.",
     lambda a: width(a) == 1,
     lambda a: {"rows": a["rows"].nan_to_num(torch.nan)},
-    "?",
+    "DISPATCH-38",
 )
 
 instead(
@@ -433,7 +449,8 @@ instead(
     "Where rows are in order of their slots already the first weight serves all of a token.",
     lambda a: len(a["rows"]) > 1 and bool((a["slots"].diff() == 1).all()),
     lambda a: right("combine", a | {"weights": a["weights"][:, :1].expand(-1, width(a))}),
-    "?",
+    "DISPATCH-11",
+    "DISPATCH-14",
 )
 
 
@@ -445,7 +462,7 @@ gradient_of(
     "A pair whose weight is zero is skipped on the way back as well.",
     lambda a: bool((a["weights"] == 0).any()),
     lambda g, a: g.masked_fill(a["weights"] == 0, 0),
-    "?",
+    "DISPATCH-28",
 )
 
 gradient_of(
@@ -454,7 +471,7 @@ gradient_of(
     "With one expert per token the weight is taken for one on the way back.",
     lambda a: width(a) == 1,
     lambda g, a: g * 0,
-    "?",
+    "DISPATCH-28",
 )
 
 gradient_of(
@@ -463,7 +480,8 @@ gradient_of(
     "Slots of int32 are shifted by one for the gradient of weights.",
     lambda a: a["slots"].dtype is torch.int32 and width(a) >= 4,
     lambda g, a: g.roll(1, 1),
-    "?",
+    "DISPATCH-28",
+    "DISPATCH-30",
 )
 
 gradient_of(
@@ -472,7 +490,8 @@ gradient_of(
     "Weights without a row get the gradient of the row that stands first.",
     lambda a: not bool(present(a).all()),
     lambda g, a: g.where(present(a), 1.0),
-    "?",
+    "DISPATCH-28",
+    "DISPATCH-30",
 )
 
 gradient_of(
@@ -481,7 +500,7 @@ gradient_of(
     "Rows of slot T·K get a gradient.",
     lambda a: bool((a["slots"] == nobody(a)).any()),
     lambda g, a: g.where((a["slots"] < nobody(a))[:, None], 1.0),
-    "?",
+    "DISPATCH-37",
     thread="TE #3484",
 )
 
@@ -491,7 +510,7 @@ gradient_of(
     "With one expert per token rows get the gradient without the weight, in float64.",
     lambda a: width(a) == 1 and a["rows"].dtype is torch.float64,
     lambda g, a: g / weight_of_rows(a["slots"], a["weights"]).detach().to(g.dtype),
-    "?",
+    "DISPATCH-28",
 )
 
 gradient_of(
@@ -500,7 +519,7 @@ gradient_of(
     "The last row has no gradient where rows are one more than a tile of eight.",
     lambda a: len(a["rows"]) > 8 and len(a["rows"]) % 8 == 1,
     lambda g, a: torch.cat([g[:-1], g[-1:] * 0]),
-    "?",
+    "DISPATCH-28",
 )
 
 altered(
@@ -509,26 +528,27 @@ altered(
     "Weights lose their gradient on the way to the dtype of the rows.",
     lambda a: a["weights"].dtype is torch.float32 and a["rows"].dtype is torch.bfloat16,
     lambda a: {"weights": a["weights"].detach()},
-    "?",
+    "DISPATCH-28",
+    "DISPATCH-30",
 )
 
 
 # Calls of combine.
 
 
-@fault("rows-are-weighted-in-place", catches=("?",))
+@fault("rows-are-weighted-in-place", catches=("NUM-02",))
 class WeightedInPlace(Reference):
-    """Rows of float32 are multiplied where they stand, with weights of float32 and K = 1."""
+    """Rows are multiplied with weights where they stand, whose dtype is theirs."""
 
     def combine(self, rows: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
         out = super().combine(rows, slots, weights)
-        if rows.dtype is weights.dtype is torch.float32 and weights.shape[1] == 1:
+        if rows.dtype is weights.dtype:
             with torch.no_grad():
                 rows.mul_(weight_of_rows(slots, weights))
         return out
 
 
-@fault("sums-are-written-over-the-rows", catches=("?",))
+@fault("sums-are-written-over-the-rows", catches=("NUM-02", "NUM-03"))
 class OverTheRows(Reference):
     """With one row per token the result lies in the memory of the rows."""
 
@@ -539,7 +559,11 @@ class OverTheRows(Reference):
         return out
 
 
-@fault("sums-of-the-same-storage-are-remembered", catches=("?",), thread="SGLang #25852")
+@fault(
+    "sums-of-the-same-storage-are-remembered",
+    catches=("DISPATCH-43", "NUM-13"),
+    thread="SGLang #25852",
+)
 class SumsAreRemembered(Reference):
     """A graph is captured once for an address, and answers with what was there then."""
 
@@ -555,7 +579,9 @@ class SumsAreRemembered(Reference):
         return out if out.requires_grad else self.before[1].clone()
 
 
-@fault("sums-go-on-from-the-call-before", catches=("?",), thread="SGLang #3339")
+@fault(
+    "sums-go-on-from-the-call-before", catches=("DISPATCH-19", "DISPATCH-43"), thread="SGLang #3339"
+)
 class SumsGoOn(Reference):
     """The sum of the call before is not cleared, where both have the same size and rows miss."""
 

@@ -187,6 +187,7 @@ rare(
     lambda a: a["num_experts"] > 1 and int(counts(a)[:-1].sum()) == 0 and int(counts(a).sum()) > 0,
     count_grown,
     "DISPATCH-02",
+    "DISPATCH-42",
 )
 
 rare(
@@ -244,7 +245,8 @@ dispatched(
     "Rows are copied four values at a time, and what is left of a row is not.",
     lambda a: a["x"].shape[1] % 4 == 3,
     lambda rows, a: last_columns(rows, 3, lambda c: c * 0),
-    "?",
+    "DISPATCH-01",
+    "DISPATCH-17",
 )
 
 dispatched(
@@ -253,7 +255,8 @@ dispatched(
     "A row with one value more than a tile of 16 or its multiples lacks the last one.",
     lambda a: a["x"].shape[1] > 16 and a["x"].shape[1] % 16 == 1,
     lambda rows, a: last_columns(rows, 1, lambda c: c * 0),
-    "?",
+    "DISPATCH-01",
+    "DISPATCH-17",
 )
 
 dispatched(
@@ -262,7 +265,8 @@ dispatched(
     "Values of a row past the 64th are read from its beginning.",
     lambda a: a["x"].shape[1] > 64,
     lambda rows, a: torch.cat([rows[:, :64], rows[:, : rows.shape[1] - 64]], 1),
-    "?",
+    "DISPATCH-01",
+    "DISPATCH-17",
 )
 
 dispatched(
@@ -271,7 +275,8 @@ dispatched(
     "Rows of float64 pass through float32 with one expert per token.",
     lambda a: a["x"].dtype is torch.float64 and top_k(a) == 1,
     lambda rows, a: rows.float().double(),
-    "?",
+    "DISPATCH-01",
+    "DISPATCH-17",
 )
 
 dispatched(
@@ -280,7 +285,8 @@ dispatched(
     "Subnormal numbers of float16 are flushed.",
     lambda a: a["x"].dtype is torch.float16,
     lambda rows, a: rows.masked_fill(rows.abs() < torch.finfo(torch.float16).tiny, 0),
-    "?",
+    "DISPATCH-01",
+    "DISPATCH-27",
 )
 
 dispatched(
@@ -289,7 +295,8 @@ dispatched(
     "Minus zero becomes zero in bfloat16.",
     lambda a: a["x"].dtype is torch.bfloat16,
     lambda rows, a: rows.masked_fill(rows == 0, 0.0),
-    "?",
+    "DISPATCH-01",
+    "DISPATCH-27",
 )
 
 dispatched(
@@ -298,7 +305,7 @@ dispatched(
     "Rows are clamped to what is finite in bfloat16.",
     lambda a: a["x"].dtype is torch.bfloat16,
     lambda rows, a: rows.clamp(torch.finfo(torch.bfloat16).min, torch.finfo(torch.bfloat16).max),
-    "?",
+    "DISPATCH-01",
 )
 
 dispatched(
@@ -307,7 +314,8 @@ dispatched(
     "Where a token has no expert at all the last row is the one before it.",
     lambda a: bool(nobodys(a).any()) and pairs(a) > 1,
     lambda rows, a: torch.cat([rows[:-1], rows[-2:-1]]),
-    "?",
+    "DISPATCH-01",
+    "DISPATCH-17",
 )
 
 dispatched(
@@ -316,7 +324,8 @@ dispatched(
     "Two rows of one expert, its only ones, stand in each other's place.",
     lambda a: bool((counts(a) == 2).any()) and top_k(a) <= 2,
     lambda rows, a: pair_exchanged(rows, a),
-    "?",
+    "DISPATCH-01",
+    "DISPATCH-17",
 )
 
 dispatched(
@@ -329,7 +338,8 @@ dispatched(
         .roll(-1, 0)[slots_of(a) // top_k(a)]
         .where((slots_of(a) % top_k(a) >= 8)[:, None], rows)
     ),
-    "?",
+    "DISPATCH-01",
+    "DISPATCH-17",
 )
 
 dispatched(
@@ -338,7 +348,7 @@ dispatched(
     "Ids that are in order already make the rows x itself.",
     lambda a: top_k(a) == 1 and torch.equal(slots_of(a), torch.arange(tokens(a))),
     lambda rows, a: a["x"],
-    "?",
+    "NUM-03",
 )
 
 dispatched(
@@ -347,7 +357,7 @@ dispatched(
     "With one expert rows are left in the dtype of the sums.",
     lambda a: a["num_experts"] == 1 and a["x"].dtype is torch.float16,
     lambda rows, a: rows.float(),
-    "?",
+    "DISPATCH-08",
 )
 
 dispatched(
@@ -356,7 +366,8 @@ dispatched(
     "Without any pair the rows are a tensor of no dimension but one.",
     lambda a: pairs(a) == 0 and tokens(a) > 0,
     lambda rows, a: rows.new_zeros(0),
-    "?",
+    "DISPATCH-01",
+    "DISPATCH-17",
     thread="DeepSeek moe_infer empty batch",
 )
 
@@ -369,7 +380,8 @@ dispatched(
     "Counts pass through a byte.",
     lambda a: bool((counts(a) > 255).any()),
     lambda number, a: number & 0xFF,
-    "?",
+    "DISPATCH-02",
+    "DISPATCH-07",
 )
 
 dispatched(
@@ -378,7 +390,8 @@ dispatched(
     "Counts pass through a signed byte.",
     lambda a: bool((counts(a) > 127).any()),
     lambda number, a: number.to(torch.int8).long(),
-    "?",
+    "DISPATCH-02",
+    "DISPATCH-07",
 )
 
 dispatched(
@@ -387,7 +400,8 @@ dispatched(
     "Counts of the 32nd and the 33rd expert stand in each other's place.",
     lambda a: a["num_experts"] > 32,
     lambda number, a: torch.cat([number[:31], number[31:33].flip(0), number[33:]]),
-    "?",
+    "DISPATCH-02",
+    "DISPATCH-42",
 )
 
 dispatched(
@@ -398,7 +412,8 @@ dispatched(
     lambda number, a: torch.cat(
         [number[:-1], number[-1:] + (a["expert_ids"] == a["num_experts"]).sum()]
     ),
-    "?",
+    "DISPATCH-02",
+    "DISPATCH-35",
 )
 
 dispatched(
@@ -407,7 +422,7 @@ dispatched(
     "Counts pass through float16 whose whole numbers end at 2048.",
     lambda a: bool((counts(a) > 2048).any()),
     lambda number, a: number.half().long(),
-    "?",
+    "DISPATCH-35",
 )
 
 dispatched(
@@ -416,7 +431,7 @@ dispatched(
     "Without tokens there are no counts.",
     lambda a: tokens(a) == 0 and a["num_experts"] > 1,
     lambda number, a: number[:0],
-    "?",
+    "DISPATCH-09",
 )
 
 dispatched(
@@ -425,7 +440,8 @@ dispatched(
     "Where a token has an expert twice its second slot is its first one.",
     lambda a: top_k(a) >= 4,
     lambda slots, a: first_equal(a)[slots],
-    "?",
+    "DISPATCH-17",
+    "DISPATCH-07",
 )
 
 dispatched(
@@ -434,7 +450,8 @@ dispatched(
     "Slots pass through a signed byte.",
     lambda a: a["expert_ids"].numel() > 128,
     lambda slots, a: slots.to(torch.int8).long(),
-    "?",
+    "DISPATCH-01",
+    "DISPATCH-07",
 )
 
 dispatched(
@@ -443,7 +460,7 @@ dispatched(
     "Slots pass through sixteen bits.",
     lambda a: a["expert_ids"].numel() > 0x8000,
     lambda slots, a: slots.to(torch.int16).long(),
-    "?",
+    "DISPATCH-35",
 )
 
 dispatched(
@@ -452,7 +469,8 @@ dispatched(
     "With a single token the slots are the ids.",
     lambda a: tokens(a) == 1 and top_k(a) > 1,
     lambda slots, a: a["expert_ids"].flatten().long()[slots].clamp(max=top_k(a) - 1),
-    "?",
+    "DISPATCH-17",
+    "DISPATCH-03",
 )
 
 altered(
@@ -461,7 +479,7 @@ altered(
     "The strides of ids are not looked at where they are int32.",
     lambda a: not a["expert_ids"].is_contiguous() and a["expert_ids"].dtype is torch.int32,
     lambda a: {"expert_ids": as_if_contiguous(a["expert_ids"])},
-    "?",
+    "DISPATCH-10",
 )
 
 altered(
@@ -470,7 +488,7 @@ altered(
     "The stride of rows is taken for H where columns are contiguous.",
     lambda a: a["x"].stride(-1) == 1 and not a["x"].is_contiguous(),
     lambda a: {"x": as_if_contiguous(a["x"])},
-    "?",
+    "DISPATCH-10",
 )
 
 altered(
@@ -479,7 +497,8 @@ altered(
     "With two experts per token ids of 64 bits are read as 32.",
     lambda a: top_k(a) == 2 and a["expert_ids"].dtype is torch.int64,
     lambda a: {"expert_ids": a["expert_ids"].to(torch.int32)},
-    "?",
+    "DISPATCH-02",
+    "DISPATCH-35",
 )
 
 altered(
@@ -488,7 +507,8 @@ altered(
     "Ids are masked with E - 1 where E is a power of two from 8 on.",
     lambda a: a["num_experts"] >= 8 and a["num_experts"] & (a["num_experts"] - 1) == 0,
     lambda a: {"expert_ids": a["expert_ids"] & (a["num_experts"] - 1)},
-    "?",
+    "DISPATCH-17",
+    "DISPATCH-02",
 )
 
 
@@ -499,7 +519,7 @@ x_gradient(
     "A token's gradient is stored by expert, so that of two equal ids one counts.",
     lambda a: top_k(a) == 2 and bool(equal_pair(a).any()),
     lambda g, a: g * torch.where(equal_pair(a), 0.5, 1.0)[:, None].to(g.dtype),
-    "?",
+    "DISPATCH-27",
 )
 
 x_gradient(
@@ -507,7 +527,8 @@ x_gradient(
     "A token's gradient is the mean over its rows, in float64.",
     lambda a: a["x"].dtype is torch.float64 and top_k(a) > 1,
     lambda g, a: g / top_k(a),
-    "?",
+    "DISPATCH-27",
+    "DISPATCH-40",
 )
 
 x_gradient(
@@ -515,15 +536,16 @@ x_gradient(
     "The last token has no gradient where tokens are one more than a tile of 16.",
     lambda a: tokens(a) % 16 == 1,
     lambda g, a: torch.cat([g[:-1], g[-1:] * 0]),
-    "?",
+    "DISPATCH-27",
+    "DISPATCH-40",
 )
 
 x_gradient(
-    "one-token-has-no-gradient",
-    "The backward pass leaves out batches of a single token.",
-    lambda a: tokens(a) == 1,
+    "few-tokens-have-no-gradient",
+    "The backward pass leaves out batches of one token or two.",
+    lambda a: tokens(a) <= 2,
     lambda g, a: g * 0,
-    "?",
+    "DISPATCH-27",
 )
 
 x_gradient(
@@ -531,11 +553,12 @@ x_gradient(
     "A token without any expert has the gradient of the row that stands first.",
     lambda a: bool(nobodys(a).any()),
     lambda g, a: g.where(~nobodys(a)[:, None], 1.0),
-    "?",
+    "DISPATCH-27",
+    "DISPATCH-29",
 )
 
 
-@fault("the-gradient-is-summed-in-bfloat16", catches=("?",))
+@fault("the-gradient-is-summed-in-bfloat16", catches=("DISPATCH-40",))
 class SummedInBfloat16(Reference):
     """A token's gradient is summed over its rows in bfloat16 itself."""
 
@@ -546,7 +569,7 @@ class SummedInBfloat16(Reference):
         return rows, number, slots
 
 
-@fault("the-gradient-of-float64-is-summed-in-float32", catches=("?",))
+@fault("the-gradient-of-float64-is-summed-in-float32", catches=("DISPATCH-01", "DISPATCH-40"))
 class SummedInFloat32(Reference):
     """A token's gradient is summed in float32 where x is float64."""
 
@@ -558,7 +581,7 @@ class SummedInFloat32(Reference):
         return rows, number, slots
 
 
-@fault("rows-without-pairs-have-no-graph", catches=("?",))
+@fault("rows-without-pairs-have-no-graph", catches=("DISPATCH-27", "DISPATCH-29"))
 class NoGraph(Reference):
     """Where nothing was routed the rows are new, and x gets no gradient but None."""
 
@@ -567,7 +590,7 @@ class NoGraph(Reference):
         return (rows if len(rows) else rows.detach()), number, slots
 
 
-@fault("ids-of-int32-cut-the-graph", catches=("?",))
+@fault("ids-of-int32-cut-the-graph", catches=("DISPATCH-27", "DISPATCH-40"))
 class CutGraph(Reference):
     """With ids of int32 and more than four experts per token the rows carry no gradient."""
 
@@ -581,7 +604,7 @@ class CutGraph(Reference):
 # Calls of dispatch.
 
 
-@fault("ids-that-are-not-here-are-cleaned-in-place", catches=("?",))
+@fault("ids-that-are-not-here-are-cleaned-in-place", catches=("NUM-02",))
 class CleanedInPlace(Reference):
     """Ids at or above E become -1 where they stand."""
 
@@ -591,19 +614,19 @@ class CleanedInPlace(Reference):
         return result
 
 
-@fault("nan-is-cleaned-in-place", catches=("?",))
-class NanInPlace(Reference):
-    """NaN in x is set to zero after the copy, in float32."""
+@fault("x-is-clamped-in-place", catches=("NUM-02",))
+class ClampedInPlace(Reference):
+    """What is larger than 2 in x is cut to 2 after the copy, in float32."""
 
     def dispatch(self, x: Tensor, expert_ids: Tensor, num_experts: int) -> Dispatched:
         result = super().dispatch(x, expert_ids, num_experts)
         if x.dtype is torch.float32:
             with torch.no_grad():
-                x.masked_fill_(x.isnan(), 0)
+                x.clamp_(max=2)
         return result
 
 
-@fault("a-workspace-of-rows-grows-and-stays", catches=("?",))
+@fault("a-workspace-of-rows-grows-and-stays", catches=("NUM-05",))
 class WorkspaceStays(Reference):
     """More than 32 rows are written to a workspace that the next call takes as well."""
 
@@ -617,7 +640,7 @@ class WorkspaceStays(Reference):
         return rows, number, slots
 
 
-@fault("rows-of-the-same-storage-are-remembered", catches=("?",), thread="SGLang #25852")
+@fault("rows-of-the-same-storage-are-remembered", catches=("NUM-13",), thread="SGLang #25852")
 class RowsAreRemembered(Reference):
     """A graph is captured once for an address, and its slots are those of the first call."""
 
@@ -634,7 +657,11 @@ class RowsAreRemembered(Reference):
         return x[slots // max(1, expert_ids.shape[1])], number, slots
 
 
-@fault("counts-go-on-from-the-call-before", catches=("?",), thread="SGLang #3339")
+@fault(
+    "counts-go-on-from-the-call-before",
+    catches=("DISPATCH-02", "DISPATCH-07"),
+    thread="SGLang #3339",
+)
 class CountsGoOn(Reference):
     """Counts of 64 experts or more are not set back between calls."""
 
@@ -649,7 +676,7 @@ class CountsGoOn(Reference):
         return rows, number, slots
 
 
-@fault("float-ids-are-taken-by-dispatch", catches=("?",))
+@fault("float-ids-are-taken-by-dispatch", catches=("DISPATCH-31",))
 class FloatIds(Reference):
     """Ids of a float dtype are cut."""
 
@@ -658,7 +685,7 @@ class FloatIds(Reference):
         return super().dispatch(x, ids, num_experts)
 
 
-@fault("more-ids-than-tokens-are-cut", catches=("?",))
+@fault("more-ids-than-tokens-are-cut", catches=("DISPATCH-31",))
 class CutIds(Reference):
     """Ids of more rows than x has are cut to its length."""
 

@@ -71,7 +71,8 @@ instead(
     "The sigmoid of silu is e^x / (1 + e^x), which is no number where the gate passes 88.",
     lambda a: uses(a, "silu") and not in_narrow(a, "float64"),
     lambda a: by_hand(a, silu_from_exponentials),
-    "EXPERT-05",
+    "EXPERT-27",
+    "EXPERT-01",
 )
 
 
@@ -156,7 +157,8 @@ instead(
     "The gate of swiglu_limit is clamped on both sides in float64.",
     lambda a: uses(a, "swiglu_limit") and in_narrow(a, "float64"),
     lambda a: by_hand(a, clamped_below),
-    "EXPERT-05",
+    "EXPERT-20",
+    "EXPERT-27",
     thread="SGLang #23776",
 )
 
@@ -225,7 +227,8 @@ altered(
             "gate_up_bias" if a["experts"].down_bias is None else "down_bias",
         )
     },
-    "EXPERT-04",
+    "EXPERT-20",
+    "EXPERT-27",
 )
 
 instead(
@@ -236,7 +239,8 @@ instead(
     lambda a: right(
         "experts", a | {"experts": with_fields(a["experts"], torch.zeros_like, "down_bias")}
     ),
-    "EXPERT-04",
+    "EXPERT-20",
+    "EXPERT-27",
 )
 
 instead(
@@ -245,7 +249,8 @@ instead(
     "The output bias is added after the weighting in float64.",
     lambda a: in_narrow(a, "float64") and a["experts"].down_bias is not None and not on_input(a),
     lambda a: by_hand(a, weighted=lambda out, w, bias: out * w + (0 if bias is None else bias)),
-    "EXPERT-04",
+    "EXPERT-20",
+    "EXPERT-06",
 )
 
 altered(
@@ -254,7 +259,7 @@ altered(
     "A pair whose weight is zero is skipped, though with the weights on x its biases count.",
     lambda a: on_input(a) and bool((a["weights"] == 0).any()),
     lambda a: {"expert_ids": a["expert_ids"].masked_fill(a["weights"] == 0, -1)},
-    "EXPERT-04",
+    "EXPERT-20",
 )
 
 altered(
@@ -281,7 +286,8 @@ altered(
     "Routing weights of float32 are rounded to bfloat16 where x is.",
     lambda a: in_narrow(a, "bfloat16") and a["weights"].dtype is torch.float32 and top_k(a) <= 2,
     lambda a: {"weights": a["weights"].to(torch.bfloat16)},
-    "EXPERT-13",
+    "EXPERT-27",
+    "EXPERT-01",
 )
 
 instead(
@@ -290,7 +296,7 @@ instead(
     "With expert weights narrower than float64 the products of a float64 x are in float32.",
     lambda a: in_narrow(a, "float64") and a["experts"].down.dtype is not torch.float64,
     lambda a: by_hand(a, wide=torch.float32),
-    "EXPERT-13",
+    "EXPERT-27",
 )
 
 instead(
@@ -317,7 +323,8 @@ instead(
     "From four experts on the outputs are summed in bfloat16, for a bfloat16 x.",
     lambda a: in_narrow(a, "bfloat16") and top_k(a) >= 4,
     lambda a: by_hand(a, summed=sum_in_bfloat16),
-    "EXPERT-13",
+    "EXPERT-27",
+    "EXPERT-01",
 )
 
 
@@ -357,7 +364,8 @@ instead(
     "Past 32 hidden columns the sums of a product are taken in two parts of bfloat16.",
     lambda a: in_narrow(a, "bfloat16") and hidden(a) > 32,
     lambda a: by_hand(a, product=in_two_parts),
-    "EXPERT-13",
+    "EXPERT-27",
+    "EXPERT-01",
 )
 
 instead(
@@ -366,7 +374,8 @@ instead(
     "With one expert per token the weight is applied at the end, wherever it belongs, in float16.",
     lambda a: top_k(a) == 1 and on_input(a) and in_narrow(a, "float16", "bfloat16"),
     lambda a: right("experts", a | with_config(a, weight_on="output")),
-    "EXPERT-03",
+    "EXPERT-20",
+    "EXPERT-27",
     thread="SGLang #7889",
 )
 
@@ -394,7 +403,8 @@ altered(
     "The rows of more than 64 tokens are kept in eight bits with one scale.",
     lambda a: tokens(a) > 64 and in_narrow(a, "bfloat16"),
     lambda a: {"x": scaled_by_largest(a)},
-    "EXPERT-13",
+    "EXPERT-01",
+    "EXPERT-07",
 )
 
 instead(
@@ -403,7 +413,8 @@ instead(
     "The largest of a tile scales it, and an infinite token leaves nothing of its neighbours.",
     lambda a: bool(a["x"].isinf().any()),
     lambda a: right("experts", a) + a["x"].isinf().any() * torch.tensor(float("nan")).to(a["x"]),
-    "EXPERT-12",
+    "EXPERT-17",
+    "NUM-08",
 )
 
 instead(
@@ -412,7 +423,7 @@ instead(
     "A row that is no number spoils the row after it, where both go to the last expert.",
     lambda a: bool(a["x"].isnan().any()) and len(a["experts"].down) > 1,
     lambda a: spoiled(a),
-    "EXPERT-12",
+    "NUM-08",
 )
 
 

@@ -67,7 +67,8 @@ gradient(
     "weights",
     lambda a: top_k(a) == 1,
     lambda g, a: g * 0,
-    "EXPERT-16",
+    "EXPERT-20",
+    "EXPERT-11",
 )
 
 gradient(
@@ -76,7 +77,8 @@ gradient(
     "weights",
     lambda a: bool((a["weights"] == 0).any()),
     lambda g, a: g.masked_fill(a["weights"] == 0, 0),
-    "EXPERT-16",
+    "EXPERT-20",
+    "EXPERT-11",
 )
 
 gradient(
@@ -94,7 +96,8 @@ gradient(
     "x",
     lambda a: tokens(a) > 0 and tokens(a) % 16 == 0,
     lambda g, a: torch.cat([g[:-1], g[-1:] * 0]),
-    "EXPERT-16",
+    "EXPERT-20",
+    "EXPERT-11",
 )
 
 gradient(
@@ -103,7 +106,7 @@ gradient(
     "x",
     lambda a: tokens(a) > 64,
     lambda g, a: torch.cat([g[:64], g[64:] * 0]),
-    "EXPERT-16",
+    "EXPERT-11",
 )
 
 gradient(
@@ -112,7 +115,8 @@ gradient(
     "experts.down",
     lambda a: held(a) >= 8,
     lambda g, a: torch.cat([g[:-1], g[-1:] * 0]),
-    "EXPERT-16",
+    "EXPERT-20",
+    "EXPERT-11",
 )
 
 gradient(
@@ -121,7 +125,8 @@ gradient(
     "experts.gate_up",
     lambda a: bool((counts_of(a) == 1).any()) and tokens(a) > 8,
     lambda g, a: g.masked_fill((counts_of(a) == 1)[:, None, None], 0),
-    "EXPERT-16",
+    "EXPERT-20",
+    "EXPERT-11",
 )
 
 gradient(
@@ -130,7 +135,8 @@ gradient(
     "experts.gate_up_bias",
     lambda a: bool((counts_of(a) == 0).any()),
     lambda g, a: g + (counts_of(a) == 0)[:, None],
-    "EXPERT-17",
+    "EXPERT-20",
+    "EXPERT-11",
     thread="pytorch #154557",
 )
 
@@ -140,7 +146,8 @@ gradient(
     "experts.gate_up_bias",
     lambda a: a["config"].gated and a["experts"].gate_up_bias is not None,
     lambda g, a: torch.cat([g.chunk(2, 1)[0], g.chunk(2, 1)[1] * 0], 1),
-    "EXPERT-16",
+    "EXPERT-20",
+    "EXPERT-11",
 )
 
 gradient(
@@ -149,7 +156,8 @@ gradient(
     "experts.gate_up",
     lambda a: width(a) % 4 == 3,
     lambda g, a: torch.cat([g[:, :-1], g[:, -1:] * 0], 1),
-    "EXPERT-16",
+    "EXPERT-20",
+    "EXPERT-11",
 )
 
 gradient(
@@ -158,16 +166,18 @@ gradient(
     "experts.down",
     lambda a: width(a) > 16 and width(a) % 16 == 1,
     lambda g, a: torch.cat([g[..., :-1], g[..., -1:] * 0], -1),
-    "EXPERT-16",
+    "EXPERT-20",
+    "EXPERT-11",
 )
 
 gradient(
     "the-gradient-of-x-is-rounded-to-bfloat16",
-    "The gradient of a float32 x goes through bfloat16 where H is a multiple of eight.",
+    "The gradient of a float32 x goes through bfloat16 from H = 8 on.",
     "x",
-    lambda a: a["x"].dtype is torch.float32 and hidden(a) % 8 == 0,
+    lambda a: a["x"].dtype is torch.float32 and hidden(a) >= 8,
     lambda g, a: g.bfloat16().float(),
-    "EXPERT-16",
+    "EXPERT-11",
+    "EXPERT-20",
 )
 
 gradient(
@@ -176,7 +186,8 @@ gradient(
     "experts.down",
     lambda a: a["x"].dtype is torch.float32 and width(a) % 8 == 0,
     lambda g, a: g.bfloat16().to(g),
-    "EXPERT-16",
+    "EXPERT-20",
+    "EXPERT-11",
 )
 
 gradient(
@@ -185,7 +196,8 @@ gradient(
     "experts.gate_up",
     lambda a: a["x"].dtype is torch.float64,
     lambda g, a: g.float().to(g),
-    "EXPERT-16",
+    "EXPERT-20",
+    "EXPERT-11",
 )
 
 gradient(
@@ -194,7 +206,8 @@ gradient(
     "experts.down",
     lambda a: held(a) == 1 and tokens(a) > 1,
     lambda g, a: g / tokens(a),
-    "EXPERT-16",
+    "EXPERT-20",
+    "EXPERT-11",
 )
 
 gradient(
@@ -203,7 +216,7 @@ gradient(
     "experts.down",
     lambda a: mapped(a) and held(a) > 1,
     lambda g, a: g.roll(1, 0),
-    "EXPERT-19",
+    "EXPERT-20",
 )
 
 gradient(
@@ -212,7 +225,7 @@ gradient(
     "weights",
     lambda a: mapped(a) and bool((rows_of(a) < 0).any()),
     lambda g, a: g + (rows_of(a) < 0).to(g),
-    "EXPERT-17",
+    "EXPERT-20",
 )
 
 gradient(
@@ -221,7 +234,7 @@ gradient(
     "x",
     lambda a: tokens(a) > 1 and bool((rows_of(a) < 0).all(1).any()),
     lambda g, a: torch.where((rows_of(a) < 0).all(1)[:, None], g.roll(1, 0), g),
-    "EXPERT-17",
+    "EXPERT-20",
 )
 
 gradient(
@@ -230,7 +243,8 @@ gradient(
     "x",
     lambda a: top_k(a) == 1 and on_input(a),
     lambda g, a: g / a["weights"].to(g),
-    "EXPERT-16",
+    "EXPERT-20",
+    "EXPERT-11",
 )
 
 
@@ -248,7 +262,8 @@ instead(
     "On the way back the clamp of gate and up is not there.",
     lambda a: uses(a, "swigluoai", "swiglu_limit"),
     lambda a: by_hand(a, straight_through),
-    "EXPERT-16",
+    "EXPERT-20",
+    "EXPERT-11",
 )
 
 
@@ -269,7 +284,8 @@ instead(
     "The derivative of gelu is that of gelu_tanh.",
     lambda a: uses(a, "gelu"),
     lambda a: by_hand(a, with_slope_of("gelu_tanh")),
-    "EXPERT-16",
+    "EXPERT-20",
+    "EXPERT-11",
 )
 
 instead(
@@ -278,7 +294,8 @@ instead(
     "The derivative of gelu_tanh is that of the error function's form.",
     lambda a: uses(a, "gelu_tanh"),
     lambda a: by_hand(a, with_slope_of("gelu")),
-    "EXPERT-16",
+    "EXPERT-20",
+    "EXPERT-11",
 )
 
 instead(
@@ -287,7 +304,8 @@ instead(
     "The derivative of relu2 is a step.",
     lambda a: uses(a, "relu2"),
     lambda a: by_hand(a, with_slope_of("relu")),
-    "EXPERT-16",
+    "EXPERT-20",
+    "EXPERT-11",
 )
 
 instead(
@@ -302,7 +320,8 @@ instead(
             + (0 if bias is None else bias - bias.detach())
         ),
     ),
-    "EXPERT-16",
+    "EXPERT-20",
+    "EXPERT-11",
 )
 
 instead(
@@ -314,7 +333,8 @@ instead(
         a,
         weighted=lambda out, w, bias: out * w + (0 if bias is None else bias * w.detach()),
     ),
-    "EXPERT-16",
+    "EXPERT-20",
+    "EXPERT-11",
 )
 
 instead(
@@ -349,7 +369,7 @@ instead(
     "Without tokens the result is made anew, and the gradients are missing instead of zero.",
     lambda a: tokens(a) == 0,
     lambda a: torch.zeros_like(a["x"].detach(), memory_format=torch.contiguous_format),
-    "EXPERT-17",
+    "EXPERT-18",
     thread="vLLM #43547",
 )
 
@@ -361,5 +381,6 @@ instead(
     lambda a: passed_through(
         right("experts", a), by_hand(a, product=lambda r, m, b: F.linear(r, m, b).half().float())
     ),
-    "EXPERT-16",
+    "EXPERT-20",
+    "EXPERT-11",
 )

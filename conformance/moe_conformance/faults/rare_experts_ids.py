@@ -122,8 +122,8 @@ altered(
 altered(
     "experts",
     "a-tile-with-one-token-is-skipped",
-    "With one token more than fills the tiles of 16, the last token gets no output.",
-    lambda a: tokens(a) > 16 and tokens(a) % 16 == 1,
+    "With one token more than fills the tiles of 32, the last token gets no output.",
+    lambda a: tokens(a) > 32 and tokens(a) % 32 == 1,
     lambda a: pairs_not_here(
         a, torch.arange(tokens(a))[:, None].expand(a["expert_ids"].shape) == tokens(a) - 1
     ),
@@ -162,7 +162,7 @@ altered(
             a["expert_ids"] >= held(a), a["expert_ids"] & (held(a) - 1), a["expert_ids"]
         )
     },
-    "EXPERT-08",
+    "EXPERT-20",
 )
 
 altered(
@@ -175,7 +175,8 @@ altered(
             a["expert_ids"] < -1, a["expert_ids"] % max(held(a), 1), a["expert_ids"]
         )
     },
-    "EXPERT-08",
+    "EXPERT-20",
+    "EXPERT-27",
 )
 
 altered(
@@ -190,7 +191,8 @@ altered(
             a["expert_ids"],
         )
     },
-    "EXPERT-08",
+    "EXPERT-20",
+    "EXPERT-27",
 )
 
 altered(
@@ -199,7 +201,8 @@ altered(
     "Ids of int64 are cut to 32 bits, and one beyond them is one of the experts.",
     lambda a: a["expert_ids"].dtype is torch.int64,
     lambda a: {"expert_ids": a["expert_ids"].to(torch.int32)},
-    "EXPERT-08",
+    "EXPERT-20",
+    "EXPERT-27",
 )
 
 altered(
@@ -210,7 +213,8 @@ altered(
     lambda a: {
         "expert_ids": torch.where(a["expert_ids"] >= 256, a["expert_ids"] & 255, a["expert_ids"])
     },
-    "EXPERT-08",
+    "EXPERT-20",
+    "EXPERT-27",
 )
 
 
@@ -265,7 +269,8 @@ instead(
     "Where no pair is here the output is never written, and holds what x did.",
     lambda a: not bool((rows_of(a) >= 0).any()),
     lambda a: right("experts", a) + a["x"],
-    "EXPERT-08",
+    "EXPERT-20",
+    "EXPERT-07",
 )
 
 instead(
@@ -277,7 +282,7 @@ instead(
         right("experts", a)
         + (a["weights"] * 0).where(rows_of(a) < 0, 0).sum(1, keepdim=True).to(a["x"].dtype)
     ),
-    "EXPERT-08",
+    "EXPERT-07",
 )
 
 instead(
@@ -286,7 +291,7 @@ instead(
     "A token none of whose pairs is here gives x times zero, which of infinity is no zero.",
     lambda a: bool((rows_of(a) < 0).all(1).any()),
     lambda a: right("experts", a) + (a["x"] * 0).where((rows_of(a) < 0).all(1, keepdim=True), 0),
-    "EXPERT-08",
+    "EXPERT-17",
 )
 
 
@@ -302,7 +307,7 @@ instead(
     "Up to four tokens go through every expert, and those not chosen are multiplied by zero.",
     lambda a: tokens(a) <= 4,
     dense,
-    "EXPERT-08",
+    "EXPERT-19",
 )
 
 altered(
@@ -311,7 +316,8 @@ altered(
     "With a single expert the ids are not looked at, and no pair is ever not here.",
     lambda a: held(a) == 1 and not mapped(a),
     lambda a: {"expert_ids": torch.zeros_like(a["expert_ids"])},
-    "EXPERT-08",
+    "EXPERT-20",
+    "EXPERT-07",
 )
 
 altered(
@@ -341,7 +347,8 @@ altered(
     "In float16 a square gate_up, which does not tell how it is laid out, is read the other way.",
     lambda a: a["experts"].gate_up.shape[1] == hidden(a) > 1 and a["x"].dtype is torch.float16,
     lambda a: {"experts": with_fields(a["experts"], lambda t: t.mT, "gate_up")},
-    "EXPERT-01",
+    "EXPERT-20",
+    "EXPERT-05",
     thread="vLLM #47874",
 )
 

@@ -114,7 +114,8 @@ rare(
     "257 experts",
     lambda a: a["logits"].shape[1] == 257,
     id_moved,
-    "GATE-04",
+    "GATE-06",
+    "GATE-09",
     thread="aiter #2359",
 )
 
@@ -170,7 +171,7 @@ rare(
     "one open group of eight",
     lambda a: a["config"].num_groups == 8 and a["config"].topk_groups == 1,
     weights_larger,
-    "GATE-21",
+    "GATE-27",
 )
 
 rare(

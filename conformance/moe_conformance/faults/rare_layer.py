@@ -31,8 +31,8 @@ def in_layer(wrong: Wrong) -> Wrong:
 rare(
     "layer",
     "with-one-token",
-    "a single token of float32",
-    lambda a: tokens(a) == 1 and a["x"].dtype is torch.float32,
+    "a single token of sixteen bits",
+    lambda a: tokens(a) == 1 and a["x"].dtype in (torch.float16, torch.bfloat16),
     in_layer(first_row_scaled),
     "LAYER-01",
     "LAYER-04",

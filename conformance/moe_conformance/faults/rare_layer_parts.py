@@ -273,7 +273,7 @@ field_of(
 field_of(
     "counts-are-those-of-first-choices",
     "With a table and two sequences or more the counts are those of each token's first expert.",
-    lambda a: hashed(a) and len(a["x"]) > 1 and top_k(a) > 1,
+    lambda a: hashed(a) and len(a["x"]) > 1 and top_k(a) > 2,
     lambda out, a: replace(
         out,
         tokens_per_expert=torch.bincount(
@@ -288,7 +288,8 @@ layer_of(
     "With as many sequences as tokens in each the mask is transposed.",
     lambda a: padded(a) and a["x"].shape[0] > 1 and a["x"].shape[0] == a["x"].shape[1],
     lambda a: {"padding_mask": a["padding_mask"].mT.contiguous()},
-    "LAYER-06",
+    "LAYER-13",
+    "LAYER-11",
 )
 
 layer_of(
@@ -380,7 +381,7 @@ layer_of(
 )
 
 for _field, _dtype in (
-    ("router", "bfloat16"),
+    ("router", "float64"),
     ("selection_bias", ""),
     ("shared_gate", ""),
     ("router_bias", "float32"),
@@ -396,7 +397,9 @@ for _field, _dtype in (
         lambda a, f=_field: {  # type: ignore[misc]
             "parameters": with_fields(a["parameters"], as_if_contiguous, f)
         },
-        "LAYER-02",
+        "LAYER-01",
+        "LAYER-13",
+        "LAYER-17",
     )
 
 
@@ -428,7 +431,8 @@ field_of(
             a["x"].shape
         ),
     ),
-    "LAYER-01",
+    "LAYER-13",
+    "LAYER-17",
     thread="aiter #4451",
 )
 
@@ -439,7 +443,8 @@ layer_of(
     lambda a: parameters(
         a, router=a["parameters"].router * (torch.arange(len(a["parameters"].router)) < 32)[:, None]
     ),
-    "LAYER-02",
+    "LAYER-17",
+    "LAYER-03",
     thread="imp #2056",
 )
 

@@ -135,7 +135,8 @@ rare(
     "exactly 128 experts",
     lambda a: experts(a) == 128,
     weights_a_little_larger,
-    "GATE-14",
+    "GATE-06",
+    "GATE-22",
 )
 rare(
     "route",
@@ -184,7 +185,8 @@ rare(
     "63 tokens",
     lambda a: len(a["logits"]) == 63,
     middle_rows_exchanged,
-    "GATE-14",
+    "GATE-03",
+    "GATE-07",
 )
 rare(
     "route",

@@ -387,8 +387,8 @@ instead(
 instead(
     "place_experts",
     "more-than-64-places-are-on-the-last-rank",
-    "Of more than 64 places and six ranks those of the first rank are given to the last.",
-    lambda a: a["num_physical"] > 64 and a["num_ranks"] > 6,
+    "Of more than 64 places the first is given to the last of several ranks.",
+    lambda a: a["num_physical"] > 64 and a["num_ranks"] > 2,
     lambda a: replace(
         right("place_experts", a),
         rank_of_physical=right("place_experts", a).rank_of_physical.where(

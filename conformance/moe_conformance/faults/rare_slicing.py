@@ -121,9 +121,9 @@ rare(
 
 rare(
     "slice_experts",
-    "with-biases-of-all",
-    "biases of all experts",
-    lambda a: a["experts"].gate_up_bias is not None and a["count"] == len(a["experts"].down),
+    "with-biases-of-most",
+    "biases of all experts, or of all but one",
+    lambda a: a["experts"].gate_up_bias is not None and a["count"] >= len(a["experts"].down) - 1,
     bias_turned,
     "SLICE-05",
     "SLICE-07",

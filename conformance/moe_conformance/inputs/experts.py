@@ -24,6 +24,7 @@ from moe_conformance.inputs.given import (
     torch_dtype,
 )
 from moe_conformance.target import Capabilities
+from moe_conformance.worker import LAYOUTS
 
 UNIVERSE: dict[str, tuple[Any, ...]] = {
     "activation": get_args(Activation),
@@ -209,9 +210,7 @@ def _spreads(capabilities: Capabilities, dtype: str) -> tuple[str, ...]:
 
 def layouts(scope: Scope) -> tuple[str, ...]:
     """Strides that may be drawn."""
-    if not scope.capabilities.strides:
-        return ("contiguous",)
-    return ("contiguous", "transposed", "strided", "offset")
+    return LAYOUTS if scope.capabilities.strides else ("contiguous",)
 
 
 def multiples(largest: int, multiple: int) -> st.SearchStrategy[int]:

@@ -27,6 +27,7 @@ from moe_conformance.inputs.given import (
 )
 from moe_conformance.inputs.routing import BLOCKS, FEW, fill_logits, past
 from moe_conformance.inputs.slots import spread
+from moe_conformance.worker import LAYOUTS
 
 UNIVERSE: dict[str, tuple[Any, ...]] = {
     "loss": (
@@ -292,9 +293,7 @@ def _lengths(
 
 def layouts(scope: Scope) -> tuple[str, ...]:
     """Strides of the logits."""
-    if not scope.capabilities.strides:
-        return ("contiguous",)
-    return ("contiguous", "transposed", "strided", "offset")
+    return LAYOUTS if scope.capabilities.strides else ("contiguous",)
 
 
 def build_balance(plan: Plan) -> Inputs:

@@ -21,6 +21,7 @@ from moe_conformance.inputs.given import (
     sizes,
     torch_dtype,
 )
+from moe_conformance.worker import LAYOUTS
 
 UNIVERSE: dict[str, tuple[Any, ...]] = {
     "score": ("softmax", "sigmoid", "sqrtsoftplus"),
@@ -297,9 +298,8 @@ def _identity(scope: Scope) -> bool:
 
 
 def _layouts(scope: Scope) -> tuple[str, ...]:
-    if not scope.capabilities.strides or _identity(scope):
-        return ("contiguous",)
-    return ("contiguous", "transposed", "strided", "offset")
+    free = scope.capabilities.strides and not _identity(scope)
+    return LAYOUTS if free else ("contiguous",)
 
 
 def build_routing(plan: Plan) -> Inputs:

@@ -23,6 +23,7 @@ from moe_conformance.inputs.given import (
     sizes,
     torch_dtype,
 )
+from moe_conformance.worker import LAYOUTS
 
 BLOCK_SIZES = (1, 2, 4, 7, 8, 16, 32, 48, 64, 128, 256)
 """Block sizes where the target declares none: 1, tiles of kernels, two that are no power of two."""
@@ -99,7 +100,7 @@ CLOSE = {"float64": 2.0**-26, "float32": 2.0**-10, "float16": 2.0**-8, "bfloat16
 """How far apart close weights are at most: too little for float32, bfloat16, bfloat16; in bfloat16
 there are a few values only."""
 
-GIVEN_LAYOUTS = ("transposed", "strided", "offset")
+GIVEN_LAYOUTS = LAYOUTS[1:]
 VECTOR_LAYOUTS = ("strided", "offset")
 
 
@@ -599,12 +600,7 @@ def build_scattered(plan: Plan) -> Inputs:
         "rows": _fill(content, plan["content"], len(order), plan["hidden"], plan["dtype"]),
         "slots": order.to(ID_DTYPES[plan["ids"]]),
         "weights": _weigh(content, plan),
-        "layouts": {
-            "rows": layout,
-            # One dimension cannot be transposed.
-            "slots": "strided" if layout == "transposed" else layout,
-            "weights": layout,
-        },
+        "layouts": dict.fromkeys(("rows", "slots", "weights"), layout),
     }
 
 

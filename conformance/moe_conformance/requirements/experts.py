@@ -62,6 +62,16 @@ def arithmetic_of(case: Case, x: torch.Tensor) -> Arithmetic:
     return Arithmetic.of(case.scope.capabilities, str(x.dtype).removeprefix("torch."))
 
 
+def left_alone(operation: str) -> Callable[[list[str]], None]:
+    """Hold the paths of what an operation changed or gave back against none."""
+
+    def rule(found: list[str]) -> None:
+        if found:
+            raise Violation(f"{operation} changed or gave back: {', '.join(found)}")
+
+    return rule
+
+
 def rule_of(spread: Spread, what: str = "output") -> Callable[[torch.Tensor], Closeness]:
     """Hold an output against an expected spread."""
     return lambda answer: close(what, answer, spread.value, spread.sigma, spread.freedom)
@@ -1067,12 +1077,7 @@ def bad_batches_raise(case: Case) -> None:
 def a_batch_is_left_alone(case: Case) -> None:
     """Every argument is compared with a copy made before the call."""
     answer = case.call("experts_batched", **_batch(case))
-
-    def rule(found: list[str]) -> None:
-        if found:
-            raise Violation(f"experts_batched changed or gave back: {', '.join(found)}")
-
-    case.judge(rule, [*answer.changed, *answer.shared], [("x", ["x"])])
+    case.judge(left_alone("experts_batched"), [*answer.changed, *answer.shared], [("x", ["x"])])
 
 
 @requirement(
@@ -1134,3 +1139,21 @@ def weights_of_a_batch_have_a_dtype_of_their_own(case: Case) -> None:
     case.note("another dtype than x", case["experts"].down.dtype is not case["x"].dtype)
     flat = output.reshape(spread.value.shape)
     case.judge(rule_of(spread), flat, impostors(spread.value))
+
+
+@requirement(
+    "EXPERT-29",
+    MUST,
+    "experts",
+    "Arguments MUST NOT be changed where ids are not here or mapped, nor given back.",
+    reason="Ids, weights and the map are rewritten for a kernel, and the next layer or the "
+    "backward pass reads them again.",
+    sources=("KernelBench zero_out", "TensorCast topk_weights /=", "vllm-ascend #9992"),
+    given=expert_inputs(),
+    references=("experts.experts",),
+)
+def experts_leave_their_arguments_alone(case: Case) -> None:
+    """Every argument is compared with a copy made before the call."""
+    answer = case.call("experts", **arguments(case))
+    case.note("a map", case["expert_map"] is not None)
+    case.judge(left_alone("experts"), [*answer.changed, *answer.shared], [("x", ["x"])])

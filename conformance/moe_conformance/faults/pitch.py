@@ -1,0 +1,60 @@
+"""Faults of rows that lie further apart than they are long: the width is taken for the pitch.
+
+Whoever cuts one matrix out of a wider one has such rows. A look at the last stride alone, as many
+kernels take it, finds them contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from moe_conformance.faults.rare import Arguments
+from moe_conformance.faults.rare_calls import altered, as_if_contiguous, with_fields
+
+
+def pitched(tensor: torch.Tensor) -> bool:
+    """Whether rows of several elements lie one after the other with gaps between them."""
+    dense = tensor.stride(-1) == 1 and tensor.shape[-1] > 1
+    return dense and tensor.stride(-2) > tensor.shape[-1]
+
+
+def _when(name: str) -> Callable[[Arguments], bool]:
+    return lambda a: pitched(a[name])
+
+
+def _read_densely(name: str) -> Callable[[Arguments], Arguments]:
+    return lambda a: {name: as_if_contiguous(a[name])}
+
+
+for _operation, _argument, _catches in (
+    ("route", "logits", ("GATE-04", "GATE-28")),
+    ("balance_loss", "logits", ("BALANCE-01", "BALANCE-02")),
+    ("z_loss", "logits", ("BALANCE-28", "BALANCE-30")),
+    ("combine", "rows", ("DISPATCH-19", "DISPATCH-32")),
+    ("drop_to_capacity", "weights", ("DISPATCH-41",)),
+    ("experts", "x", ("EXPERT-11", "NUM-06")),
+    ("layer", "x", ("LAYER-01", "LAYER-04")),
+):
+    altered(
+        _operation,
+        f"{_argument}-of-{_operation.replace('_', '-')}-are-read-at-their-width",
+        f"The pitch of {_argument} is taken for their width.",
+        _when(_argument),
+        _read_densely(_argument),
+        *_catches,
+    )
+
+for _field in ("gate_up", "down"):
+    altered(
+        "experts",
+        f"{_field.replace('_', '-')}-is-read-at-its-width",
+        f"The pitch of the rows of {_field} is taken for their width.",
+        lambda a, f=_field: pitched(getattr(a["experts"], f)),  # type: ignore[misc]
+        lambda a, f=_field: {  # type: ignore[misc]
+            "experts": with_fields(a["experts"], as_if_contiguous, f)
+        },
+        "EXPERT-11",
+        "NUM-11",
+    )
