@@ -24,7 +24,6 @@ from moe_conformance.faults import fault_named, faults
 from moe_conformance.registry import ANY, requirements
 from moe_conformance.runner import PROFILES, Effort, run_requirement
 from moe_conformance.selfcheck import inline_scope
-from moe_conformance.target import OPERATIONS
 from moe_conformance.targets import Reference
 from record import about, resumed, write
 
@@ -58,15 +57,9 @@ def _seen(answer):
     return digest(kept)
 
 
-def operations_of(fault):
-    """The operations that the fault's class, or what it inherits below the reference, defines."""
-    own = [cls for cls in fault.target.__mro__ if cls not in Reference.__mro__]
-    return {name for name in OPERATIONS if any(name in vars(cls) for cls in own)}
-
-
 def measure(name, seeds, first):
     fault = fault_named(name)
-    operations = operations_of(fault)
+    operations = set(fault.operations)
     executor = InlineExecutor(fault.target())
     scope = inline_scope(executor)
     named = [each for each in requirements() if each.id in fault.catches]

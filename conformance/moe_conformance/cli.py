@@ -308,7 +308,8 @@ def selfcheck(
         out.write_text(json.dumps(result, indent=1) + "\n")
     Console().print(selfcheck_table(result))
     print(f"{result['caught']} of {result['faults']} faults caught, "
-          f"{len(result['false_alarms'])} false alarms on the reference")  # fmt: skip
+          f"{len(result['false_alarms'])} false alarms on "
+          f"{result['legal_implementations']} legal implementations")  # fmt: skip
     raise typer.Exit(0 if result["sound"] else 13)
 
 

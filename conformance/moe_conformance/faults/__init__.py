@@ -11,7 +11,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from moe_conformance.target import Target
+from moe_conformance.target import OPERATIONS, Target
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,12 @@ class Fault:
     def story(self) -> str:
         """What goes wrong, in a sentence."""
         return (self.target.__doc__ or "").strip().split("\n")[0]
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """The operations that the class, or a fault that it inherits from, defines anew."""
+        own = [cls for cls in self.target.__mro__ if cls.__module__.startswith(__name__)]
+        return tuple(name for name in OPERATIONS if any(name in vars(cls) for cls in own))
 
 
 _registered: dict[str, Fault] = {}
