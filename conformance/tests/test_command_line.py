@@ -107,7 +107,7 @@ def test_a_target_that_changes_torchs_state_fails_for_that_alone(inside, planted
     )  # fmt: skip
     assert code == 1, said
     _, found = statuses(tmp_path, "ChangesEverything")
-    assert [id for id, status in found.items() if status == "fail"] == ["NUM-04"]
+    assert [id for id, status in found.items() if status == "fail"] == ["GATE-24"]
 
 
 @pytest.mark.parametrize("target", ["Nothing", "NoDtype", "OnlyOneExpert"])
@@ -167,11 +167,13 @@ def test_a_failure_that_needs_two_calls_is_replayed_from_its_files(
         "--report", tmp_path,
     )  # fmt: skip
     assert code == 1, said
-    report, found = statuses(tmp_path, "KeepsTheFirst")
+    report, _ = statuses(tmp_path, "KeepsTheFirst")
     failed = [each for each in report["requirements"] if each["status"] == "fail"]
-    assert {each["id"] for each in failed} == {"NUM-13"}, found
-    case = tmp_path / "planted.py_KeepsTheFirst" / failed[0]["counterexample"]
-    assert len(json.loads((case / "case.json").read_text())["sessions"][-1]["calls"]) > 1
+    # What calls twice may meet the same address by chance; one requirement sees to it.
+    [stale] = [each for each in failed if each["id"] == "GATE-23"]
+    case = tmp_path / "planted.py_KeepsTheFirst" / stale["counterexample"]
+    session, _ = json.loads((case / "case.json").read_text())["sessions"][-1]
+    assert len(session["calls"]) > 1
     # A new process that knows of the run what stands in the folder, and no more.
     moved = shutil.copytree(case, tmp_path / "elsewhere")
     done = moespec("replay", moved, cwd=tmp_path)

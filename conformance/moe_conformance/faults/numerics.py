@@ -39,7 +39,7 @@ class TheRoutingIsOfALazyClass(Router):
         return weights.as_subclass(_Lazy), ids.as_subclass(_Lazy)
 
 
-@fault("logits-are-masked-in-place", catches=("NUM-02",))
+@fault("logits-are-masked-in-place", catches=("GATE-24",))
 class LogitsAreMaskedInPlace(Router):
     """The lowest logit of each row is overwritten."""
 
@@ -52,7 +52,7 @@ class LogitsAreMaskedInPlace(Router):
         return weights, ids
 
 
-@fault("weights-are-normalised-in-place", catches=("NUM-02",), thread="TensorCast")
+@fault("weights-are-normalised-in-place", catches=("EXPERT-29",), thread="TensorCast")
 class WeightsAreNormalisedInPlace(Experts):
     """The caller's routing weights are divided by 2."""
 
@@ -63,7 +63,7 @@ class WeightsAreNormalisedInPlace(Experts):
         return out
 
 
-@fault("the-output-is-written-into-x", catches=("NUM-03",))
+@fault("the-output-is-written-into-x", catches=("EXPERT-29",))
 class TheOutputIsWrittenIntoX(Experts):
     """The result shares x's memory."""
 
@@ -94,7 +94,17 @@ class TheDefaultDtypeIsLeftBehind(Experts):
         return out
 
 
-@fault("the-random-state-is-used", catches=("NUM-04",))
+@fault("sums-are-repeatable-from-then-on", catches=("NUM-04",))
+class SumsAreRepeatableFromThenOn(Reference):
+    """The deterministic mode of torch is on afterwards."""
+
+    def combine(self, rows: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+        """See the contract."""
+        torch.use_deterministic_algorithms(True)
+        return super().combine(rows, slots, weights)
+
+
+@fault("the-random-state-is-used", catches=("GATE-24",))
 class TheRandomStateIsUsed(Router):
     """Jitter is drawn and not used."""
 
@@ -310,7 +320,7 @@ class NarrowIdsLoseTheLastExpert(Experts):
         return {"expert_ids": ids.masked_fill(ids == len(given["experts"].gate_up) - 1, -1)}
 
 
-@fault("a-routing-is-cached-by-address", catches=("NUM-13",), thread="KernelBench result_reuse")
+@fault("a-routing-is-cached-by-address", catches=("GATE-23",), thread="KernelBench result_reuse")
 class ARoutingIsCachedByAddress(Reference):
     """Inference on the same logits' memory gives the routing of before."""
 
@@ -330,7 +340,7 @@ class ARoutingIsCachedByAddress(Reference):
         return weights.clone(), ids.clone()
 
 
-@fault("sorted-rows-are-cached-by-address", catches=("NUM-13",))
+@fault("sorted-rows-are-cached-by-address", catches=("DISPATCH-42",))
 class SortedRowsAreCachedByAddress(Reference):
     """The sorting of ids is kept as long as their memory is the same."""
 
@@ -346,7 +356,25 @@ class SortedRowsAreCachedByAddress(Reference):
         return super().dispatch(x, self.last[1], num_experts)
 
 
-@fault("a-loss-is-cached-by-address", catches=("NUM-13",))
+@fault("what-was-dropped-is-cached-by-address", catches=("NUM-13",))
+class WhatWasDroppedIsCachedByAddress(Reference):
+    """The pairs that stay are not looked for again where weights lie in the same memory."""
+
+    last: tuple[Any, Tensor] | None = None
+
+    def drop_to_capacity(
+        self, weights: Tensor, expert_ids: Tensor, num_experts: int, capacity: int, policy: str
+    ) -> tuple[Tensor, Tensor]:
+        """See the contract."""
+        kept, ids = super().drop_to_capacity(weights, expert_ids, num_experts, capacity, policy)
+        key = (weights.data_ptr(), weights.shape, capacity, policy)
+        if self.last is None or self.last[0] != key:
+            self.last = key, ids.clone()
+            return kept, ids
+        return kept, self.last[1].clone()
+
+
+@fault("a-loss-is-cached-by-address", catches=("BALANCE-52",))
 class ALossIsCachedByAddress(Reference):
     """The z-loss of the same memory is not computed again."""
 

@@ -120,7 +120,7 @@ class KeptMap(Reference):
 
 @fault(
     "blocks-of-the-same-storage-are-remembered",
-    catches=("ALIGN-35", "NUM-13"),
+    catches=("ALIGN-35",),
     thread="SGLang #25852",
 )
 class BlocksAreRemembered(Reference):

@@ -561,7 +561,7 @@ class OverTheRows(Reference):
 
 @fault(
     "sums-of-the-same-storage-are-remembered",
-    catches=("DISPATCH-43", "NUM-13"),
+    catches=("DISPATCH-43",),
     thread="SGLang #25852",
 )
 class SumsAreRemembered(Reference):

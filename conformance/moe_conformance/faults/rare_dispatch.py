@@ -640,7 +640,7 @@ class WorkspaceStays(Reference):
         return rows, number, slots
 
 
-@fault("rows-of-the-same-storage-are-remembered", catches=("NUM-13",), thread="SGLang #25852")
+@fault("rows-of-the-same-storage-are-remembered", catches=("DISPATCH-42",), thread="SGLang #25852")
 class RowsAreRemembered(Reference):
     """A graph is captured once for an address, and its slots are those of the first call."""
 

@@ -1633,6 +1633,7 @@ def the_same_tokens_storage_with_other_tokens(case: Case) -> None:
     def rule(answer: Dispatched) -> None:
         equal("tokens_per_expert", answer.counts, _counts(case))
         equal("slots", answer.by_slot[0], slots)
+        _follows("experts of the rows", answer.owners, False)
         equal("rows by slot", answer.by_slot[1], expected)
 
     def wrong() -> Impostors:

@@ -58,6 +58,14 @@ GIVEN: dict[str, Given] = {
     "place_experts": placed(),
 }
 
+APART = ("route", "balance_loss", "z_loss", "update_bias", "experts")
+"""Operations whose arguments and results have a requirement of their own, which asks more of them:
+GATE-24, BALANCE-26, BALANCE-52, BALANCE-42, EXPERT-29."""
+
+ANSWERED = (*APART, "align", "dispatch", "combine", "layer")
+"""Operations of which another requirement asks for the answer to other data in the same storage:
+GATE-23, BALANCE-50, 52 and 54, NUM-06, ALIGN-35, DISPATCH-42 and 43, LAYER-16."""
+
 FREE_ORDER = ("align", "align_batched", "dispatch")
 """Operations whose results stand in an order that is free unless it is declared."""
 
@@ -71,6 +79,10 @@ DIFFERENTIABLE: dict[str, tuple[str, ...]] = {
     "layer": ("x", "parameters.router", "parameters.experts.gate_up"),
 }
 """What the outputs of an operation are differentiated by, where the target declares gradients."""
+
+
+def _without(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in GIVEN if name not in names)
 
 
 def any_operation(*names: str) -> Given:
@@ -141,7 +153,7 @@ def results_are_plain_tensors_on_the_inputs_device(case: Case) -> None:
     "Inputs MUST NOT be changed.",
     reason="The caller goes on with them: router logits feed the loss, x feeds the residual.",
     sources=("transformers MoE jitter", "TensorCast topk_weights /=", "KernelBench zero_out"),
-    given=any_operation(),
+    given=any_operation(*_without(APART)),
 )
 def inputs_are_left_alone(case: Case) -> None:
     """Every argument is compared with a copy made before the call."""
@@ -156,7 +168,7 @@ def inputs_are_left_alone(case: Case) -> None:
     "Outputs MUST NOT share memory with an input.",
     reason="The caller may write to either.",
     sources=("KernelBench result_reuse",),
-    given=any_operation(),
+    given=any_operation(*_without(APART)),
 )
 def outputs_have_memory_of_their_own(case: Case) -> None:
     """Storages of arguments and results do not overlap."""
@@ -172,7 +184,7 @@ def outputs_have_memory_of_their_own(case: Case) -> None:
     "mode, the CPU's random state.",
     reason="What it changes shows up in somebody else's numbers.",
     sources=("conformance suites of array libraries", "transformers router jitter"),
-    given=any_operation(),
+    given=any_operation(*_without(("route",))),
 )
 def global_state_is_left_alone(case: Case) -> None:
     """The state is compared before and after the call."""
@@ -467,7 +479,7 @@ def the_width_of_an_id_does_not_matter(case: Case) -> None:
     case.judge(rule_of(expected), wide, impostors(expected.value))
 
 
-OTHERS = tuple(name for name in GIVEN if name != "experts")
+OTHERS = _without(("experts",))
 """Operations that NUM-06 and NUM-07, which know the right answer, do not speak about."""
 
 
@@ -562,7 +574,7 @@ def _wrong(expected: list[torch.Tensor], other: list[torch.Tensor]) -> list[torc
     reason="Ids sorted once per address, a routing kept for the next layer or a captured graph "
     "whose inputs were not copied answer the first call again.",
     sources=("KernelBench result_reuse", "SGLang #25852"),
-    given=_repeatable(*OTHERS),
+    given=_repeatable(*_without(ANSWERED)),
 )
 def other_data_in_the_same_storage(case: Case) -> None:
     """Other data in memory of its own, the first data, and the other data written over it."""
