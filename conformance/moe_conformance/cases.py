@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe_conformance.case import Case
-from moe_conformance.codec import Tensors, decode, digest, encode, replace_tensors
+from moe_conformance.codec import Tensors, decode, digest, encode
 from moe_conformance.executor import Executor
 from moe_conformance.inputs.given import Scope
 from moe_conformance.judge import Violation
 from moe_conformance.registry import requirement_named
 from moe_conformance.runner import Failure
 from moe_conformance.target import Capabilities
-from moe_conformance.worker import lay_out
+from moe_conformance.worker import place_arguments
 
 SCHEMA_VERSION = 1
 GENERATOR = "philox-2"
@@ -34,9 +35,11 @@ from moe_conformance.worker import make
 case = load_case(__file__)
 target = make(case.target)
 for session, answers in case.sessions:
+    given = []
     for call in session["calls"]:
+        given.append(case.arguments(call, given))
         print(call["operation"], case.shapes(call))
-        print(getattr(target, call["operation"])(**case.arguments(call)))
+        print(getattr(target, call["operation"])(**given[-1]))
 print("expected", case.expected)
 '''
 
@@ -75,13 +78,18 @@ class SavedCase:
     flips: bool
     inputs_digest: str
 
-    def arguments(self, call: dict[str, Any]) -> dict[str, Any]:
-        """A call's arguments, in the strides that they had."""
-        layouts = call.get("layouts") or {}
-        return replace_tensors(
-            call["arguments"],
-            lambda path, tensor: lay_out(tensor, layouts.get(path, "contiguous")),
-        )
+    def arguments(
+        self, call: dict[str, Any], earlier: Sequence[dict[str, Any]] = ()
+    ) -> dict[str, Any]:
+        """A call's arguments in the strides that they had.
+
+        Args:
+            call: one of a session.
+            earlier: arguments of the session's calls before it, whose memory it may write over.
+        """
+        reuse = call.get("reuse")
+        storage = None if reuse is None else earlier[reuse]
+        return place_arguments(call, "cpu", storage=storage)
 
     def shapes(self, call: dict[str, Any]) -> dict[str, Any]:
         """A call's arguments with shapes in the place of tensors."""

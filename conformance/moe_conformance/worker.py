@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -299,7 +299,7 @@ def _run_call(
 ) -> tuple[dict[str, Any], dict[str, Any], Any]:
     wrt = call.get("wrt") or []
     reuse = call.get("reuse")
-    given = _prepare(call, device, wrt, None if reuse is None else earlier[reuse])
+    given = place_arguments(call, device, wrt, None if reuse is None else earlier[reuse])
     before = [(path, tensor.detach().clone()) for path, tensor in walk(given)]
     poisoned = bool(call.get("poison"))
     state = _global_state()
@@ -345,9 +345,20 @@ def _error(error: BaseException) -> dict[str, Any]:
     }
 
 
-def _prepare(
-    call: dict[str, Any], device: str, wrt: list[str], storage: dict[str, Any] | None
+def place_arguments(
+    call: dict[str, Any],
+    device: str,
+    wrt: Sequence[str] = (),
+    storage: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
+    """A call's arguments as a target gets them.
+
+    Args:
+        call: see `run_session`.
+        device: where they go.
+        wrt: paths of those that gradients are asked of.
+        storage: arguments of an earlier call, whose memory is written over where it fits.
+    """
     layouts = call.get("layouts") or {}
     old = dict(walk(storage)) if storage is not None else {}
 
