@@ -123,7 +123,9 @@ class Case:
 
     def attempt(self, calls: list[dict[str, Any]]) -> list[Answer]:
         """As `session`, but an exception is an answer like any other."""
-        session = {"device": self.scope.device, "calls": calls}
+        session: dict[str, Any] = {"device": self.scope.device, "calls": calls}
+        if "members" in self.inputs:
+            session |= {name: self.inputs[name] for name in ("world_size", "members")}
         try:
             answers = self.executor.run(session)
         except TargetLost as lost:

@@ -43,6 +43,25 @@ for session, answers in case.sessions:
 print("expected", case.expected)
 '''
 
+REPRO_ON_RANKS = '''"""{id} on {target}: {message}"""
+from contextlib import closing
+from moe_conformance.cases import load_case
+from moe_conformance.executor import WorkerExecutor
+
+
+def main():
+    case = load_case(__file__)
+    with closing(WorkerExecutor(case.target, 60.0)) as executor:
+        for session, _ in case.sessions:
+            for answer in executor.run(session):
+                print(answer["error"] or answer["outputs"])
+    print("expected", case.expected)
+
+
+if __name__ == "__main__":  # each rank is a process that imports this file
+    main()
+'''
+
 
 @dataclass(frozen=True)
 class SavedCase:
@@ -157,7 +176,9 @@ def save_case(
     save_file(tensors, beside / "tensors.safetensors")
     summary = str(violation).splitlines()[0].replace("\\", "/").replace('"', "'")[:120]
     (beside / "repro.py").write_text(
-        REPRO.format(id=failure.requirement.id, target=target, message=summary)
+        (REPRO_ON_RANKS if "members" in inputs else REPRO).format(
+            id=failure.requirement.id, target=target, message=summary
+        )
     )
     final = root / name
     if final.exists():
@@ -192,6 +213,7 @@ def load_case(path: str | Path) -> SavedCase:
                 scope["device"],
                 tuple(scope["dtypes"]),
                 scope["interpreted"],
+                tuple(scope.get("world_sizes", (2, 4))),
             ),
             plan=content["plan"],
             inputs=decode(content["inputs"], tensors),

@@ -29,7 +29,7 @@ from moe_conformance.executor import (
 from moe_conformance.inputs.given import Scope
 from moe_conformance.registry import Requirement, requirements
 from moe_conformance.report import target_report, write_index, write_target
-from moe_conformance.runner import Result, effort_for, run_target
+from moe_conformance.runner import RANKS, Result, effort_for, run_target
 from moe_conformance.target import OPERATIONS, Capabilities, suite_version
 from moe_conformance.waivers import (
     MalformedWaivers,
@@ -66,6 +66,8 @@ class Options:
         report: where the reports go.
         waivers: a TOML file.
         timeout: seconds for one case.
+        world_sizes: numbers of ranks for `expert_parallel`; None takes 2 and 4, as far as the
+            target declares them.
     """
 
     targets: tuple[str, ...]
@@ -79,6 +81,7 @@ class Options:
     report: Path = Path("moespec-report")
     waivers: Path | None = None
     timeout: float = 60.0
+    world_sizes: tuple[int, ...] | None = None
 
     def selected(self) -> list[Requirement]:
         """The requirements that were asked for.
@@ -112,6 +115,8 @@ class Options:
         for name in ("requirement", "device", "dtype", "examples", "waivers"):
             if getattr(self, name) is not None:
                 parts.append(f"--{name} {getattr(self, name)}")
+        if self.world_sizes is not None:
+            parts.append(f"--world-size {','.join(map(str, self.world_sizes))}")
         return " ".join(parts)
 
 
@@ -175,6 +180,9 @@ class Share:
 Notify = Callable[[Progress], None]
 Tell = Callable[[str, str, str], None]
 """Takes a target's name, a requirement's id and its status; both empty while it is loaded."""
+
+WORLD_SIZES = (2, 4)
+"""Ranks that `expert_parallel` is tried on where nobody says otherwise."""
 
 LANE = 4000
 """Cases that are worth a lane of their own: its processes import torch anew, which takes seconds,
@@ -310,6 +318,9 @@ def run_lane(lane: Lane, options: Options, tell: Tell) -> Share:
         share.description = executor.description
         scope = scope_of(executor, options)
         chosen = options.selected()
+        own = share_of(chosen, lane)
+        if RANKS in scope.operations and any(each.operation == RANKS for each in own):
+            executor.prepare(scope.world_sizes, scope.device)
         if options.waivers is not None and lane.number == 0:
             try:
                 waivers = read_waivers(options.waivers)
@@ -317,7 +328,7 @@ def run_lane(lane: Lane, options: Options, tell: Tell) -> Share:
             except WaiverError as error:
                 share.stale = str(error)
         share.results = run_target(
-            chosen[lane.number :: lane.of],
+            own,
             scope,
             executor,
             effort_for(options.profile, options.examples, scope.interpreted),
@@ -328,8 +339,24 @@ def run_lane(lane: Lane, options: Options, tell: Tell) -> Share:
         share.lost = 2, str(error)
     finally:
         executor.close()
-    share.loading, share.cases = loaded - began, time.perf_counter() - loaded
+    meeting = executor.seconds_meeting
+    share.loading = loaded - began + meeting
+    share.cases = time.perf_counter() - loaded - meeting
     return share
+
+
+def share_of(chosen: list[Requirement], lane: Lane) -> list[Requirement]:
+    """The lane's requirements: those on several ranks to the last lane, the others dealt out.
+
+    Each lane that had some of the former would start ranks of its own.
+    """
+    shares: list[list[Requirement]] = [[] for _ in range(lane.of)]
+    shares[-1] = [each for each in chosen if each.operation == RANKS]
+    for each in chosen:
+        if each.operation != RANKS:
+            min(shares, key=len).append(each)
+    # They come last, when the ranks have met.
+    return sorted(shares[lane.number], key=lambda each: each.operation == RANKS)
 
 
 def _conclude(name: str, options: Options, shares: list[Share], started: str) -> Outcome:
@@ -402,13 +429,38 @@ def _scope(target: str, description: dict[str, Any], options: Options) -> Scope:
             f"got '{options.dtype}'"
         )
     provided = description["operations"]
+    device = options.device or next((d for d in ("cuda", "cpu", "mps") if d in present), "cpu")
     return Scope(
         capabilities,
         tuple(name for name in provided if not options.operations or name in options.operations),
-        options.device or next((d for d in ("cuda", "cpu", "mps") if d in present), "cpu"),
+        device,
         capabilities.dtypes if options.dtype is None else (options.dtype,),
         capabilities.interpreted,
+        _world_sizes(target, description, options, device),
     )
+
+
+def _world_sizes(
+    target: str, description: dict[str, Any], options: Options, device: str
+) -> tuple[int, ...]:
+    """What was asked for, or what is usual, inside the declaration and on this machine."""
+    declared = tuple(description["capabilities"]["world_sizes"])
+    if options.world_sizes is not None:
+        outside = [size for size in options.world_sizes if declared and size not in declared]
+        if outside:
+            raise UsageError(
+                f"--world-size: expected any of {', '.join(map(str, declared))} for {target}, "
+                f"got {outside[0]}"
+            )
+        sizes = options.world_sizes
+    else:
+        usual = tuple(size for size in WORLD_SIZES if not declared or size in declared)
+        sizes = usual or tuple(size for size in declared if size <= max(WORLD_SIZES))
+    if device == "cpu":
+        return sizes
+    # NCCL wants a GPU for each rank; nothing else exchanges between other devices.
+    gpus = description["gpus"] if device == "cuda" else 0
+    return tuple(size for size in sizes if size <= gpus)
 
 
 def machine_of(description: dict[str, Any], device: str) -> dict[str, Any]:

@@ -25,12 +25,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+MOST_RANKS = 64
+"""Each rank is a process that has torch in it."""
+
 Json = Annotated[bool, typer.Option("--json", help="For machines.")]
 
 
 def _fail(message: object, code: int = 2) -> typer.Exit:
     print(f"moespec: {message}", file=sys.stderr)
     return typer.Exit(code)
+
+
+def _world_sizes(said: Sequence[str]) -> tuple[int, ...]:
+    """Numbers of ranks, from options that may have several each."""
+    words = [word.strip() for each in said for word in each.split(",")]
+    for word in words:
+        if not word.isdecimal() or not 1 <= int(word) <= MOST_RANKS:
+            raise _fail(f"--world-size: expected numbers from 1 to {MOST_RANKS}, got '{word}'")
+    return tuple(dict.fromkeys(map(int, words)))
 
 
 @app.command()
@@ -52,6 +64,10 @@ def check(
     report: Annotated[Path, typer.Option(help="Folder for the reports.")] = Path("moespec-report"),
     waivers: Annotated[Path | None, typer.Option(help="Known failures, as TOML.")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds for one case.", min=0.1)] = 60.0,
+    world_size: Annotated[
+        list[str] | None,
+        typer.Option(help="Ranks for expert parallelism, such as 2,4; repeatable."),
+    ] = None,
 ) -> None:
     """Run the suite against targets, show a table, write the reports."""
     from moe_conformance.check import Options, UsageError, exit_code
@@ -64,6 +80,8 @@ def check(
     if report.exists() and not report.is_dir():
         raise _fail(f"--report: expected a folder, got the file '{report}'")
     given: dict[str, Any] = {} if seed is None else {"seed": seed}
+    if world_size:
+        given["world_sizes"] = _world_sizes(world_size)
     options = Options(
         tuple(targets), profile, tuple(operation or ()), requirement, device, dtype,
         examples=examples, report=report, waivers=waivers, timeout=timeout, **given,

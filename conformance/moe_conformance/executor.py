@@ -8,17 +8,22 @@ target, so a new one costs a fraction of a second.
 from __future__ import annotations
 
 import contextlib
+import copy
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
 import sys
 import tempfile
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from moe_conformance import worker
 from moe_conformance.codec import pack, unpack
 from moe_conformance.target import Capabilities, Target
+
+if TYPE_CHECKING:
+    from moe_conformance.rank_group import RankGroup
 
 LOAD_SECONDS = 300.0
 """How long a target may take to be imported and made; heavy libraries take a minute on a busy
@@ -59,6 +64,7 @@ class InlineExecutor:
 
     def __init__(self, target: Target) -> None:
         self.target = target
+        self._ranks: dict[int, list[Target]] = {}
         self.description = {
             "name": target.name,
             "version": target.version,
@@ -69,7 +75,17 @@ class InlineExecutor:
         }
 
     def run(self, session: Session) -> list[Answer]:
-        """Run the session here; inputs are copied first, as they are on the way to a worker."""
+        """Run the session here; inputs are copied first, as they are on the way to a worker.
+
+        The ranks of a session for several are threads, each with a copy of the target.
+        """
+        if "world_size" in session:
+            from moe_conformance.rank_threads import run_on_threads
+
+            size = session["world_size"]
+            if size not in self._ranks:
+                self._ranks[size] = [copy.copy(self.target) for _ in range(size)]
+            return run_on_threads(self._ranks[size], session)
         return worker.run_session(self.target, session)
 
     def close(self) -> None:
@@ -77,7 +93,7 @@ class InlineExecutor:
 
 
 class WorkerExecutor:
-    """Calls a target in a process of its own.
+    """Calls a target in a process of its own, and for sessions of several ranks in one for each.
 
     Args:
         name: the target, as on the command line.
@@ -92,6 +108,8 @@ class WorkerExecutor:
         self.name = name
         self.timeout = timeout
         self.restarts = 0
+        self.seconds_meeting = 0.0
+        self._groups: dict[tuple[int, str], RankGroup] = {}
         self._process: Any = None
         self._connection: Any = None
         handle, self._log = tempfile.mkstemp(prefix="moespec-", suffix=".log")
@@ -100,19 +118,49 @@ class WorkerExecutor:
 
     def run(self, session: Session) -> list[Answer]:
         """Run the session in the worker, which is started anew if the last one was lost."""
+        if "world_size" in session:
+            return self._on_ranks(session)
         if self._process is None:
             self.restarts += 1
             self._start()
         return unpack(self._ask(self.timeout, worker.run, self.name, pack(session)))
 
+    def prepare(self, world_sizes: Iterable[int], device: str) -> None:
+        """Start the ranks of these worlds; they load the target and meet while others work."""
+        from moe_conformance.rank_group import RankGroup
+
+        for size in world_sizes:
+            if (size, device) not in self._groups:
+                self._groups[size, device] = RankGroup(self.name, size, device, self.timeout)
+
+    def _on_ranks(self, session: Session) -> list[Answer]:
+        key = session["world_size"], session["device"]
+        self.prepare([key[0]], key[1])
+        group = self._groups[key]
+        before = group.seconds_waited
+        try:
+            answers = group.run(session)
+        except (worker.LoadError, TargetLost):
+            self.restarts += 1
+            self._groups.pop(key).close()
+            raise
+        finally:
+            self.seconds_meeting += group.seconds_waited - before
+        if not _in_step(answers[-1], len(session["calls"][-1]["arguments"]["ranks"])):
+            self.restarts += 1
+            self._groups.pop(key).close()
+        return answers
+
     def close(self) -> None:
-        """End the worker and everything that it started."""
+        """End the worker, the ranks, and everything that they started."""
+        while self._groups:
+            self._groups.popitem()[1].close()
         self._kill()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._log)
 
     def _start(self) -> dict[str, Any]:
-        self._process, self._connection = _start_worker(self._log)
+        self._process, self._connection = start_worker(self._log)
         return self._ask(LOAD_SECONDS, worker.load, self.name)
 
     def _ask(self, seconds: float, function: Any, *arguments: Any) -> Any:
@@ -124,8 +172,17 @@ class WorkerExecutor:
 
     def _kill(self) -> None:
         if self._process is not None:
-            _end(self._process, self._connection)
+            end_worker(self._process, self._connection)
         self._process = self._connection = None
+
+
+def _in_step(answer: Answer, members: int) -> bool:
+    """Whether the ranks can go on: all of them came through, or all refused for the same reason."""
+    error = answer["error"]
+    if error is None:
+        return True
+    refused = error["type"] in ("ValueError", "TypeError") or error["unsupported"]
+    return refused and len(error["ranks"]) == members
 
 
 def in_worker(function: Any, *arguments: Any) -> Any:
@@ -135,16 +192,17 @@ def in_worker(function: Any, *arguments: Any) -> Any:
         worker.LoadError: the function raised it, or the process ended.
     """
     with tempfile.NamedTemporaryFile(prefix="moespec-") as log:
-        process, connection = _start_worker(log.name)
+        process, connection = start_worker(log.name)
         try:
             return _answer_of(process, connection, LOAD_SECONDS, function, arguments)
         except TargetLost as lost:
             raise worker.LoadError(f"{' '.join(map(str, arguments))}: {lost}") from None
         finally:
-            _end(process, connection)
+            end_worker(process, connection)
 
 
-def _start_worker(log: str) -> tuple[Any, Any]:
+def start_worker(log: str) -> tuple[Any, Any]:
+    """A new worker and our end of its pipe; what it prints goes into the file `log`."""
     context = forkserver()
     ours, theirs = context.Pipe()
     process = context.Process(target=worker.serve, args=(theirs, log), daemon=False)
@@ -168,13 +226,14 @@ def _answer_of(
             raise EOFError
         answer, error = connection.recv()
     except (EOFError, OSError):
-        raise TargetLost("crash", f"the target's process ended with {_end_of(process)}") from None
+        raise TargetLost("crash", f"the target's process ended with {end_of(process)}") from None
     if error is not None:
         raise error
     return answer
 
 
-def _end_of(process: Any) -> str:
+def end_of(process: Any) -> str:
+    """How a process that has ended came to its end."""
     process.join(5.0)
     code = process.exitcode
     if code is None:
@@ -182,7 +241,8 @@ def _end_of(process: Any) -> str:
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
-def _end(process: Any, connection: Any) -> None:
+def end_worker(process: Any, connection: Any) -> None:
+    """End a worker and everything that it has started, and close the pipe to it."""
     # The worker leads a group of its own, so this takes whatever it has started as well.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)

@@ -24,6 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--moespec-profile", default="cpu", help="smoke, cpu or full")
     group.addoption("--moespec-seed", type=int, default=None, help="the run follows from it")
     group.addoption("--moespec-device", default=None, help="where the target runs")
+    group.addoption("--moespec-world-size", default=None, help="ranks, such as 2,4")
     group.addoption("--moespec-timeout", type=float, default=60.0, help="seconds for one case")
 
 
@@ -74,6 +75,9 @@ def _options(config: pytest.Config) -> Options:
     if stored is None:
         seed = config.getoption("--moespec-seed")
         given: dict[str, Any] = {} if seed is None else {"seed": seed}
+        sizes = config.getoption("--moespec-world-size")
+        if sizes is not None:
+            given["world_sizes"] = tuple(int(size) for size in sizes.split(","))
         stored = Options(
             (config.getoption("--target"),),
             profile=config.getoption("--moespec-profile"),

@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_conformance.cases import case_name, folder_of
-from moe_conformance.inputs import experts, load_balancing, routing
+from moe_conformance.inputs import expert_parallel, experts, load_balancing, routing
 from moe_conformance.pages import FAILING, NOT_RUN, page, replay, words
 from moe_conformance.preview import preview, preview_inputs, worst_place
 from moe_conformance.registry import requirements
@@ -43,6 +43,7 @@ AXES: dict[str, Mapping[str, Sequence[Any]]] = {
     "drop_to_capacity": {"policy": ("position", "probs")},
     "balance_loss": {n: v for n, v in load_balancing.UNIVERSE.items() if n != "centred"},
     "update_bias": {"centred": (False, True)},
+    "expert_parallel": expert_parallel.UNIVERSE,
 }
 """The values whose declaration counts towards breadth, by operation and field."""
 
@@ -53,6 +54,7 @@ DECLARED_IN = {
     "drop_to_capacity": "capacity",
     "balance_loss": "balance",
     "update_bias": "balance",
+    "expert_parallel": "expert_parallel",
 }
 """The field of `Capabilities` in which an operation's values are declared."""
 

@@ -74,6 +74,11 @@ OPERATIONS_PER_SHARE = 4
 """A requirement about every operation gets a requirement's cases for so many of them."""
 
 
+RANKS = "expert_parallel"
+CASES_PER_RANKS_CASE = 3
+"""A case of several processes takes the time of three others, and counts as so many."""
+
+
 def effort_for(profile: str, examples: int | None, interpreted: bool) -> Effort:
     """The effort of a profile, with the number of examples replaced where one is given."""
     effort = PROFILES[profile]
@@ -217,6 +222,12 @@ def run_requirement(
         # Its cases are shared out among all that the target has.
         share = max(1, len(scope.operations) // OPERATIONS_PER_SHARE)
         effort = replace(effort, examples=effort.examples * share)
+    if requirement.operation == RANKS:
+        effort = replace(
+            effort,
+            examples=-(-effort.examples // CASES_PER_RANKS_CASE),
+            minimum=-(-effort.minimum // CASES_PER_RANKS_CASE),
+        )
     search = _Search(requirement, scope, executor, effort, result)
     began = time.perf_counter()
     flaky = False

@@ -93,6 +93,8 @@ class Capabilities:
             losses (with and without), for `centred` of `update_bias`, and for `ids`: ("chosen",)
             where the loss selects again from the logits and takes no other ids.
         capacity: the same for `policy` of `drop_to_capacity`.
+        expert_parallel: the same for `placement` (with and without) and `part_of_world` (groups
+            that are not all processes) of `expert_parallel`.
         router_dtype: what the router computes in, whatever its inputs are; None is the rule:
             float32, or float64 where the logits are float64.
         min_experts: smallest E.
@@ -101,7 +103,7 @@ class Capabilities:
         hidden_multiple: H must be a multiple of this.
         intermediate_multiple: I must be a multiple of this.
         block_sizes: allowed block sizes of `align`; None allows any.
-        world_sizes: numbers of ranks that `expert_parallel` runs on.
+        world_sizes: numbers of ranks that `expert_parallel` runs on; () runs on any.
         formats: quantised formats.
         gradients: operations whose outputs carry gradients.
         ties: "lowest" (the lowest expert id wins) or "free".
@@ -127,6 +129,7 @@ class Capabilities:
     align: Choices | Sequence[Choices] = field(default_factory=dict)
     balance: Choices | Sequence[Choices] = field(default_factory=dict)
     capacity: Choices | Sequence[Choices] = field(default_factory=dict)
+    expert_parallel: Choices | Sequence[Choices] = field(default_factory=dict)
     router_dtype: str | None = None
     min_experts: int = 1
     max_experts: int | None = None

@@ -231,6 +231,7 @@ def load(name: str) -> dict[str, Any]:
         "capabilities": target.capabilities.to_json(),
         "operations": list(type(target).operations()),
         "devices": _devices(),
+        "gpus": torch.cuda.device_count(),
         "triton": _version("triton"),
     }
 
@@ -257,7 +258,16 @@ def run(name: str, packed: tuple[str, bytes]) -> tuple[str, bytes]:
     _sessions += 1
     if _sessions % 64 == 0 and os.fstat(1).st_size > LOG_BYTES:
         os.ftruncate(1, 0)
-    answers = run_session(_loaded[name], unpack(packed))
+    return pack_answers(run_session(_loaded[name], unpack(packed)))
+
+
+def loaded(name: str) -> Target:
+    """The target that `load` made in this process."""
+    return _loaded[name]
+
+
+def pack_answers(answers: list[dict[str, Any]]) -> tuple[str, bytes]:
+    """Answers for the way back; one that no file can hold is an error of the target."""
     try:
         return pack(answers)
     except Exception as error:
@@ -266,7 +276,9 @@ def run(name: str, packed: tuple[str, bytes]) -> tuple[str, bytes]:
         return pack([{**nothing, "error": _error(error), "seconds": answers[-1]["seconds"]}])
 
 
-def run_session(target: Target, session: dict[str, Any]) -> list[dict[str, Any]]:
+def run_session(
+    target: Target, session: dict[str, Any], tell: Callable[[str], None] | None = None
+) -> list[dict[str, Any]]:
     """Run calls one after the other on the same target.
 
     Args:
@@ -274,6 +286,7 @@ def run_session(target: Target, session: dict[str, Any]) -> list[dict[str, Any]]
         session: `device`, and `calls`: each with `operation`, `arguments`, and optionally
             `layouts` (argument path to layout name), `wrt` and `cotangents` (which gradients, of
             what), `reuse` (index of an earlier call whose argument storage is written over).
+        tell: called with the name of each step before it is taken.
 
     Returns:
         One answer per call; after an exception the calls that follow are not made.
@@ -281,8 +294,15 @@ def run_session(target: Target, session: dict[str, Any]) -> list[dict[str, Any]]
     answers: list[dict[str, Any]] = []
     arguments: list[dict[str, Any]] = []
     results: list[Any] = []
-    for call in session["calls"]:
-        answer, given, result = _run_call(target, call, session["device"], arguments)
+    of = len(session["calls"])
+    for number, call in enumerate(session["calls"], 1):
+        where = f" of call {number} of {of}" if of > 1 else ""
+
+        def say(step: str, where: str = where) -> None:
+            if tell is not None:
+                tell(f"{step}{where}")
+
+        answer, given, result = _run_call(target, call, session["device"], arguments, say)
         answers.append(answer)
         arguments.append(given)
         results.append(result)
@@ -295,7 +315,11 @@ def run_session(target: Target, session: dict[str, Any]) -> list[dict[str, Any]]
 
 
 def _run_call(
-    target: Target, call: dict[str, Any], device: str, earlier: list[dict[str, Any]]
+    target: Target,
+    call: dict[str, Any],
+    device: str,
+    earlier: list[dict[str, Any]],
+    say: Callable[[str], None],
 ) -> tuple[dict[str, Any], dict[str, Any], Any]:
     wrt = call.get("wrt") or []
     reuse = call.get("reuse")
@@ -311,11 +335,14 @@ def _run_call(
             # Fresh memory is filled with NaN, so what a target never wrote shows in its result.
             setattr(torch.utils.deterministic, FILL, True)
             torch.use_deterministic_algorithms(True, warn_only=True)
+        say("the forward pass")
         result = getattr(target, call["operation"])(**given)
         if wrt:
+            say("the backward pass")
             answer["gradients"] = _gradients(result, given, wrt, call["cotangents"])
         if device == "cuda":
             torch.cuda.synchronize()
+        say("the reading of its results")
         answer["outputs"] = _plain(result)
         answer["kinds"] = [
             [path, str(t.dtype).removeprefix("torch."), t.device.type, type(t).__name__]

@@ -33,7 +33,8 @@ class Scope:
         operations: what the target provides.
         device: where the target runs.
         dtypes: the dtypes to draw from.
-        largest: 1 for ordinary sizes; an interpreted target gets smaller ones.
+        interpreted: the target runs in an interpreter and gets smaller sizes.
+        world_sizes: numbers of ranks that `expert_parallel` is tried on.
     """
 
     capabilities: Capabilities
@@ -41,6 +42,7 @@ class Scope:
     device: str = "cpu"
     dtypes: tuple[str, ...] = ("float32",)
     interpreted: bool = False
+    world_sizes: tuple[int, ...] = (2, 4)
 
 
 @dataclass(frozen=True)

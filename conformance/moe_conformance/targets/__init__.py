@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 import torch
+import torch.distributed as dist
 from moe_reference import (
     alignment,
     dispatch,
@@ -14,6 +15,7 @@ from moe_reference import (
     load_balancing,
     placement,
 )
+from moe_reference import expert_parallel as _expert_parallel
 from moe_reference import experts as _experts
 from moe_reference.capacity import Policy
 from moe_reference.config import (
@@ -55,6 +57,7 @@ class Reference(Target):
             "layer",
             "slice_experts",
             "slice_tensor_parallel",
+            "expert_parallel",
         ),
         ties="lowest",
     )
@@ -179,3 +182,19 @@ class Reference(Target):
     def place_experts(self, load: Tensor, num_physical: int, num_ranks: int) -> Placement:
         """See `moe_reference.placement.place_experts`."""
         return placement.place_experts(load, num_physical, num_ranks)
+
+    def expert_parallel(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        expert_ids: Tensor,
+        local: ExpertWeights,
+        num_experts: int,
+        config: ExpertsConfig,
+        group: dist.ProcessGroup | None,
+        placement: Placement | None = None,
+    ) -> Tensor:
+        """See `moe_reference.expert_parallel.expert_parallel`."""
+        return _expert_parallel.expert_parallel(
+            x, weights, expert_ids, local, num_experts, config, group, placement
+        )

@@ -1,0 +1,249 @@
+"""Inputs of `expert_parallel`: one set of tokens and experts, cut into what each rank has.
+
+Dimension key: T tokens, H hidden size, K experts per token, E experts, P physical experts, R ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from moe_reference.config import ExpertWeights, Placement
+
+from moe_conformance.codec import replace_tensors, walk
+from moe_conformance.inputs.experts import build_experts, expert_inputs
+from moe_conformance.inputs.given import Content, Given, Inputs, Plan, Plans, Scope
+
+UNIVERSE: dict[str, tuple[Any, ...]] = {"placement": (False, True), "part_of_world": (False, True)}
+"""Every value that the suite draws beside those of `experts`."""
+
+COUNTS = ("equal", "unequal", "one idle", "one busy")
+"""Tokens of the ranks: as many on each; not as many; none on one of them; none on all but one."""
+
+SHARES = ("even", "uneven", "fewer")
+"""Experts of the ranks: as many on each; one more on some; fewer experts than ranks."""
+
+COPIES = ("in a row", "in a row", "dealt out")
+"""Ranks of the physical experts: blocks of consecutive ones, as `place_experts` gives them; or one
+by one in turn, which is as good a placement."""
+
+
+def on_ranks(
+    *,
+    counts: tuple[str, ...] = COUNTS,
+    shares: tuple[str, ...] = SHARES,
+    copies: tuple[bool, ...] = (False,),
+    to_one_rank: bool = False,
+    part_of_world: bool = False,
+    least_k: int = 1,
+    **fixed: Any,
+) -> Given:
+    """Inputs inside the declaration, for one of the world sizes of the scope.
+
+    Args:
+        counts: of `COUNTS`, or "none": no token anywhere.
+        shares: of `SHARES`.
+        copies: with a placement that has copies, without, or either.
+        to_one_rank: all pairs go to experts of one rank.
+        part_of_world: the group is a part of the world, and not its first ranks.
+        least_k: smallest K.
+        **fixed: as for `expert_inputs`.
+    """
+    fixed = {"invalid_ids": (False,), "loads": ("uniform", "skewed", "duplicates"), **fixed}
+    base = expert_inputs(least_k=least_k, expert_map=(False,), **fixed)
+
+    def plans(scope: Scope) -> Plans | None:
+        drawn = base.plans(_without_maps(scope))
+        least = 3 if part_of_world else 1
+        sizes = [size for size in scope.world_sizes if size >= least]
+        allowed = {name: _allowed(scope, name) for name in UNIVERSE}
+        with_copies = tuple(each for each in copies if each in allowed["placement"])
+        possible = sizes and with_copies and part_of_world in allowed["part_of_world"]
+        if drawn is None or not possible:
+            return None
+        return _plans(drawn, sizes, scope, counts, shares, with_copies, to_one_rank, part_of_world)
+
+    return Given(plans, build_on_ranks)
+
+
+def _allowed(scope: Scope, name: str) -> set[Any]:
+    """What is declared of `expert_parallel` by that name, in any of the alternatives."""
+    listed = scope.capabilities.alternatives("expert_parallel")
+    return {value for choice in listed for value in choice.get(name, UNIVERSE[name])}
+
+
+def _without_maps(scope: Scope) -> Scope:
+    """Ids are global here whatever `experts` takes."""
+    choices = [
+        {name: values for name, values in choice.items() if name != "expert_map"}
+        for choice in scope.capabilities.alternatives("experts")
+    ]
+    capabilities = dataclasses.replace(scope.capabilities, experts=choices)
+    return dataclasses.replace(scope, capabilities=capabilities)
+
+
+@st.composite
+def _plans(
+    draw: st.DrawFn,
+    drawn: Plans,
+    sizes: Sequence[int],
+    scope: Scope,
+    counts: tuple[str, ...],
+    shares: tuple[str, ...],
+    copies: tuple[bool, ...],
+    to_one_rank: bool,
+    part_of_world: bool,
+) -> Plan:
+    plan = draw(drawn)
+    world_size = draw(st.sampled_from(sizes))
+    members = list(range(world_size))
+    if part_of_world:
+        members = draw(st.sampled_from(_parts(world_size)))
+    ranks = len(members)
+    most = scope.capabilities.max_experts or 10**6
+    experts = plan["experts"]
+    share = draw(st.sampled_from(shares))
+    if share == "even":
+        experts = max(1, min(-(-experts // ranks), most // ranks)) * ranks
+    elif share == "fewer" and ranks > 1:
+        experts = 1 + experts % (ranks - 1)
+    elif experts % ranks == 0:
+        experts += 1 if experts < most else -1
+    experts = max(1, min(experts, most))
+    physical = None
+    if draw(st.sampled_from(copies)):
+        more = draw(st.integers(1, 2 * ranks))
+        physical = -(-(experts + more) // ranks) * ranks
+    if plan["dtype"] == "float16" and plan["spread"] == "huge":
+        # Rows travel in x's dtype, which has no room for them.
+        plan = {**plan, "spread": "large"}
+    return {
+        **plan,
+        "world_size": world_size,
+        "members": members,
+        "counts": _counts(draw, draw(st.sampled_from(counts)), ranks),
+        "experts": experts,
+        "local": experts,
+        "top_k": min(plan["top_k"], experts),
+        "physical": physical,
+        "copies": draw(st.sampled_from(COPIES)) if physical else None,
+        "to_one_rank": to_one_rank,
+    }
+
+
+def _parts(world_size: int) -> list[list[int]]:
+    """Groups of two ranks or more, in which no rank has its number in the world."""
+    return [
+        list(range(start, stop, step))
+        for step in (1, 2)
+        for start in range(1, world_size)
+        for stop in range(start + step + 1, world_size + 1)
+    ]
+
+
+def _counts(draw: st.DrawFn, kind: str, ranks: int) -> list[int]:
+    """How many tokens each rank has."""
+    some = st.one_of(st.integers(1, 6), st.integers(1, 20))
+    if kind == "none":
+        return [0] * ranks
+    if kind == "equal":
+        return [draw(some)] * ranks
+    of_ranks = [draw(some) for _ in range(ranks)]
+    one = draw(st.integers(0, ranks - 1))
+    if kind == "one busy":
+        return [n if rank == one else 0 for rank, n in enumerate(of_ranks)]
+    if kind == "one idle":
+        of_ranks[one] = 0
+    elif len(set(of_ranks)) == 1:
+        of_ranks[one] += 3
+    return of_ranks
+
+
+def build_on_ranks(plan: Plan) -> Inputs:
+    """The arguments of every rank, and the whole that they are cut from."""
+    counts = plan["counts"]
+    whole = build_experts({**plan, "tokens": sum(counts)})
+    content = Content(plan["seed"] ^ 0x5EED)
+    placement = _placement(content, plan) if plan["physical"] else None
+    held = held_by_ranks(plan["experts"], len(counts), placement)
+    ids = whole["expert_ids"]
+    if plan["to_one_rank"]:
+        ids = _to_one_rank(content, ids, held)
+    together = {**{name: whole[name] for name in ("x", "weights", "experts")}, "expert_ids": ids}
+    given = {
+        "world_size": plan["world_size"],
+        "members": plan["members"],
+        "ranks": cut(together, counts, held),
+        "num_experts": plan["experts"],
+        "config": whole["config"],
+        "placement": placement,
+        "whole": together,
+        "held": held,
+    }
+    paths = [path for path, _ in walk({"ranks": given["ranks"]})]
+    return {**given, "layouts": dict.fromkeys(paths, plan["layout"])}
+
+
+def cut(
+    whole: Mapping[str, Any], counts: Sequence[int], held: Sequence[Sequence[int]]
+) -> list[dict[str, Any]]:
+    """What each rank has for itself: so many tokens, and copies of its experts."""
+    tokens = zip(
+        *(whole[name].split(list(counts)) for name in ("x", "weights", "expert_ids")), strict=True
+    )
+    return [
+        {
+            "x": of_rank[0].clone(),
+            "weights": of_rank[1].clone(),
+            "expert_ids": of_rank[2].clone(),
+            "local": taken(whole["experts"], ids),
+        }
+        for of_rank, ids in zip(tokens, held, strict=True)
+    ]
+
+
+def taken(experts: ExpertWeights, ids: Sequence[int]) -> ExpertWeights:
+    """These experts, in this order; there may be none."""
+    rows = torch.tensor(list(ids), dtype=torch.int64)
+    made: ExpertWeights = replace_tensors(experts, lambda _, tensor: tensor[rows])
+    return made
+
+
+def held_by_ranks(num_experts: int, ranks: int, placement: Placement | None) -> list[list[int]]:
+    """The experts of each rank in the order of its rows, by their logical ids."""
+    if placement is not None:
+        logical = placement.physical_to_logical.tolist()
+        on = placement.rank_of_physical.tolist()
+        return [[e for e, at in zip(logical, on, strict=True) if at == r] for r in range(ranks)]
+    sizes = [len(range(rank, num_experts, ranks)) for rank in range(ranks)]
+    return [list(range(sum(sizes[:r]), sum(sizes[: r + 1]))) for r in range(ranks)]
+
+
+def _placement(content: Content, plan: Plan) -> Placement:
+    """Every expert once, and further copies of any; more than one may be on the same rank."""
+    experts, physical, ranks = plan["experts"], plan["physical"], len(plan["counts"])
+    further = content.integers(0, experts - 1, physical - experts)
+    logical = torch.cat([torch.arange(experts), further])[content.permutation(physical)]
+    places = [(logical == e).nonzero()[:, 0].tolist() for e in range(experts)]
+    most = max(map(len, places))
+    rows = torch.arange(physical)
+    return Placement(
+        physical_to_logical=logical,
+        logical_to_physical=torch.tensor([p + [-1] * (most - len(p)) for p in places]),
+        replica_count=torch.tensor([len(p) for p in places]),
+        rank_of_physical=rows % ranks
+        if plan["copies"] == "dealt out"
+        else rows * ranks // physical,
+    )
+
+
+def _to_one_rank(
+    content: Content, ids: torch.Tensor, held: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """The same ids folded onto the experts of one rank that has some."""
+    some = [of_rank for of_rank in held if of_rank]
+    of_rank = torch.tensor(some[int(content.integers(0, len(some) - 1))], dtype=ids.dtype)
+    return of_rank[ids.long() % len(of_rank)]
