@@ -32,9 +32,9 @@ from moe_conformance.judge import (
 from moe_conformance.precision import Arithmetic
 from moe_conformance.registry import MUST, requirement
 from moe_conformance.requirements.experts import (
-    _cotangent,
-    _expected_gradients,
     arithmetic_of,
+    cotangent_of,
+    expected_gradients,
     left_alone,
 )
 
@@ -286,7 +286,7 @@ def paths_of(case: Case) -> list[str]:
 def with_gradients(case: Case) -> Answer:
     """One call on all ranks, and its backward on all ranks."""
     ranks = case["ranks"]
-    cotangents = _cotangent(case["whole"]["x"]).split(counts_of(case))
+    cotangents = cotangent_of(case["whole"]["x"]).split(counts_of(case))
     call = case.planned(
         OPERATION,
         wrt=[f"ranks.{rank}.{path}" for rank in range(len(ranks)) for path in paths_of(case)],
@@ -333,7 +333,7 @@ def judge_gradients(case: Case, found: dict[str, Tensors], names: str = " on ran
         found: by path, one tensor for each rank, or one for all.
         names: which they are.
     """
-    expected, bound = _expected_gradients(case, whole(case))
+    expected, bound = expected_gradients(case, whole(case))
     size = len(case["ranks"])
     for path, gradients in found.items():
         right, at_most = expected[whole_path(path)], bound[whole_path(path)]

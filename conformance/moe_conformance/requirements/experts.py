@@ -436,7 +436,7 @@ def _judge_gradients(
     case: Case, given: dict[str, Any], found: dict[str, torch.Tensor | None]
 ) -> None:
     """Hold gradients of `experts` on these arguments against those in float64."""
-    expected, bound = _expected_gradients(case, given)
+    expected, bound = expected_gradients(case, given)
     for path, gradient in found.items():
         if gradient is None:
             raise Violation(f"gradient of {path}: expected a tensor, got None")
@@ -469,13 +469,14 @@ def _gradients(case: Case, given: dict[str, Any]) -> dict[str, torch.Tensor | No
         f"experts.{name}" for name in ("gate_up_bias", "down_bias")
         if getattr(given["experts"], name) is not None
     ]  # fmt: skip
-    call = case.planned("experts", wrt=paths, cotangents={"": _cotangent(given["x"])}, **given)
+    call = case.planned("experts", wrt=paths, cotangents={"": cotangent_of(given["x"])}, **given)
     answer = case.session([call])[0]
     output_of(answer, given["x"])
     return answer.gradients
 
 
-def _cotangent(x: torch.Tensor) -> torch.Tensor:
+def cotangent_of(x: torch.Tensor) -> torch.Tensor:
+    """What an output of x's shape and dtype is differentiated with."""
     return Content(x.numel()).normal(*x.shape).to(x.dtype)
 
 
@@ -483,7 +484,7 @@ def _dtype(given: dict[str, Any], path: str) -> torch.dtype:
     return dict(walk(given))[path].dtype
 
 
-def _expected_gradients(
+def expected_gradients(
     case: Case, given: dict[str, Any]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Float64 gradients, and how far a legal answer may be from them.
@@ -498,7 +499,10 @@ def _expected_gradients(
     paths = [path for path, t in walk(wide) if t.requires_grad]
     leaves = dict(walk(wide))
     found = torch.autograd.grad(
-        value, [leaves[path] for path in paths], _cotangent(given["x"]).double(), allow_unused=True
+        value,
+        [leaves[path] for path in paths],
+        cotangent_of(given["x"]).double(),
+        allow_unused=True,
     )
     expected = {
         path: torch.zeros_like(leaves[path]) if g is None else g
@@ -547,7 +551,7 @@ def _gradient_sizes(given: dict[str, Any], relative: float) -> dict[str, torch.T
     experts = given["experts"]
     x, weights = given["x"].double(), given["weights"].double()
     gate_up, down = experts.gate_up.double(), experts.down.double()
-    cotangent = _cotangent(given["x"]).double().abs()
+    cotangent = cotangent_of(given["x"]).double().abs()
     local = local_ids(given["expert_ids"], len(gate_up), given["expert_map"])
     size = {
         "x": torch.zeros_like(x),
@@ -989,7 +993,7 @@ def gradients_of_a_batch_are_those_of_its_rows(case: Case) -> None:
     fields = [f for f, tensor in vars(case["experts"]).items() if tensor is not None]
     paths = ["x", *(f"experts.{field}" for field in fields)]
     given = _batch(case, x=_padded(case, torch.nan))
-    call = case.planned("experts_batched", wrt=paths, cotangents={"": _cotangent(x)}, **given)
+    call = case.planned("experts_batched", wrt=paths, cotangents={"": cotangent_of(x)}, **given)
     answer = case.session([call])[0]
     output_of(answer, x)
     found = dict(answer.gradients)
