@@ -1,7 +1,7 @@
 """Calls and answers as JSON beside a safetensors blob: one form on the pipe and on disk.
 
 A value is a tree of None, numbers, strings, dtypes, tensors, lists, dictionaries and the
-configuration dataclasses of `moe_reference`. Tensors go into a flat dictionary and leave their key
+dataclasses of `moe_reference`. Tensors go into a flat dictionary and leave their key
 in the tree, so that what a case was can be read without a program and restored to the last bit.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from moe_reference import config as configurations
+from moe_reference.quantized_tensors import QuantizedExperts, QuantizedTensor
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
@@ -25,7 +26,7 @@ _DATACLASSES = {
     name: value
     for name, value in vars(configurations).items()
     if isinstance(value, type) and dataclasses.is_dataclass(value)
-}
+} | {each.__name__: each for each in (QuantizedTensor, QuantizedExperts)}
 
 
 def encode(value: Any, tensors: Tensors, path: str = "") -> Any:
@@ -78,6 +79,8 @@ def decode(tree: Any, tensors: Tensors) -> Any:
     if "dict" in tree:
         return {name: decode(item, tensors) for name, item in tree["dict"].items()}
     made = {name: decode(item, tensors) for name, item in tree["fields"].items()}
+    if tree["dataclass"] == QuantizedTensor.__name__:
+        made["shape"] = tuple(made["shape"])
     return _DATACLASSES[tree["dataclass"]](**made)
 
 

@@ -57,7 +57,7 @@ class Effort:
 
 
 PROFILES: dict[str, Effort] = {
-    "smoke": Effort(6, 2, 300),
+    "smoke": Effort(5, 2, 300),
     "cpu": Effort(60, 10, 300),
     "full": Effort(400, 40, 1000),
 }

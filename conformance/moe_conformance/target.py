@@ -36,10 +36,24 @@ OPERATIONS: tuple[str, ...] = (
 
 DTYPES: tuple[str, ...] = ("float32", "bfloat16", "float16", "float64")
 
+FORMATS: tuple[str, ...] = (
+    "uint4b8",
+    "uint8b128",
+    "uint4",
+    "e4m3",
+    "mxfp4",
+    "nvfp4",
+    "Q8_0",
+    "Q8_1",
+    "Q4_K",
+)
+"""Quantised formats; what each one's codes stand for says `docs/spec/quantization.md`."""
+
 ROUNDING_POINTS: dict[str, str] = {
     "router_logits": "the router's product is rounded to x's dtype",
     "router_scores": "scores are rounded to the logits' dtype, and what follows is computed in it",
     "router_weights": "the routing weights are rounded to the logits' dtype",
+    "unpacked_weights": "quantised weights, unpacked, are rounded before each product",
     "expert_input": "x times its weight is rounded before the first product (weight_on = input)",
     "product": "each product is rounded before its bias is added",
     "pre_activation": "the first product's result is rounded before the activation",
@@ -104,7 +118,10 @@ class Capabilities:
         intermediate_multiple: I must be a multiple of this.
         block_sizes: allowed block sizes of `align`; None allows any.
         world_sizes: numbers of ranks that `expert_parallel` runs on; () runs on any.
-        formats: quantised formats.
+        formats: quantised formats, of `FORMATS`.
+        quantization: the same as `experts` for `group_size` (-1 is one group), `scale_dtype`,
+            `g_idx` and `padding` (with and without) of packed tensors, and for `granularity` of
+            e4m3 (tensor, channel, block).
         gradients: operations whose outputs carry gradients.
         ties: "lowest" (the lowest expert id wins) or "free".
         strides: non-contiguous inputs are taken.
@@ -138,7 +155,8 @@ class Capabilities:
     intermediate_multiple: int = 1
     block_sizes: tuple[int, ...] | None = None
     world_sizes: tuple[int, ...] = ()
-    formats: tuple[str, ...] = ()
+    formats: tuple[str, ...] = FORMATS
+    quantization: Choices | Sequence[Choices] = field(default_factory=dict)
     gradients: tuple[str, ...] = ()
     ties: str = "free"
     strides: bool = True
@@ -156,6 +174,7 @@ class Capabilities:
         _check_known("dtypes", self.dtypes, DTYPES)
         _check_known("id_dtypes", self.id_dtypes, ("int32", "int64"))
         _check_known("rounding_points", self.rounding_points, tuple(ROUNDING_POINTS))
+        _check_known("formats", self.formats, FORMATS)
         _check_known("gradients", self.gradients, OPERATIONS)
         _check_known("accumulator", (self.accumulator,), ACCUMULATORS)
         _check_known("ties", (self.ties,), ("lowest", "free"))

@@ -419,6 +419,8 @@ def lay_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
     poison: float = float("nan") if tensor.is_floating_point() else 2**20
     if tensor.dtype is torch.bool:
         poison = True
+    elif tensor.dtype is torch.uint8:
+        poison = 2**8 - 1
     if layout == "transposed":
         return (
             tensor.transpose(-1, -2).clone(memory_format=torch.contiguous_format).transpose(-1, -2)

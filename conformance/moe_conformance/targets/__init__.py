@@ -14,6 +14,7 @@ from moe_reference import (
     layer,
     load_balancing,
     placement,
+    quantization,
 )
 from moe_reference import expert_parallel as _expert_parallel
 from moe_reference import experts as _experts
@@ -28,6 +29,8 @@ from moe_reference.config import (
     Placement,
     RoutingConfig,
 )
+from moe_reference.quantized_experts import experts_quantized
+from moe_reference.quantized_tensors import QuantizedExperts, QuantizedTensor
 
 from moe_conformance.target import Capabilities, Target, suite_version
 
@@ -198,3 +201,19 @@ class Reference(Target):
         return _expert_parallel.expert_parallel(
             x, weights, expert_ids, local, num_experts, config, group, placement
         )
+
+    def dequantize(self, packed: QuantizedTensor) -> Tensor:
+        """See `moe_reference.quantization.dequantize`."""
+        return quantization.dequantize(packed)
+
+    def experts_quantized(
+        self,
+        x: Tensor,
+        experts: QuantizedExperts,
+        weights: Tensor,
+        expert_ids: Tensor,
+        config: ExpertsConfig,
+        expert_map: Tensor | None = None,
+    ) -> Tensor:
+        """See `moe_reference.quantized_experts.experts_quantized`."""
+        return experts_quantized(x, experts, weights, expert_ids, config, expert_map)
