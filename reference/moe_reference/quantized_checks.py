@@ -102,7 +102,9 @@ def check_quantized(name: str, tensor: object) -> None:
             f"got {shape}"
         )
     _check_group_size(name, tensor.group_size, known, tensor.format)
-    check_width(f"{name}.packed", D, tensor.format, tensor.group_size)
+    # With g_idx a group's columns stand anywhere, and a slice has any number of them.
+    in_order = tensor.group_size if tensor.g_idx is None else -1
+    check_width(f"{name}.packed", D, tensor.format, in_order)
     _check_parts(name, tensor, known, D)
 
 

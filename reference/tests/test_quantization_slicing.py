@@ -184,6 +184,13 @@ def test_columns_with_g_idx_keep_all_scales(format, world_size):
     assert torch.allclose(total, experts(x, whole, router, ids, config), rtol=1e-11, atol=1e-11)
 
 
+def test_columns_with_g_idx_may_be_fewer_than_a_group():
+    g_idx = random_g_idx(2, 64, 32)
+    packed = quantize(torch.randn(2, 8, 64), "uint4b8", group_size=32, g_idx=g_idx)
+    part = take_packed_columns(packed, 8, 16)
+    assert torch.equal(dequantize(part), dequantize(packed)[..., 8:16])
+
+
 def test_ranks_past_i_get_a_width_of_0():
     packed = quantize_experts(random_weights(1, 8, 32), "uint4b8", group_size=8)
     with pytest.raises(ValueError, match="a word of uint4b8 ends"):
