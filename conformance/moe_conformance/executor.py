@@ -79,6 +79,7 @@ class InlineExecutor:
 
         The ranks of a session for several are threads, each with a copy of the target.
         """
+        worker.draw_once()
         if "world_size" in session:
             from moe_conformance.rank_threads import run_on_threads
 

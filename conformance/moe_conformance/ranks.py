@@ -153,6 +153,7 @@ def run(
     part = unpack(packed)
     for call in part["calls"]:
         call["arguments"]["group"] = group
+    worker.draw_once()
     answers = worker.run_session(worker.loaded(name), part, _tell)
     return answers[-1]["error"], worker.pack_answers(answers)
 

@@ -258,7 +258,16 @@ def run(name: str, packed: tuple[str, bytes]) -> tuple[str, bytes]:
     _sessions += 1
     if _sessions % 64 == 0 and os.fstat(1).st_size > LOG_BYTES:
         os.ftruncate(1, 0)
+    draw_once()
     return pack_answers(run_session(_loaded[name], unpack(packed)))
+
+
+def draw_once() -> None:
+    """Move torch's random state on: where a seed was just set, the same one set again shows then.
+
+    Once for a session and not for a call: ranks that are threads share the state.
+    """
+    torch.rand(())
 
 
 def loaded(name: str) -> Target:
@@ -326,8 +335,6 @@ def _run_call(
     given = place_arguments(call, device, wrt, None if reuse is None else earlier[reuse])
     before = [(path, tensor.detach().clone()) for path, tensor in walk(given)]
     poisoned = bool(call.get("poison"))
-    # Where a seed has just been set, the same seed set once more would not show.
-    torch.rand(())
     state = _global_state()
     began = time.perf_counter()
     answer: dict[str, Any] = {"error": None, "gradients": {}, "changed": [], "shared": []}
