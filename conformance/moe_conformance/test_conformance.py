@@ -18,6 +18,7 @@ def test_requirement(moespec_requirement: Any, moespec_target: Any) -> None:
     effort = effort_for(options.profile, None, scope.interpreted)
     result = run_requirement(moespec_requirement, scope, executor, effort, options.seed)
     if result.status in ("not_provided", "unsupported"):
+        # Nothing was tried, which is not a pass; the report counts it apart as well.
         pytest.skip(f"{result.status}: {result.message}")
     if result.status in ("pass", "marginal", "observed"):
         return
@@ -28,5 +29,6 @@ def test_requirement(moespec_requirement: Any, moespec_target: Any) -> None:
         saved = save_case(root, result.failure, scope, options.targets[0], about)
         text += f"\nreplay: moespec replay {saved}"
     if result.status == "warn":
+        # A SHOULD that does not hold is shown, and fails nobody.
         pytest.xfail(text)
     pytest.fail(text, pytrace=False)

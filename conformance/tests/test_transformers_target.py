@@ -71,15 +71,14 @@ ACTIVATIONS = {
 }
 T, H, I, E, K = 11, 16, 24, 8, 3
 
+# Defects of transformers, on docs/findings.md. Strict: one that is mended there has to leave here.
 NO_SENTINEL = pytest.mark.xfail(
     reason="GptOssExperts.forward gives one_hot E classes and so refuses the sentinel E",
-    raises=RuntimeError,
-    strict=False,
+    raises=pytest.RaisesExc(RuntimeError, match="Class values must be smaller than num_classes"),
 )
 NO_GRADIENT = pytest.mark.xfail(
     reason="eager starts from zeros_like(x), which has no gradient when nothing is added",
-    raises=AssertionError,
-    strict=False,
+    raises=pytest.RaisesExc(AssertionError, match="requires_grad"),
 )
 
 
