@@ -10,22 +10,21 @@ from moe_optimized.alignment import (
     sort_slots,
     tile_table,
 )
-from moe_optimized.interpreter import HAS_TRITON, launches
+from moe_optimized.interpreter import launches
 from moe_reference import alignment as reference
 
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
 implementations = pytest.mark.parametrize(
     "implementation",
     [
         pytest.param(align_torch, id="torch"),
-        pytest.param(align_triton, id="triton", marks=needs_triton),
+        pytest.param(align_triton, id="triton", marks=pytest.mark.triton),
     ],
 )
 batched_implementations = pytest.mark.parametrize(
     "implementation",
     [
         pytest.param(align_batched_torch, id="torch"),
-        pytest.param(align_batched_triton, id="triton", marks=needs_triton),
+        pytest.param(align_batched_triton, id="triton", marks=pytest.mark.triton),
     ],
 )
 
@@ -93,7 +92,7 @@ def test_bad_arguments_are_refused(implementation):
         implementation(ids.float(), 4, 4)
 
 
-@needs_triton
+@pytest.mark.triton
 def test_many_slots_take_three_launches(monkeypatch):
     monkeypatch.setattr(alignment, "_CHUNK", 128)
     for mapped in (False, True):
@@ -109,7 +108,7 @@ def test_many_slots_take_three_launches(monkeypatch):
     assert launches - before == {"align_place_kernel": 1}
 
 
-@needs_triton
+@pytest.mark.triton
 @pytest.mark.parametrize("chunk", [128, 4096])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_tile_table_covers_each_row_once(shape, chunk, monkeypatch):

@@ -11,22 +11,21 @@ from moe_optimized.dispatch import (
     places_of,
     spread,
 )
-from moe_optimized.interpreter import HAS_TRITON, launches
+from moe_optimized.interpreter import launches
 from moe_reference import dispatch as reference
 
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
 dispatches = pytest.mark.parametrize(
     "implementation",
     [
         pytest.param(dispatch_torch, id="torch"),
-        pytest.param(dispatch_triton, id="triton", marks=needs_triton),
+        pytest.param(dispatch_triton, id="triton", marks=pytest.mark.triton),
     ],
 )
 combines = pytest.mark.parametrize(
     "implementation",
     [
         pytest.param(combine_torch, id="torch"),
-        pytest.param(combine_triton, id="triton", marks=needs_triton),
+        pytest.param(combine_triton, id="triton", marks=pytest.mark.triton),
     ],
 )
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -144,7 +143,7 @@ def test_gradients_in_float64():
     )
 
 
-@needs_triton
+@pytest.mark.triton
 def test_the_kernels_are_launched():
     before = launches.copy()
     x, ids = torch.randn(4, 3), torch.randint(0, 3, (4, 2))

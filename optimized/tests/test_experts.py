@@ -9,11 +9,9 @@ from moe_optimized.experts import (
     sum_of_experts_triton,
 )
 from moe_optimized.experts_triton import Shapes, TileShape, tile_shapes
-from moe_optimized.interpreter import HAS_TRITON, launches
+from moe_optimized.interpreter import launches
 from moe_reference import experts as reference
 from moe_reference.config import ExpertsConfig, ExpertWeights
-
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
 
 
 def experts_grouped(x, experts, weights, ids, config, expert_map=None):
@@ -27,14 +25,14 @@ implementations = pytest.mark.parametrize(
     [
         pytest.param(experts_torch, id="torch"),
         pytest.param(experts_grouped, id="grouped"),
-        pytest.param(experts_triton, id="triton", marks=needs_triton),
+        pytest.param(experts_triton, id="triton", marks=pytest.mark.triton),
     ],
 )
 batched_implementations = pytest.mark.parametrize(
     "implementation",
     [
         pytest.param(experts_batched_torch, id="torch"),
-        pytest.param(experts_batched_triton, id="triton", marks=needs_triton),
+        pytest.param(experts_batched_triton, id="triton", marks=pytest.mark.triton),
     ],
 )
 
@@ -234,7 +232,7 @@ def test_float64_takes_the_loop(make_experts):
     )
 
 
-@needs_triton
+@pytest.mark.triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_many_tiles_with_ragged_edges(dtype, make_experts, assert_close):
     T, K, E, H, I = 40, 2, 3, 40, 24
@@ -251,7 +249,7 @@ def test_many_tiles_with_ragged_edges(dtype, make_experts, assert_close):
         assert_close(out, expected, dtype)
 
 
-@needs_triton
+@pytest.mark.triton
 def test_the_kernels_are_launched_and_need_no_host(make_experts):
     before = launches.copy()
     ids = torch.randint(0, 3, (5, 2))
@@ -295,7 +293,7 @@ def test_batched_agrees_with_the_reference(implementation, dtype, make_experts, 
 
 
 @pytest.mark.parametrize(
-    "implementation", [experts_torch, pytest.param(experts_triton, marks=needs_triton)]
+    "implementation", [experts_torch, pytest.param(experts_triton, marks=pytest.mark.triton)]
 )
 def test_bad_arguments_are_refused(implementation, make_experts):
     experts, config = make_experts(3, 8, 6), ExpertsConfig()

@@ -10,11 +10,11 @@ from moe_optimized.experts import (
     sum_of_experts_triton,
 )
 from moe_optimized.experts_triton import Shapes, TileShape, run_forward, tile_shapes
-from moe_optimized.interpreter import HAS_TRITON, launches
+from moe_optimized.interpreter import launches
 from moe_reference import experts as reference
 from moe_reference.config import ExpertsConfig, ExpertWeights
 
-pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
+pytestmark = pytest.mark.triton
 
 NAMES = ("x", "weights", "gate_up", "down", "gate_up_bias", "down_bias")
 

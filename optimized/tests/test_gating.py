@@ -8,13 +8,11 @@ from moe_optimized.gating import (
     route_with_counts_torch,
     route_with_counts_triton,
 )
-from moe_optimized.interpreter import HAS_TRITON, launches
+from moe_optimized.interpreter import launches
 from moe_reference.config import RoutingConfig
 from moe_reference.gating import route as reference
 
-kernel = pytest.param(
-    route_triton, id="triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
-)
+kernel = pytest.param(route_triton, id="triton", marks=pytest.mark.triton)
 implementations = pytest.mark.parametrize(
     "implementation", [pytest.param(route_torch, id="torch"), kernel]
 )
@@ -26,7 +24,7 @@ counting = pytest.mark.parametrize(
         pytest.param(
             route_with_counts_triton,
             id="triton",
-            marks=pytest.mark.skipif(not HAS_TRITON, reason="no Triton"),
+            marks=pytest.mark.triton,
         ),
     ],
 )
@@ -340,7 +338,7 @@ def test_counts_of_a_table_of_nothing_and_of_strided_masks(implementation, asser
             implementation(logits, RoutingConfig(top_k=2), None, None, bad)
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
+@pytest.mark.triton
 def test_while_a_graph_is_captured_no_memory_outside_the_table_is_read(monkeypatch):
     monkeypatch.setattr("moe_optimized.gating._is_captured", lambda _: True)
     table = torch.tensor([[0, 1], [7, 1]])
@@ -354,7 +352,7 @@ def test_while_a_graph_is_captured_no_memory_outside_the_table_is_read(monkeypat
     assert not logits.grad[1:].any()
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
+@pytest.mark.triton
 def test_one_kernel_each_way():
     before = launches.copy()
     logits = torch.randn(100, 12).requires_grad_()

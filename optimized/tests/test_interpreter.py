@@ -4,7 +4,6 @@ import sys
 import pytest
 import torch
 from moe_optimized.interpreter import (
-    HAS_TRITON,
     INTERPRETED,
     dot,
     jit,
@@ -15,7 +14,7 @@ from moe_optimized.interpreter import (
     tl,
 )
 
-pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
+pytestmark = pytest.mark.triton
 only_interpreted = pytest.mark.skipif(not INTERPRETED, reason="kernels are compiled here")
 
 

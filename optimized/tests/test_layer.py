@@ -14,7 +14,7 @@ from moe_optimized import (
     router,
 )
 from moe_optimized import layer as layer_module
-from moe_optimized.interpreter import HAS_TRITON, launches
+from moe_optimized.interpreter import launches
 from moe_optimized.layer import layer_torch, layer_triton
 from moe_reference.config import (
     BalanceConfig,
@@ -33,12 +33,11 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
 implementations = pytest.mark.parametrize(
     "implementation",
     [
         pytest.param(layer_torch, id="torch"),
-        pytest.param(layer_triton, id="triton", marks=needs_triton),
+        pytest.param(layer_triton, id="triton", marks=pytest.mark.triton),
     ],
 )
 CONFIG = LayerConfig(RoutingConfig(top_k=2, renormalize=True, scale=1.5))
@@ -163,7 +162,7 @@ def test_the_balance_loss_is_that_of_the_reference(implementation, loss, make_la
         assert_close(ours, theirs)
 
 
-@needs_triton
+@pytest.mark.triton
 def test_the_kernels_are_launched(make_layer):
     parameters, x = make_layer(), torch.randn(1, 5, 16)
     before = launches.copy()
@@ -246,7 +245,7 @@ class Router(torch.autograd.Function):
 READS = {"aten::_local_scalar_dense", "on the host"}
 
 
-@needs_triton
+@pytest.mark.triton
 @pytest.mark.parametrize(("N", "L"), [(1, 1), (2, 4096)])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("training", [False, True])

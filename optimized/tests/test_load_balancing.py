@@ -3,7 +3,7 @@ from typing import get_args
 
 import pytest
 import torch
-from moe_optimized.interpreter import HAS_TRITON, launches
+from moe_optimized.interpreter import launches
 from moe_optimized.load_balancing import (
     balance_loss,
     balance_loss_torch,
@@ -19,7 +19,6 @@ from moe_reference import load_balancing as reference
 from moe_reference.config import BalanceConfig, Loss, Score
 
 NAN, INF = float("nan"), float("inf")
-only_with_triton = pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
 
 
 def either(in_torch, in_triton):
@@ -27,7 +26,7 @@ def either(in_torch, in_triton):
         "implementation",
         [
             pytest.param(in_torch, id="torch"),
-            pytest.param(in_triton, id="triton", marks=only_with_triton),
+            pytest.param(in_triton, id="triton", marks=pytest.mark.triton),
         ],
     )
 
@@ -273,7 +272,7 @@ def test_what_gives_no_loss_is_refused_as_by_the_reference(implementation):
         implementation(logits, ids, None)
 
 
-@only_with_triton
+@pytest.mark.triton
 @pytest.mark.parametrize("loss", ["switch", "deepseek_sequence", "deepseek_device"])
 def test_many_partial_sums_are_added_in_a_fixed_order(loss, monkeypatch, assert_close):
     monkeypatch.setattr("moe_optimized.load_balancing._PROGRAMS", 3)
@@ -293,7 +292,7 @@ def test_many_partial_sums_are_added_in_a_fixed_order(loss, monkeypatch, assert_
     assert_close(grad, exact_grad)
 
 
-@only_with_triton
+@pytest.mark.triton
 def test_the_kernels_are_launched_and_the_logits_are_all_that_is_kept():
     logits, ids = draw(20, 12, 3, torch.float16)
     logits.requires_grad_()
@@ -321,7 +320,7 @@ def test_the_kernels_are_launched_and_the_logits_are_all_that_is_kept():
     assert launches - before == {"update_bias_kernel": 1}
 
 
-@only_with_triton
+@pytest.mark.triton
 def test_float64_is_refused_by_the_kernels():
     wide = torch.randn(4, 3, dtype=torch.float64)
     for call in (

@@ -13,7 +13,6 @@ from moe_optimized.experts import (
     experts_triton,
 )
 from moe_optimized.gating import look_up, route_with_counts_torch
-from moe_optimized.interpreter import HAS_TRITON
 from moe_optimized.layer import layer, layer_triton
 from moe_optimized.router import router_logits
 from moe_reference.config import (
@@ -25,7 +24,6 @@ from moe_reference.config import (
     RoutingConfig,
 )
 
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
 T, K, E, H, I = 9, 2, 4, 16, 8
 
 
@@ -69,7 +67,7 @@ class CompiledOnce:
 OPERATORS = [
     operators.experts_cpu,
     operators.experts_grouped,
-    pytest.param(operators.experts_triton, marks=needs_triton),
+    pytest.param(operators.experts_triton, marks=pytest.mark.triton),
 ]
 
 
@@ -114,7 +112,7 @@ def test_every_operator_is_listed():
     assert listed == {n.removeprefix("moespec::") for n in names if n.startswith("moespec::")}
 
 
-@needs_triton
+@pytest.mark.triton
 def test_operators_of_the_routing_are_what_they_say():
     logits = torch.randn(T, E, requires_grad=True)
     mask, bias = torch.rand(T) < 0.5, torch.rand(E)
@@ -139,7 +137,7 @@ def test_operators_of_the_routing_are_what_they_say():
         torch.testing.assert_close(ours, theirs)
 
 
-@needs_triton
+@pytest.mark.triton
 @pytest.mark.parametrize("router_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.bfloat16, torch.float32)], ids=str)
 def test_the_router_is_what_it_says(dtypes, router_dtype, assert_close):
@@ -186,7 +184,7 @@ def test_operators_of_the_alignment_are_what_they_say():
 
 
 @pytest.mark.parametrize(
-    "run", [experts, experts_torch, pytest.param(experts_triton, marks=needs_triton)]
+    "run", [experts, experts_torch, pytest.param(experts_triton, marks=pytest.mark.triton)]
 )
 def test_experts_compile_once_for_every_number_of_tokens(run, make_experts):
     _, matrices, *_ = leaves(make_experts)
@@ -229,7 +227,7 @@ def test_a_compiled_call_still_refuses_a_map_that_leads_nowhere(make_experts):
 
 
 @pytest.mark.parametrize(
-    "run", [experts_batched, pytest.param(experts_batched_triton, marks=needs_triton)]
+    "run", [experts_batched, pytest.param(experts_batched_triton, marks=pytest.mark.triton)]
 )
 def test_batched_experts_compile(run, make_experts):
     matrices = make_experts(E, H, I)
@@ -245,7 +243,9 @@ def test_batched_experts_compile(run, make_experts):
     torch.testing.assert_close(gradients(ours, [x]), gradients(theirs, [x]))
 
 
-LAYERS = pytest.mark.parametrize("run", [layer, pytest.param(layer_triton, marks=needs_triton)])
+LAYERS = pytest.mark.parametrize(
+    "run", [layer, pytest.param(layer_triton, marks=pytest.mark.triton)]
+)
 
 
 @LAYERS

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from moe_conformance.target import OPERATIONS, Unsupported
-from moe_optimized.interpreter import HAS_TRITON, INTERPRETED, launches
+from moe_optimized.interpreter import INTERPRETED, launches
 from moe_optimized.targets import Optimized, OptimizedTriton
 from moe_reference.config import (
     BalanceConfig,
@@ -29,7 +29,7 @@ targets = pytest.mark.parametrize(
     "target",
     [
         Optimized,
-        pytest.param(OptimizedTriton, marks=pytest.mark.skipif(not HAS_TRITON, reason="no Triton")),
+        pytest.param(OptimizedTriton, marks=pytest.mark.triton),
     ],
 )
 
@@ -79,7 +79,7 @@ def test_every_operation_answers_in_every_declared_dtype(target):
             assert (launches.total() > before) == (target is OptimizedTriton)
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
+@pytest.mark.triton
 def test_float64_is_unsupported_by_the_kernels():
     for operation, given in arguments(torch.float64).items():
         if not operation.startswith("align"):

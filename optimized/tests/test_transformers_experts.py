@@ -3,7 +3,7 @@
 import pytest
 import torch
 from moe_optimized.experts import experts_triton
-from moe_optimized.interpreter import HAS_TRITON, launches
+from moe_optimized.interpreter import launches
 from moe_reference.config import ExpertsConfig
 
 transformers = pytest.importorskip("transformers")
@@ -108,7 +108,7 @@ def test_it_is_our_experts_that_compute(monkeypatch):
     assert seen == [(5, 16)] * 2
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
+@pytest.mark.triton
 @pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
 def test_the_kernels_take_the_layout_as_it_is(name, monkeypatch):
     model, ids = made(name), torch.randint(0, 32, (1, 5))
