@@ -121,6 +121,9 @@ class _Counting:
         self.different += self.comparing.different
         return answers
 
+    def renew(self):
+        return False
+
     def close(self):
         pass
 

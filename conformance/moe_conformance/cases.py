@@ -80,6 +80,7 @@ class SavedCase:
         message: how it failed.
         kind: fail, crash or timeout.
         flips: whether it failed in some calls and not in others.
+        self_contained: whether it failed in a new process too, without the calls before it.
         inputs_digest: names the inputs to the bit.
     """
 
@@ -95,6 +96,7 @@ class SavedCase:
     message: str
     kind: str
     flips: bool
+    self_contained: bool
     inputs_digest: str
 
     def arguments(
@@ -161,6 +163,7 @@ def save_case(
         "message": str(violation),
         "kind": violation.kind,
         "flips": failure.flips,
+        "self_contained": failure.self_contained,
         "plan": failure.plan,
         "inputs_digest": digest(inputs),
         "scope": asdict(scope),
@@ -225,6 +228,7 @@ def load_case(path: str | Path) -> SavedCase:
             message=content["message"],
             kind=content["kind"],
             flips=content["flips"],
+            self_contained=content["self_contained"],
             inputs_digest=content["inputs_digest"],
         )
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -54,6 +54,14 @@ class Executor(Protocol):
         """Run the session; raise `TargetLost` if there is no answer to be had."""
         ...
 
+    def renew(self) -> bool:
+        """Let the next session meet a target that has answered none; False where none is to be had.
+
+        Raises:
+            TargetLost, worker.LoadError: the target could not be loaded again.
+        """
+        ...
+
     def close(self) -> None:
         """Let go of the process, if there is one."""
         ...
@@ -88,6 +96,10 @@ class InlineExecutor:
                 self._ranks[size] = [copy.copy(self.target) for _ in range(size)]
             return run_on_threads(self._ranks[size], session)
         return worker.run_session(self.target, session)
+
+    def renew(self) -> bool:
+        """Not to be had: what a module keeps outlives every new target of it."""
+        return False
 
     def close(self) -> None:
         """Nothing to let go of."""
@@ -152,11 +164,15 @@ class WorkerExecutor:
             self._groups.pop(key).close()
         return answers
 
+    def renew(self) -> bool:
+        """End the worker and the ranks; the next session gets new ones."""
+        self._end()
+        self._start()
+        return True
+
     def close(self) -> None:
         """End the worker, the ranks, and everything that they started."""
-        while self._groups:
-            self._groups.popitem()[1].close()
-        self._kill()
+        self._end()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._log)
 
@@ -170,6 +186,11 @@ class WorkerExecutor:
         except (worker.LoadError, TargetLost):
             self._kill()
             raise
+
+    def _end(self) -> None:
+        while self._groups:
+            self._groups.popitem()[1].close()
+        self._kill()
 
     def _kill(self) -> None:
         if self._process is not None:

@@ -449,6 +449,7 @@ def _failure(failure: Failure) -> dict[str, Any]:
     return {
         "kind": violation.kind,
         "flips": failure.flips,
+        "self_contained": failure.self_contained,
         "plan": failure.plan,
         "calls": [c["operation"] for session, _ in failure.sessions for c in session["calls"]],
         "inputs": preview_inputs(failure.inputs),

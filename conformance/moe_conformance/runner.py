@@ -91,7 +91,12 @@ def effort_for(profile: str, examples: int | None, interpreted: bool) -> Effort:
 
 @dataclass
 class Failure:
-    """The smallest case found that breaks a requirement."""
+    """The smallest case found that breaks a requirement.
+
+    Attributes:
+        flips: whether the same case failed at one time and passed at another.
+        self_contained: whether it fails in a new process too, without the calls before it.
+    """
 
     requirement: Requirement
     plan: Plan
@@ -99,6 +104,7 @@ class Failure:
     violation: Violation
     sessions: list[tuple[dict[str, Any], list[dict[str, Any]]]]
     flips: bool = False
+    self_contained: bool = True
 
     @property
     def size(self) -> tuple[int, int]:
@@ -131,6 +137,7 @@ class _Search:
     effort: Effort
     result: Result
     failure: Failure | None = None
+    failing: list[Plan] = field(default_factory=list)
     failed_at: float = 0.0
     shrinks: int = 0
     final: bool = False
@@ -145,15 +152,45 @@ class _Search:
             return
         case = self._case(plan)
         try:
-            self.requirement.check(case)
-            if case.marginal:
-                self._try_again(plan)
+            self._examine(plan, case)
         except Violation as violation:
             self._record(plan, case, violation)
             raise
         finally:
             if self.failure is None:
                 self._count(case)
+
+    def settle(self) -> None:
+        """Take the smallest of the failing cases that fails in a new process too.
+
+        A target that keeps something from call to call fails on cases that are right in
+        themselves, and a smaller case is then found that nobody can repeat. Goes back through
+        the failing cases in growing steps, to the first.
+        """
+        found = self.failure
+        if found is None or found.violation.kind == "timeout":
+            return
+        back = 1
+        while self.executor.renew():
+            plan = self.failing[-back]
+            case = self._case(plan)
+            try:
+                self._examine(plan, case)
+            except Violation as violation:
+                if violation.kind == found.violation.kind:
+                    self.failure = Failure(
+                        self.requirement, plan, case.inputs, violation, case.sessions
+                    )
+                    return
+            if back == len(self.failing):
+                found.self_contained = False
+                return
+            back = min(2 * back, len(self.failing))
+
+    def _examine(self, plan: Plan, case: Case) -> None:
+        self.requirement.check(case)
+        if case.marginal:
+            self._try_again(plan)
 
     def _case(self, plan: Plan) -> Case:
         return Case(self.requirement.given.build(plan), self.scope, self.executor)
@@ -175,6 +212,7 @@ class _Search:
         elif self.failure.violation.kind != violation.kind or found.size > self.failure.size:
             return
         self.failure = found
+        self.failing.append(plan)
         # A process that dies or hangs costs too much to be made smaller.
         self.final = violation.kind == "timeout" or not case.sessions or not case.sessions[-1][1]
 
@@ -253,12 +291,14 @@ def run_requirement(
         engine.ConjectureRunner, "generate_mutations_from", lambda self, data: None
     )
     try:
-        with unmutated:
-            search_cases()
-    except Violation:
-        pass
-    except FlakyFailure:
-        flaky = not search.final
+        try:
+            with unmutated:
+                search_cases()
+        except Violation:
+            pass
+        except FlakyFailure:
+            flaky = not search.final
+        search.settle()
     except Unsatisfiable:
         result.message = "no case could be drawn inside the declaration"
     except Exception as error:
@@ -283,6 +323,8 @@ def _conclude(result: Result, search: _Search, effort: Effort, flaky: bool) -> N
         result.message = str(failure.violation)
         if flaky:
             result.message += " (the answer flips from call to call)"
+        elif not failure.self_contained:
+            result.message += " (after other calls only; a new process gives a right answer)"
         if result.requirement.level == SHOULD and result.status == "fail":
             result.status = "warn"
     elif result.requirement.level == MAY:

@@ -202,6 +202,17 @@ class Flips(Reference):
         return (weights * 2 if Flips.calls % 3 == 0 else weights), ids
 
 
+class WearsOut(Reference):
+    """Right three times, wrong ever after."""
+
+    calls = 0
+
+    def route(self, logits, config, bias=None, token_ids=None):
+        weights, ids = super().route(logits, config, bias, token_ids)
+        WearsOut.calls += 1
+        return (weights * 2 if WearsOut.calls > 3 else weights), ids
+
+
 class CannotBeMade(Reference):
     """Its constructor raises."""
 

@@ -130,6 +130,30 @@ def test_an_answer_that_flips_is_a_failure(inside, planted, tmp_path):
     assert "of 10 runs" in said
 
 
+def test_a_failure_that_a_new_process_does_not_show_says_so(inside, planted, tmp_path):
+    code, said = inside(
+        "check",
+        planted("WearsOut"),
+        "--requirement",
+        "GATE-06",
+        "--report",
+        tmp_path,
+        "--seed",
+        "1",
+    )
+    assert code == 1, said
+    report, _ = statuses(tmp_path, "WearsOut")
+    [failed] = report["requirements"]
+    assert failed["message"].endswith(
+        "(after other calls only; a new process gives a right answer)"
+    )
+    assert not failed["failure"]["self_contained"]
+    assert not failed["failure"]["flips"]
+    code, said = inside("replay", tmp_path / "planted.py_WearsOut" / failed["counterexample"])
+    assert "now:      the same" in said
+    assert "failed in 7 of 10 runs" in said
+
+
 def test_several_targets_end_in_one_line_each_and_the_worst_code(moespec, planted, tmp_path):
     done = moespec(
         "check", "reference", planted("AllZeros"), "--requirement", "EXPERT-01",
