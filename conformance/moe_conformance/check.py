@@ -184,9 +184,9 @@ Tell = Callable[[str, str, str], None]
 WORLD_SIZES = (2, 4)
 """Ranks that `expert_parallel` is tried on where nobody says otherwise."""
 
-LANE = 4000
-"""Cases that are worth a lane of their own: its processes import torch anew, which takes seconds,
-and a case takes some milliseconds."""
+LANE = 600
+"""Cases that are worth a lane of their own: its processes import torch anew, which takes three to
+five seconds, and a case takes some ten milliseconds."""
 
 _queue: Any = None
 
