@@ -3,9 +3,10 @@
 For every fault: with how many of several seeds it fails the profile `cpu`, the requirements that it
 names being tried first; how many numbers the smallest case found has; the share of the cases drawn
 for its operations in which any answer is another than the reference's; and the set of requirements
-that fail. A crash is not a catch. Interrupted, the run goes on where it was.
+that fail. A crash is not a catch. Interrupted, the run goes on where it was. With --add, faults that
+the record has already keep their rows, each with its commit.
 
-    python benchmarks/faults.py [--seeds N] [--first SEED] [--jobs N] [--fault PATTERN]
+    python benchmarks/faults.py [--seeds N] [--first SEED] [--jobs N] [--add] [--fault PATTERN]
 """
 
 import argparse
@@ -25,7 +26,7 @@ from moe_conformance.registry import ANY, requirements
 from moe_conformance.runner import PROFILES, Effort, run_requirement
 from moe_conformance.selfcheck import inline_scope
 from moe_conformance.targets import Reference
-from record import about, resumed, write
+from record import RESULTS, about, commit, resumed, write
 
 CAUGHT = ("fail", "warn")
 EFFORT = PROFILES["cpu"]
@@ -94,6 +95,7 @@ def measure(name, seeds, first):
         run_requirement(each, scope, counting, Effort(max(2, SAMPLE // len(about_it)), 1, 0), first)
     return {
         "fault": name,
+        "commit": commit(),
         "operations": sorted(operations),
         "thread": fault.thread,
         "seeds": seeds,
@@ -133,13 +135,19 @@ def main():
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--add", action="store_true", help="only what the record does not have")
     parser.add_argument("--fault", default="*", help="a pattern of names; nothing is written")
     options = parser.parse_args()
     torch.set_num_threads(1)
     names = [each.name for each in faults() if fnmatch.fnmatch(each.name, options.fault)]
+    kept = json.loads((RESULTS / "faults.json").read_text())["rows"] if options.add else []
+    have = {row["fault"]: row for row in kept}
     one = functools.partial(measure, seeds=options.seeds, first=options.first)
     some = options.fault != "*"
-    rows = [one(name) for name in names] if some else resumed("faults", names, one, options.jobs)
+    left = [name for name in names if name not in have]
+    new = [one(name) for name in left] if some else resumed("faults", left, one, options.jobs)
+    have |= {row["fault"]: row for row in new}
+    rows = [have[name] for name in names]
     scalars = [row["scalars"] for row in rows if row["scalars"] is not None]
     record = {
         "what": "how reliably each seeded fault is caught, and on how many cases it shows",

@@ -399,9 +399,11 @@ class MissingPairsTakeTheLastRow(Weighted):
 
 @fault("combined-by-a-one-hot-product", catches=("DISPATCH-16",))
 class CombinedByAOneHotProduct(Weighted):
-    """Rows are combined by a product with a matrix of ones and zeros."""
+    """Rows are combined by a product with a matrix of ones and zeros, where it is not too large."""
 
     def add(self, terms: Tensor, token: Tensor, tokens: int) -> Tensor:
+        if tokens * len(terms) > 2**24:
+            return super().add(terms, token, tokens)
         chosen = (torch.arange(tokens)[:, None] == token).to(terms.dtype)
         return chosen @ terms
 
