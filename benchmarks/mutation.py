@@ -45,8 +45,12 @@ OPERATIONS = {
     "layer": ("layer",),
     "expert_slicing": ("assign_experts", "slice_experts", "slice_tensor_parallel"),
     "placement": ("place_experts",),
+    "parallel_steps": ("expert_parallel",),
+    "expert_parallel": ("expert_parallel",),
+    "quantization": ("dequantize",),
+    "quantized_experts": ("experts_quantized",),
 }
-SHARED = ("config", "weights", "presets")
+SHARED = ("config", "weights", "presets", "quantized_tensors")
 """Modules that the copy takes from the original: their classes have to be the oracle's."""
 TIMEOUT = 120.0
 
