@@ -3,7 +3,7 @@
 For every fault: with how many of several seeds it fails the profile `cpu`, the requirements that it
 names being tried first; how many numbers the smallest case found has; the share of the cases drawn
 for its operations in which any answer is another than the reference's; and the set of requirements
-that fail. A crash is not a catch. Interrupted, the run goes on where it was. With --add, faults
+that fail. A crash is not a catch, but among ranks. Interrupted, the run goes on where it was. With --add, faults
 that the record has already keep their rows, each with its commit.
 
     python benchmarks/faults.py [--seeds N] [--first SEED] [--jobs N] [--add] [--fault PATTERN]
@@ -24,11 +24,10 @@ from moe_conformance.executor import InlineExecutor
 from moe_conformance.faults import fault_named, faults
 from moe_conformance.registry import ANY, requirements
 from moe_conformance.runner import PROFILES, Effort, run_requirement
-from moe_conformance.selfcheck import inline_scope
+from moe_conformance.selfcheck import inline_scope, noticed
 from moe_conformance.targets import Reference
 from record import RESULTS, about, commit, resumed, write
 
-CAUGHT = ("fail", "warn")
 EFFORT = PROFILES["cpu"]
 SAMPLE = 150
 """Cases on which a fault is compared with the reference."""
@@ -78,7 +77,7 @@ def measure(name, seeds, first):
             effort = EFFORT if scalars is None else replace(EFFORT, shrinks=0)
             result = run_requirement(each, scope, executor, effort, seed)
             cases += result.cases
-            if result.status in CAUGHT:
+            if noticed(result):
                 by[each.id] += 1
                 after.append(cases)
                 if scalars is None:
@@ -87,7 +86,7 @@ def measure(name, seeds, first):
     failing = [
         each.id
         for each in (*named, *others)
-        if run_requirement(each, scope, executor, Effort(5, 1, 0), first).status in CAUGHT
+        if noticed(run_requirement(each, scope, executor, Effort(5, 1, 0), first))
     ]
     about_it = [each for each in (*named, *others) if each.operation != ANY]
     counting = _Counting(Comparing(fault.target()))
