@@ -124,6 +124,8 @@ class Case:
     def attempt(self, calls: list[dict[str, Any]]) -> list[Answer]:
         """As `session`, but an exception is an answer like any other."""
         session: dict[str, Any] = {"device": self.scope.device, "calls": calls}
+        if "grad_mode" in self.inputs:
+            session["grad_mode"] = self.inputs["grad_mode"]
         if "members" in self.inputs:
             session |= {name: self.inputs[name] for name in ("world_size", "members")}
         try:

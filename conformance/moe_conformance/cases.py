@@ -30,16 +30,17 @@ GENERATOR = "philox-2"
 
 REPRO = '''"""{id} on {target}: {message}"""
 from moe_conformance.cases import load_case
-from moe_conformance.worker import make
+from moe_conformance.worker import GRAD_MODES, make
 
 case = load_case(__file__)
 target = make(case.target)
 for session, answers in case.sessions:
     given = []
-    for call in session["calls"]:
-        given.append(case.arguments(call, given))
-        print(call["operation"], case.shapes(call))
-        print(getattr(target, call["operation"])(**given[-1]))
+    with GRAD_MODES[session.get("grad_mode", "recording")]():
+        for call in session["calls"]:
+            given.append(case.arguments(call, given))
+            print(call["operation"], case.shapes(call))
+            print(getattr(target, call["operation"])(**given[-1]))
 print("expected", case.expected)
 '''
 

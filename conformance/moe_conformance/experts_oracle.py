@@ -20,7 +20,7 @@ from moe_reference.config import ExpertsConfig, ExpertWeights
 from moe_reference.experts import experts as reference_experts
 
 from moe_conformance.codec import replace_tensors
-from moe_conformance.precision import FLOOR, UNIT, Arithmetic
+from moe_conformance.precision import FLOOR, TINY, UNIT, Arithmetic
 
 FUNCTION_ULPS = 4.0
 """Errors of exp, tanh or erf in units of the accumulator: what fast hardware versions document."""
@@ -203,6 +203,10 @@ def _activation_spread(
     if config.activation in ("gelu", "gelu_tanh"):
         size = size + (gate.detach() * factor).abs()
     carried = carried + (unit * FUNCTION_ULPS * size).square() / 3
+    if config.activation not in ("relu", "relu2"):
+        # Far below 0 the exponential, or its reciprocal, leaves the range: the gate times nothing.
+        lost = TINY[arithmetic.accumulator] * gate.detach().abs() * factor.abs()
+        carried = carried + lost.square() / 3
     if "activation_steps" in arithmetic.points:
         carried = carried + _step_variance(gate.detach(), inner, factor, config, arithmetic)
     elif "gate_activation" in arithmetic.points:

@@ -36,6 +36,13 @@ FILL = "fill_uninitialized_memory"
 LAYOUTS = ("contiguous", "transposed", "strided", "offset", "pitched")
 """What `lay_out` knows."""
 
+GRAD_MODES: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
+    "recording": contextlib.nullcontext,
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+}
+"""What a session may run under."""
+
 LOG_BYTES = 2**20
 """What a target has printed is thrown away beyond this many bytes."""
 
@@ -294,12 +301,20 @@ def run_session(
         target: the implementation.
         session: `device`, and `calls`: each with `operation`, `arguments`, and optionally
             `layouts` (argument path to layout name), `wrt` and `cotangents` (which gradients, of
-            what), `reuse` (index of an earlier call whose argument storage is written over).
+            what), `reuse` (index of an earlier call whose argument storage is written over);
+            and optionally `grad_mode`, one of `GRAD_MODES`.
         tell: called with the name of each step before it is taken.
 
     Returns:
         One answer per call; after an exception the calls that follow are not made.
     """
+    with GRAD_MODES[session.get("grad_mode", "recording")]():
+        return _run_calls(target, session, tell)
+
+
+def _run_calls(
+    target: Target, session: dict[str, Any], tell: Callable[[str], None] | None
+) -> list[dict[str, Any]]:
     answers: list[dict[str, Any]] = []
     arguments: list[dict[str, Any]] = []
     results: list[Any] = []
@@ -489,9 +504,11 @@ def _tree(result: Any) -> Any:
 
 
 def _plain(result: Any) -> Any:
-    return replace_tensors(
-        _tree(result), lambda _, tensor: tensor.detach().to("cpu", copy=True).contiguous()
-    )
+    # In inference mode copies would be inference tensors, which nobody may write to afterwards.
+    with torch.inference_mode(False):
+        return replace_tensors(
+            _tree(result), lambda _, tensor: tensor.detach().to("cpu", copy=True).contiguous()
+        )
 
 
 def _shared(result: Any, given: dict[str, Any]) -> list[str]:

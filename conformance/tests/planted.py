@@ -202,6 +202,14 @@ class Flips(Reference):
         return (weights * 2 if Flips.calls % 3 == 0 else weights), ids
 
 
+class WrongInInference(Reference):
+    """Doubles the weights in inference mode."""
+
+    def route(self, logits, config, bias=None, token_ids=None):
+        weights, ids = super().route(logits, config, bias, token_ids)
+        return (weights * 2 if torch.is_inference_mode_enabled() else weights), ids
+
+
 class WearsOut(Reference):
     """Right three times, wrong ever after."""
 

@@ -211,6 +211,25 @@ def test_a_failure_that_needs_two_calls_is_replayed_from_its_files(
     assert first.split("\n", 1)[1] == second.split("\n", 1)[1]
 
 
+def test_a_failure_in_inference_mode_is_replayed_in_it(inside, planted, tmp_path):
+    code, said = inside(
+        "check", planted("WrongInInference"), "--operation", "route", "--seed", "1",
+        "--report", tmp_path,
+    )  # fmt: skip
+    assert code == 1, said
+    report, found = statuses(tmp_path, "WrongInInference")
+    assert [id for id, status in found.items() if status == "fail"] == ["BACKEND-07"]
+    [failed] = [each for each in report["requirements"] if each["status"] == "fail"]
+    case = tmp_path / "planted.py_WrongInInference" / failed["counterexample"]
+    assert load_case(case).sessions[-1][0]["grad_mode"] == "inference_mode"
+    code, said = inside("replay", case)
+    assert "now:      the same" in said
+    repeated = subprocess.run([sys.executable, case / "repro.py"], capture_output=True, text=True)
+    assert repeated.returncode == 0, repeated.stderr
+    weights = load_case(case).sessions[-1][1][-1]["outputs"][0]
+    assert str(weights) in repeated.stdout
+
+
 BAD = [
     (["check", "no-such-target"], 2, ["target", "expected", "no-such-target"]),
     (["check", "no_such_file.py:X"], 2, ["target", "expected", "no_such_file.py"]),

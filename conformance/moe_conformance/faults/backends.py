@@ -1,0 +1,287 @@
+"""Faults of the way that a call goes: one for large sizes, one where gradients are off."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from moe_conformance.faults.rare import Arguments, tokens
+from moe_conformance.faults.rare_calls import (
+    altered,
+    instead,
+    right,
+    rows_of,
+    with_fields,
+    with_gradient,
+)
+
+
+def _full(size: int, block: int) -> int:
+    """What whole blocks cover of a size."""
+    return size // block * block
+
+
+def _ended(tensor: torch.Tensor, end: int, dim: int = 0) -> torch.Tensor:
+    """Zeros from `end` on."""
+    kept = torch.arange(tensor.shape[dim]) < end
+    shape = [1] * tensor.ndim
+    shape[dim] = -1
+    return tensor * kept.view(shape)
+
+
+def _width(a: Arguments) -> int:
+    return int(a["x"].shape[-1])
+
+
+def _inner(a: Arguments) -> int:
+    return int(a["experts"].down.shape[-1])
+
+
+# Many tokens.
+
+instead(
+    "experts",
+    "tokens-past-the-last-full-chunk-of-256-get-nothing",
+    "More than 256 tokens are taken in chunks, and what does not fill one is left out.",
+    lambda a: tokens(a) > 256,
+    lambda a: _ended(right("experts", a), _full(tokens(a), 256)),
+    "BACKEND-01",
+)
+
+altered(
+    "experts",
+    "the-second-chunk-of-1024-tokens-has-the-weights-of-the-first",
+    "The offset of a chunk is added to x and to the ids, and not to the weights.",
+    lambda a: tokens(a) > 1024,
+    lambda a: {"weights": torch.cat([a["weights"][:1024], a["weights"][: tokens(a) - 1024]])},
+    "BACKEND-01",
+)
+
+
+def _rank_in_expert(a: Arguments) -> torch.Tensor:
+    """[T, K], how many pairs of the same expert stand before each."""
+    rows = rows_of(a).flatten()
+    order = rows.argsort(stable=True)
+    first = torch.searchsorted(rows[order], rows[order])
+    rank = torch.empty_like(rows)
+    rank[order] = torch.arange(len(rows)) - first
+    return rank.view_as(a["expert_ids"])
+
+
+altered(
+    "experts",
+    "an-expert-takes-256-rows-at-most",
+    "The grid has a fixed number of row blocks for each expert.",
+    lambda a: a["weights"].numel() > 256,
+    lambda a: {"expert_ids": a["expert_ids"].masked_fill(_rank_in_expert(a) >= 256, -1)},
+    "BACKEND-01",
+    thread="vLLM #45332",
+)
+
+# Wide experts.
+
+altered(
+    "experts",
+    "the-last-tile-of-h-is-not-read",
+    "The sum over H goes in whole tiles of 128, where there is more than one.",
+    lambda a: _width(a) > 128 and _width(a) % 128 != 0,
+    lambda a: {"x": _ended(a["x"], _full(_width(a), 128), 1)},
+    "BACKEND-02",
+)
+
+altered(
+    "experts",
+    "the-last-tile-of-i-is-not-read",
+    "The sum over I goes in whole tiles of 256, where there is more than one.",
+    lambda a: _inner(a) > 256 and _inner(a) % 256 != 0,
+    lambda a: {
+        "experts": with_fields(a["experts"], lambda t: _ended(t, _full(_inner(a), 256), 2), "down")
+    },
+    "BACKEND-02",
+)
+
+instead(
+    "experts",
+    "columns-past-512-are-not-written",
+    "The grid has four column blocks of 128.",
+    lambda a: _width(a) > 512,
+    lambda a: _ended(right("experts", a), 512, 1),
+    "BACKEND-02",
+)
+
+# Gradients.
+
+
+def _without_parameters_gradient(a: Arguments) -> Any:
+    end = _full(tokens(a), 128)
+    fixed = a | {"experts": with_fields(a["experts"], torch.Tensor.detach)}
+    early = (torch.arange(tokens(a)) < end)[:, None]
+    return torch.where(early, right("experts", a), right("experts", fixed))
+
+
+instead(
+    "experts",
+    "gradients-of-the-experts-miss-the-last-tile-of-rows",
+    "The gradient of an expert's matrices is a sum over whole tiles of 128 tokens.",
+    lambda a: tokens(a) > 128 and tokens(a) % 128 != 0,
+    _without_parameters_gradient,
+    "BACKEND-03",
+)
+
+altered(
+    "experts",
+    "the-gradient-of-a-wide-x-is-cut-at-256",
+    "The backward pass has two column blocks of 128.",
+    lambda a: _width(a) > 256,
+    lambda a: {"x": with_gradient(a["x"], lambda gradient: _ended(gradient, 256, 1))},
+    "BACKEND-03",
+)
+
+# Batches.
+
+instead(
+    "experts_batched",
+    "rows-of-a-batch-past-512-stay-zero",
+    "The grid has four row blocks of 128 for each expert.",
+    lambda a: a["x"].shape[1] > 512,
+    lambda a: _ended(right("experts_batched", a), 512, 1),
+    "BACKEND-04",
+)
+
+altered(
+    "experts_batched",
+    "the-last-tile-of-a-wide-batch-is-not-read",
+    "The sum over H goes in whole tiles of 64, where there is more than one.",
+    lambda a: _width(a) > 64 and _width(a) % 64 != 0,
+    lambda a: {"x": _ended(a["x"], _full(_width(a), 64), 2)},
+    "BACKEND-04",
+)
+
+# Layers.
+
+
+def _parameters(a: Arguments, **changed: Any) -> Arguments:
+    return {"parameters": dataclasses.replace(a["parameters"], **changed)}
+
+
+altered(
+    "layer",
+    "a-long-prompt-has-no-shared-expert",
+    "The way for more than 256 tokens does not know of the shared expert.",
+    lambda a: tokens(a) > 256 and a["parameters"].shared is not None,
+    lambda a: _parameters(
+        a, shared=with_fields(a["parameters"].shared, torch.zeros_like), shared_gate=None
+    ),
+    "BACKEND-05",
+)
+
+
+def _second_half_of_the_first(a: Arguments) -> Any:
+    result = right("layer", a)
+    flat = result.output.flatten(0, -2)
+    output = torch.cat([flat[:512], flat[: len(flat) - 512]]).view_as(result.output)
+    return dataclasses.replace(result, output=output)
+
+
+instead(
+    "layer",
+    "tokens-past-512-get-the-output-of-the-first",
+    "The pointer to the output of the second chunk is that of the first.",
+    lambda a: 512 < tokens(a) <= 1024,
+    _second_half_of_the_first,
+    "BACKEND-05",
+)
+
+altered(
+    "layer",
+    "the-router-reads-512-columns",
+    "The router's kernel holds a row of x in registers, and there are 512 of them.",
+    lambda a: _width(a) > 512,
+    lambda a: _parameters(a, router=_ended(a["parameters"].router, 512, 1)),
+    "BACKEND-06",
+)
+
+altered(
+    "layer",
+    "the-last-tile-of-the-shared-expert-is-not-read",
+    "The shared expert goes in whole tiles of 128, where there is more than one.",
+    lambda a: (
+        a["parameters"].shared is not None
+        and a["parameters"].shared.down.shape[-1] > 128
+        and a["parameters"].shared.down.shape[-1] % 128 != 0
+    ),
+    lambda a: _parameters(
+        a,
+        shared=with_fields(
+            a["parameters"].shared, lambda t: _ended(t, _full(t.shape[-1], 128), 2), "down"
+        ),
+    ),
+    "BACKEND-06",
+)
+
+# Without gradients.
+
+
+def _off(a: Arguments) -> bool:
+    return not torch.is_grad_enabled()
+
+
+def _inference(a: Arguments) -> bool:
+    return torch.is_inference_mode_enabled()
+
+
+altered(
+    "experts",
+    "inference-leaves-out-the-output-bias",
+    "Where gradients are off, the kernel for inference has no second bias.",
+    lambda a: _off(a) and a["experts"].down_bias is not None,
+    lambda a: {"experts": dataclasses.replace(a["experts"], down_bias=None)},
+    "BACKEND-07",
+)
+
+altered(
+    "route",
+    "inference-routes-in-bfloat16",
+    "Where gradients are off, the logits are rounded to save time.",
+    _off,
+    lambda a: {"logits": a["logits"].bfloat16().to(a["logits"].dtype)},
+    "BACKEND-07",
+)
+
+altered(
+    "combine",
+    "inference-combines-without-weights",
+    "In inference mode the rows are taken to be weighted.",
+    _inference,
+    lambda a: {"weights": torch.ones_like(a["weights"])},
+    "BACKEND-07",
+)
+
+altered(
+    "layer",
+    "inference-leaves-out-the-shared-scale",
+    "Where gradients are off, the shared expert is fused with the others and has no scale.",
+    lambda a: _off(a) and a["config"].shared_scale != 1.0,
+    lambda a: {"config": dataclasses.replace(a["config"], shared_scale=1.0)},
+    "BACKEND-07",
+)
+
+altered(
+    "balance_loss",
+    "the-loss-counts-padding-where-gradients-are-off",
+    "In evaluation the mask of the padding is not handed on.",
+    lambda a: _off(a) and a.get("padding_mask") is not None,
+    lambda a: {"padding_mask": None},
+    "BACKEND-07",
+)
+
+altered(
+    "experts_quantized",
+    "packed-experts-in-inference-mode-weigh-the-output-only",
+    "The kernel for inference mode has no weight on the input.",
+    lambda a: _inference(a) and a["config"].weight_on == "input",
+    lambda a: {"config": dataclasses.replace(a["config"], weight_on="output")},
+    "BACKEND-07",
+)

@@ -1,0 +1,286 @@
+"""Requirements on backends: an implementation may go several ways, and none of them may show.
+
+Which way a call goes depends on its sizes and on whether gradients are wanted. So the answers that
+other files ask for are asked for again at sizes that are no example's, and where gradients are off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hypothesis import strategies as st
+
+from moe_conformance.case import Case
+from moe_conformance.inputs.experts import expert_batches, expert_inputs
+from moe_conformance.inputs.given import Given, Inputs, Plan, Plans, Scope, differentiable
+from moe_conformance.inputs.layer import layer_inputs
+from moe_conformance.inputs.routing import BLOCKS, past
+from moe_conformance.registry import ANY, MUST, requirement, requirement_named
+
+LARGEST_INTERPRETED = 129
+"""An interpreted kernel takes seconds for the next block."""
+
+
+def _large(scope: Scope, multiple: int = 1) -> st.SearchStrategy[int]:
+    """A size on the end of a block or beside it, from 64 on, of which there are few multiples."""
+    most = LARGEST_INTERPRETED if scope.interpreted else BLOCKS[-1] + 1
+    ends = [size for size in past(BLOCKS, 1, most) if size > 64]
+    near = {size - off for size in ends for off in (0, 1, 2)}
+    return st.sampled_from(sorted({-(-size // multiple) * multiple for size in near}))
+
+
+def _few(multiple: int = 1) -> st.SearchStrategy[int]:
+    return st.integers(1, max(1, 8 // multiple)).map(lambda n: n * multiple)
+
+
+def _resized(given: Given, sizes: Callable[[Scope], st.SearchStrategy[Plan]]) -> Given:
+    """The same inputs in other sizes."""
+
+    def plans(scope: Scope) -> Plans | None:
+        drawn = given.plans(scope)
+        return None if drawn is None else st.tuples(drawn, sizes(scope)).map(_merged)
+
+    return Given(plans, given.build)
+
+
+def _merged(drawn: tuple[Plan, Plan]) -> Plan:
+    plan, sizes = drawn
+    plan = {**plan, **sizes}
+    if "local" in plan and plan["tokens"] * plan["top_k"] > MOST_PAIRS:
+        plan["top_k"] = max(1, MOST_PAIRS // plan["tokens"])
+    return plan
+
+
+MOST_PAIRS = 4096
+"""Beyond it the oracle, and not the target, takes the time of a case."""
+
+
+def _many_tokens(scope: Scope) -> st.SearchStrategy[Plan]:
+    capabilities = scope.capabilities
+    return st.fixed_dictionaries(
+        {
+            "tokens": _large(scope),
+            "hidden": _few(capabilities.hidden_multiple),
+            "intermediate": _few(capabilities.intermediate_multiple),
+        }
+    )
+
+
+def _wide(scope: Scope) -> st.SearchStrategy[Plan]:
+    """H or I is large, beside one, two or three tokens."""
+    capabilities = scope.capabilities
+    of_h, of_i = capabilities.hidden_multiple, capabilities.intermediate_multiple
+    tokens = st.integers(1, 3)
+    hidden = {"tokens": tokens, "hidden": _large(scope, of_h), "intermediate": _few(of_i)}
+    inner = {"tokens": tokens, "hidden": _few(of_h), "intermediate": _large(scope, of_i)}
+    return st.one_of(st.fixed_dictionaries(hidden), st.fixed_dictionaries(inner))
+
+
+def _long(scope: Scope) -> st.SearchStrategy[Plan]:
+    capabilities = scope.capabilities
+    return st.fixed_dictionaries(
+        {
+            "sequences": st.integers(1, 2),
+            "length": _large(scope),
+            "hidden": _few(capabilities.hidden_multiple),
+            "intermediate": _few(capabilities.intermediate_multiple),
+        }
+    )
+
+
+def _wide_layer(scope: Scope) -> st.SearchStrategy[Plan]:
+    """H or I is large, that of the shared expert included, beside a few tokens."""
+    capabilities = scope.capabilities
+    of_h, of_i = capabilities.hidden_multiple, capabilities.intermediate_multiple
+    few = {"sequences": st.integers(1, 2), "length": st.integers(1, 2)}
+    large = _large(scope, of_i)
+    hidden = {"hidden": _large(scope, of_h), "intermediate": _few(of_i), "shared_width": _few(of_i)}
+    inner = {"hidden": _few(of_h), "intermediate": large, "shared_width": large}
+    return st.one_of(st.fixed_dictionaries(few | hidden), st.fixed_dictionaries(few | inner))
+
+
+LOADS = ("uniform", "skewed", "one expert")
+"""Loads under which an expert gets more rows than a block."""
+
+
+def _as(id: str, case: Case) -> None:
+    """Ask what another requirement asks."""
+    requirement_named(id).check(case)
+
+
+@requirement(
+    "BACKEND-01",
+    MUST,
+    "experts",
+    "At every number of tokens the output MUST be that of the experts, whichever way that number "
+    "is computed.",
+    reason="A few tokens take another kernel than many, and the last tile of a large call is one "
+    "that no small call has.",
+    sources=("docs/spec/backends.md", "vLLM #45332", "aiter #4451"),
+    given=_resized(expert_inputs(loads=LOADS), _many_tokens),
+    references=("backends.choose_backend", "experts.experts"),
+)
+def the_number_of_tokens_does_not_show(case: Case) -> None:
+    """64 to 1,025 tokens on the ends of blocks, narrow experts; judged as EXPERT-01 is."""
+    _as("EXPERT-01", case)
+
+
+@requirement(
+    "BACKEND-02",
+    MUST,
+    "experts",
+    "At every hidden and every intermediate size the output MUST be that of the experts.",
+    reason="Sums over H and I are cut into tiles, and the last one is seldom full.",
+    sources=("docs/spec/backends.md", "aiter #4041"),
+    given=_resized(expert_inputs(loads=LOADS), _wide),
+    references=("backends.choose_backend", "experts.experts"),
+)
+def the_width_does_not_show(case: Case) -> None:
+    """H or I from 64 to 1,025 on the ends of blocks, few tokens; judged as EXPERT-01 is."""
+    case.note("H is large", case["x"].shape[1] > 64)
+    _as("EXPERT-01", case)
+
+
+@requirement(
+    "BACKEND-03",
+    MUST,
+    "experts",
+    "At every size gradients MUST be those of the weighted sum.",
+    reason="The gradient of a weight is a sum over all rows of an expert, in tiles of its own.",
+    sources=("docs/spec/backends.md", "torchtitan #1237", "pytorch #193633"),
+    given=_resized(
+        differentiable("experts", expert_inputs(invalid_ids=(False,), loads=LOADS)),
+        lambda scope: st.one_of(_many_tokens(scope), _wide(scope)),
+    ),
+    references=("backends.choose_backend", "experts.experts"),
+)
+def sizes_do_not_show_in_gradients(case: Case) -> None:
+    """As in the two requirements before; judged as EXPERT-20 is."""
+    _as("EXPERT-20", case)
+
+
+@requirement(
+    "BACKEND-04",
+    MUST,
+    "experts_batched",
+    "At every capacity, hidden and intermediate size a batch's rows MUST be each expert's own.",
+    reason="The capacity is the number of tokens of all ranks together: it is large, and most of "
+    "it is empty.",
+    sources=("docs/spec/backends.md", "vLLM #43547"),
+    given=_resized(
+        expert_batches(),
+        lambda scope: st.tuples(
+            st.one_of(_many_tokens(scope), _wide(scope)), st.integers(1, 3)
+        ).map(lambda drawn: {**drawn[0], "local": drawn[1]}),
+    ),
+    references=("backends.workspace_shapes", "experts.experts_batched"),
+)
+def sizes_do_not_show_in_a_batch(case: Case) -> None:
+    """One to three experts; judged as EXPERT-15 is."""
+    _as("EXPERT-15", case)
+
+
+@requirement(
+    "BACKEND-05",
+    MUST,
+    "layer",
+    "At every number of tokens the output of a layer MUST be that of its parts.",
+    reason="A prompt of thousands of tokens takes another way than the next token.",
+    sources=("docs/spec/backends.md", "vLLM #45332"),
+    given=_resized(layer_inputs(), _long),
+    references=("backends.choose_backend", "layer.layer"),
+)
+def the_number_of_tokens_does_not_show_in_a_layer(case: Case) -> None:
+    """One or two sequences of 64 to 1,025 tokens; judged as LAYER-01 is."""
+    _as("LAYER-01", case)
+
+
+@requirement(
+    "BACKEND-06",
+    MUST,
+    "layer",
+    "At every hidden and every intermediate size the output of a layer MUST be that of its parts.",
+    reason="The router's product is a sum over H of its own, and the shared expert has a width of "
+    "its own.",
+    sources=("docs/spec/backends.md", "aiter #4041"),
+    given=_resized(layer_inputs(), _wide_layer),
+    references=("backends.choose_backend", "layer.layer"),
+)
+def the_width_does_not_show_in_a_layer(case: Case) -> None:
+    """H, or I of all experts, from 64 to 1,025; judged as LAYER-01 and LAYER-02 are."""
+    _as("LAYER-01", case)
+    _as("LAYER-02", case)
+
+
+RIGHT_ANSWERS = {
+    "route": ("GATE-04", "GATE-06", "GATE-10", "GATE-14", "GATE-22"),
+    "balance_loss": ("BALANCE-01", "BALANCE-08", "BALANCE-13"),
+    "z_loss": ("BALANCE-28",),
+    "update_bias": ("BALANCE-36",),
+    "align": ("ALIGN-01", "ALIGN-09"),
+    "align_batched": ("ALIGN-21",),
+    "dispatch": ("DISPATCH-01", "DISPATCH-02"),
+    "combine": ("DISPATCH-11", "DISPATCH-14"),
+    "drop_to_capacity": ("DISPATCH-22",),
+    "experts": ("EXPERT-06", "EXPERT-08", "EXPERT-13"),
+    "experts_batched": ("EXPERT-15",),
+    "layer": ("LAYER-01", "LAYER-02", "LAYER-04", "LAYER-06", "LAYER-11"),
+    "slice_experts": ("SLICE-04",),
+    "slice_tensor_parallel": ("SLICE-10",),
+    "place_experts": ("SLICE-17",),
+    "dequantize": ("QUANT-01",),
+    "experts_quantized": ("QUANT-14", "QUANT-15", "QUANT-16"),
+}
+"""Requirements that know an operation's right answer, on inputs of many kinds."""
+
+MODES = ("no_grad", "inference_mode", "inference_mode", "inference_mode")
+"""Inference mode is drawn more often: gradients are off in it as well."""
+
+
+def _without_gradients() -> Given:
+    """Inputs of one of `RIGHT_ANSWERS`, and a way to switch gradients off."""
+
+    def plans(scope: Scope) -> Plans | None:
+        possible = [
+            st.one_of(drawn)
+            for ids in RIGHT_ANSWERS.values()
+            if (drawn := [each for id in ids if (each := _plans(scope, id)) is not None])
+        ]
+        if not possible:
+            return None
+        return st.tuples(st.one_of(possible), st.sampled_from(MODES)).map(
+            lambda drawn: {**drawn[0], "grad_mode": drawn[1]}
+        )
+
+    def build(plan: Plan) -> Inputs:
+        rest = {name: v for name, v in plan.items() if name not in ("asked", "grad_mode")}
+        inputs = requirement_named(plan["asked"]).given.build(rest)
+        return {**inputs, "asked": plan["asked"], "grad_mode": plan["grad_mode"]}
+
+    return Given(plans, build)
+
+
+def _plans(scope: Scope, id: str) -> Plans | None:
+    asked = requirement_named(id)
+    if not {asked.operation, *asked.also} <= set(scope.operations):
+        return None
+    drawn = asked.given.plans(scope)
+    return None if drawn is None else drawn.map(lambda plan: {**plan, "asked": id})
+
+
+@requirement(
+    "BACKEND-07",
+    MUST,
+    ANY,
+    "Where gradients are off, under `no_grad` and in inference mode, every operation MUST give the "
+    "right answer too.",
+    reason="Inference has kernels of its own; and tensors made in inference mode have no version "
+    "and cannot be kept for a backward pass.",
+    sources=("docs/spec/backends.md", "vLLM #16801"),
+    given=_without_gradients(),
+    references=("backends.choose_backend",),
+)
+def the_way_without_gradients_is_right(case: Case) -> None:
+    """What another requirement asks, asked again with gradients switched off."""
+    case.note(f"{case['grad_mode']}, operation {requirement_named(case['asked']).operation}")
+    _as(case["asked"], case)
