@@ -61,19 +61,7 @@ def forward_on_cpu(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum of each token's experts, below autograd.
 
-    Args:
-        x: [T, H].
-        experts: weights of E experts.
-        weights: [T, K].
-        expert_ids: [T, K].
-        config: how one expert computes.
-        expert_map: global ids to local rows, or None.
-        dtype: of the result.
-        keep: return the pre-activation for a backward.
-
-    Returns:
-        out: [T, H].
-        pre: [T·K, J] in expert order, x's dtype, zeros past the last row; without `keep` [0, J].
+    Arguments and results are those of `moe_optimized.experts_torch.forward_grouped`.
     """
     (T, K), (E, H, _), J = expert_ids.shape, experts.down.shape, experts.gate_up.shape[1]
     wide = accumulation_dtype(x)
@@ -113,19 +101,7 @@ def backward_on_cpu(
 ) -> tuple[torch.Tensor | None, ...]:
     """The gradients of `forward_on_cpu`.
 
-    Args:
-        grad: [T, H], the output's gradient.
-        x: [T, H].
-        pre: [T·K, J], what the forward kept.
-        experts: weights of E experts.
-        weights: [T, K].
-        expert_ids: [T, K].
-        config: how one expert computes.
-        expert_map: global ids to local rows, or None.
-        needs: which gradients are wanted.
-
-    Returns:
-        Of each of `Needs`' fields the gradient, with its tensor's shape and dtype, or None.
+    Arguments and results are those of `moe_optimized.experts_torch.backward_grouped`.
     """
     E, H, _ = experts.down.shape
     wide = accumulation_dtype(x)
