@@ -16,6 +16,8 @@ from moe_conformance.judge import Closeness, Violation, has_form
 A = TypeVar("A")
 FLOATS = (torch.float32, torch.float64)
 IDS = (torch.int32, torch.int64)
+SURROUNDINGS = ("grad_mode", "default_dtype")
+"""Inputs that are for `worker.surroundings`."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Case:
         cotangents: Mapping[str, torch.Tensor] | None = None,
         reuse: int | None = None,
         poison: bool = False,
+        cotangent_layout: str = "contiguous",
         **arguments: Any,
     ) -> dict[str, Any]:
         """One call of a session.
@@ -95,6 +98,8 @@ class Case:
                 outputs are multiplied with.
             reuse: write the arguments over those of this earlier call.
             poison: fill memory that the target allocates and does not write with NaN.
+            cotangent_layout: strides of the cotangents: see `worker.lay_out`; or `expanded`, as of
+                the gradient of a sum: the first value everywhere, with strides of 0.
             **arguments: as the contract names them.
         """
         return {
@@ -105,6 +110,7 @@ class Case:
             "cotangents": dict(cotangents or {}),
             "reuse": reuse,
             "poison": poison,
+            "cotangent_layout": cotangent_layout,
         }
 
     def session(self, calls: list[dict[str, Any]]) -> list[Answer]:
@@ -124,8 +130,7 @@ class Case:
     def attempt(self, calls: list[dict[str, Any]]) -> list[Answer]:
         """As `session`, but an exception is an answer like any other."""
         session: dict[str, Any] = {"device": self.scope.device, "calls": calls}
-        if "grad_mode" in self.inputs:
-            session["grad_mode"] = self.inputs["grad_mode"]
+        session |= {name: self.inputs[name] for name in SURROUNDINGS if name in self.inputs}
         if "members" in self.inputs:
             session |= {name: self.inputs[name] for name in ("world_size", "members")}
         try:

@@ -30,13 +30,13 @@ GENERATOR = "philox-2"
 
 REPRO = '''"""{id} on {target}: {message}"""
 from moe_conformance.cases import load_case
-from moe_conformance.worker import GRAD_MODES, make
+from moe_conformance.worker import make, surroundings
 
 case = load_case(__file__)
 target = make(case.target)
 for session, answers in case.sessions:
     given = []
-    with GRAD_MODES[session.get("grad_mode", "recording")]():
+    with surroundings(session):
         for call in session["calls"]:
             given.append(case.arguments(call, given))
             print(call["operation"], case.shapes(call))

@@ -58,7 +58,7 @@ class Options:
         targets: names as given.
         profile: an effort by name.
         operations: only these; empty takes all.
-        requirement: only this one.
+        requirements: only these, by id; empty takes all.
         device: where to run; None takes a GPU where there is one and the target declares it.
         dtype: only this one.
         seed: of the whole run.
@@ -73,7 +73,7 @@ class Options:
     targets: tuple[str, ...]
     profile: str = "cpu"
     operations: tuple[str, ...] = ()
-    requirement: str | None = None
+    requirements: tuple[str, ...] = ()
     device: str | None = None
     dtype: str | None = None
     seed: int = field(default_factory=lambda: secrets.randbits(32))
@@ -90,13 +90,15 @@ class Options:
             UsageError: there is none.
         """
         chosen = requirements()
-        if self.requirement is not None:
-            known = [each.id for each in chosen]
-            if self.requirement not in known:
+        known = [each.id for each in chosen]
+        for id in self.requirements:
+            if id not in known:
                 raise UsageError(
-                    f"--requirement: expected one of {', '.join(known)}, got '{self.requirement}'"
+                    f"--requirement: expected an id that `moespec requirements` lists, such as "
+                    f"{known[0]}, got '{id}'"
                 )
-            chosen = [each for each in chosen if each.id == self.requirement]
+        if self.requirements:
+            chosen = [each for each in chosen if each.id in self.requirements]
         for name in self.operations:
             if name not in OPERATIONS:
                 raise UsageError(
@@ -112,7 +114,8 @@ class Options:
         """The command that repeats the run on one target."""
         parts = ["moespec check", target, f"--seed {self.seed}", f"--profile {self.profile}"]
         parts += [f"--operation {name}" for name in self.operations]
-        for name in ("requirement", "device", "dtype", "examples", "waivers"):
+        parts += [f"--requirement {id}" for id in self.requirements]
+        for name in ("device", "dtype", "examples", "waivers"):
             if getattr(self, name) is not None:
                 parts.append(f"--{name} {getattr(self, name)}")
         if self.world_sizes is not None:

@@ -56,7 +56,9 @@ def check(
     ],
     profile: Annotated[str, typer.Option(help="smoke, cpu or full.")] = "cpu",
     operation: Annotated[list[str] | None, typer.Option(help="Only this one; repeatable.")] = None,
-    requirement: Annotated[str | None, typer.Option(help="Only this one, by id.")] = None,
+    requirement: Annotated[
+        list[str] | None, typer.Option(help="Only this one, by id; repeatable.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Only this one, such as bfloat16.")] = None,
     seed: Annotated[int | None, typer.Option(help="The whole run follows from it.")] = None,
@@ -83,8 +85,8 @@ def check(
     if world_size:
         given["world_sizes"] = _world_sizes(world_size)
     options = Options(
-        tuple(targets), profile, tuple(operation or ()), requirement, device, dtype,
-        examples=examples, report=report, waivers=waivers, timeout=timeout, **given,
+        tuple(targets), profile, tuple(operation or ()), tuple(requirement or ()),
+        device, dtype, examples=examples, report=report, waivers=waivers, timeout=timeout, **given,
     )  # fmt: skip
     # Rich takes 80 columns where there is no terminal; a log has room for a target's whole name.
     console = Console(width=None if sys.stdout.isatty() else 110)

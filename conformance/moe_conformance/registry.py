@@ -144,5 +144,8 @@ def requirement_named(id: str) -> Requirement:
     """
     known: dict[str, Any] = {each.id: each for each in requirements()}
     if id not in known:
-        raise ValueError(f"requirement: expected one of {', '.join(known)}, got '{id}'")
+        raise ValueError(
+            f"requirement: expected an id that `moespec requirements` lists, such as "
+            f"{next(iter(known))}, got '{id}'"
+        )
     return known[id]

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -301,15 +301,28 @@ def run_session(
         target: the implementation.
         session: `device`, and `calls`: each with `operation`, `arguments`, and optionally
             `layouts` (argument path to layout name), `wrt` and `cotangents` (which gradients, of
-            what), `reuse` (index of an earlier call whose argument storage is written over);
-            and optionally `grad_mode`, one of `GRAD_MODES`.
+            what), `cotangent_layout` (what `lay_out` knows, or `expanded`), `reuse` (index of an
+            earlier call whose argument storage is written over); and what `surroundings` reads.
         tell: called with the name of each step before it is taken.
 
     Returns:
         One answer per call; after an exception the calls that follow are not made.
     """
-    with GRAD_MODES[session.get("grad_mode", "recording")]():
+    with surroundings(session):
         return _run_calls(target, session, tell)
+
+
+@contextlib.contextmanager
+def surroundings(session: dict[str, Any]) -> Iterator[None]:
+    """What a caller may have set: `grad_mode`, one of `GRAD_MODES`, and torch's `default_dtype`."""
+    before = torch.get_default_dtype()
+    if "default_dtype" in session:
+        torch.set_default_dtype(getattr(torch, session["default_dtype"]))
+    try:
+        with GRAD_MODES[session.get("grad_mode", "recording")]():
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _run_calls(
@@ -363,7 +376,7 @@ def _run_call(
         result = getattr(target, call["operation"])(**given)
         if wrt:
             say("the backward pass")
-            answer["gradients"] = _gradients(result, given, wrt, call["cotangents"])
+            answer["gradients"] = _gradients(result, given, wrt, call)
         if device == "cuda":
             torch.cuda.synchronize()
         say("the reading of its results")
@@ -464,13 +477,21 @@ def lay_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 def _gradients(
-    result: Any, given: dict[str, Any], wrt: list[str], cotangents: dict[str, torch.Tensor]
+    result: Any, given: dict[str, Any], wrt: list[str], call: dict[str, Any]
 ) -> dict[str, torch.Tensor | None]:
     outputs = dict(walk(_tree(result)))
     inputs = dict(walk(given))
+    layout = call.get("cotangent_layout", "contiguous")
+
+    def laid(cotangent: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        placed = cotangent.to(output.device, output.dtype)
+        if layout == "expanded":
+            return placed.flatten()[:1].sum().expand(placed.shape)
+        return lay_out(placed, layout)
+
     pairs = [
-        (outputs[path], cotangent.to(outputs[path].device, outputs[path].dtype))
-        for path, cotangent in cotangents.items()
+        (outputs[path], laid(cotangent, outputs[path]))
+        for path, cotangent in call["cotangents"].items()
         if path in outputs and outputs[path].requires_grad
     ]
     if not pairs:

@@ -130,6 +130,17 @@ def test_an_answer_that_flips_is_a_failure(inside, planted, tmp_path):
     assert "of 10 runs" in said
 
 
+def test_requirements_and_operations_are_repeatable(inside, planted, tmp_path):
+    code, said = inside(
+        "check", "reference", "--profile", "smoke", "--report", tmp_path,
+        "--requirement", "GATE-01", "--requirement", "ALIGN-01", "--requirement", "LAYER-08",
+        "--operation", "route", "--operation", "align",
+    )  # fmt: skip
+    assert code == 0, said
+    _, found = statuses(tmp_path, "reference")
+    assert found == {"GATE-01": "pass", "ALIGN-01": "pass"}
+
+
 def test_a_failure_that_a_new_process_does_not_show_says_so(inside, planted, tmp_path):
     code, said = inside(
         "check",

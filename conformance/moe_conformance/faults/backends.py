@@ -1,4 +1,4 @@
-"""Faults of the way that a call goes: one for large sizes, one where gradients are off."""
+"""Faults of the way that a call goes at large sizes."""
 
 from __future__ import annotations
 
@@ -111,6 +111,38 @@ instead(
     "BACKEND-02",
 )
 
+# Many experts.
+
+
+def _here(a: Arguments) -> int:
+    mapped = a.get("expert_map")
+    return len(a["experts"].down) if mapped is None else len(mapped)
+
+
+altered(
+    "experts",
+    "ids-are-kept-in-eight-bits",
+    "The sort packs ids into bytes.",
+    lambda a: _here(a) > 256,
+    lambda a: {
+        "expert_ids": torch.where(
+            (a["expert_ids"] >= 0) & (a["expert_ids"] < _here(a)),
+            a["expert_ids"] % 256,
+            a["expert_ids"],
+        )
+    },
+    "BACKEND-08",
+)
+
+altered(
+    "experts",
+    "the-table-of-experts-has-512-places",
+    "What lies beyond the table is taken for an id that is not here.",
+    lambda a: _here(a) > 512,
+    lambda a: {"expert_ids": a["expert_ids"].masked_fill(a["expert_ids"] >= 512, -1)},
+    "BACKEND-08",
+)
+
 # Gradients.
 
 
@@ -219,69 +251,4 @@ altered(
         ),
     ),
     "BACKEND-06",
-)
-
-# Without gradients.
-
-
-def _off(a: Arguments) -> bool:
-    return not torch.is_grad_enabled()
-
-
-def _inference(a: Arguments) -> bool:
-    return torch.is_inference_mode_enabled()
-
-
-altered(
-    "experts",
-    "inference-leaves-out-the-output-bias",
-    "Where gradients are off, the kernel for inference has no second bias.",
-    lambda a: _off(a) and a["experts"].down_bias is not None,
-    lambda a: {"experts": dataclasses.replace(a["experts"], down_bias=None)},
-    "BACKEND-07",
-)
-
-altered(
-    "route",
-    "inference-routes-in-bfloat16",
-    "Where gradients are off, the logits are rounded to save time.",
-    _off,
-    lambda a: {"logits": a["logits"].bfloat16().to(a["logits"].dtype)},
-    "BACKEND-07",
-)
-
-altered(
-    "combine",
-    "inference-combines-without-weights",
-    "In inference mode the rows are taken to be weighted.",
-    _inference,
-    lambda a: {"weights": torch.ones_like(a["weights"])},
-    "BACKEND-07",
-)
-
-altered(
-    "layer",
-    "inference-leaves-out-the-shared-scale",
-    "Where gradients are off, the shared expert is fused with the others and has no scale.",
-    lambda a: _off(a) and a["config"].shared_scale != 1.0,
-    lambda a: {"config": dataclasses.replace(a["config"], shared_scale=1.0)},
-    "BACKEND-07",
-)
-
-altered(
-    "balance_loss",
-    "the-loss-counts-padding-where-gradients-are-off",
-    "In evaluation the mask of the padding is not handed on.",
-    lambda a: _off(a) and a.get("padding_mask") is not None,
-    lambda a: {"padding_mask": None},
-    "BACKEND-07",
-)
-
-altered(
-    "experts_quantized",
-    "packed-experts-in-inference-mode-weigh-the-output-only",
-    "The kernel for inference mode has no weight on the input.",
-    lambda a: _inference(a) and a["config"].weight_on == "input",
-    lambda a: {"config": dataclasses.replace(a["config"], weight_on="output")},
-    "BACKEND-07",
 )

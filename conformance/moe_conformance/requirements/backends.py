@@ -1,13 +1,14 @@
 """Requirements on backends: an implementation may go several ways, and none of them may show.
 
-Which way a call goes depends on its sizes and on whether gradients are wanted. So the answers that
-other files ask for are asked for again at sizes that are no example's, and where gradients are off.
+Which way a call goes depends on its sizes first of all. So the answers that other files ask for are
+asked for again at sizes that are no example's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from hypothesis import strategies as st
 
 from moe_conformance.case import Case
@@ -15,7 +16,7 @@ from moe_conformance.inputs.experts import expert_batches, expert_inputs
 from moe_conformance.inputs.given import Given, Inputs, Plan, Plans, Scope, differentiable
 from moe_conformance.inputs.layer import layer_inputs
 from moe_conformance.inputs.routing import BLOCKS, past
-from moe_conformance.registry import ANY, MUST, requirement, requirement_named
+from moe_conformance.registry import MUST, requirement, requirement_named
 
 LARGEST_INTERPRETED = 129
 """An interpreted kernel takes seconds for the next block."""
@@ -74,6 +75,35 @@ def _wide(scope: Scope) -> st.SearchStrategy[Plan]:
     hidden = {"tokens": tokens, "hidden": _large(scope, of_h), "intermediate": _few(of_i)}
     inner = {"tokens": tokens, "hidden": _few(of_h), "intermediate": _large(scope, of_i)}
     return st.one_of(st.fixed_dictionaries(hidden), st.fixed_dictionaries(inner))
+
+
+def _many_experts(scope: Scope) -> st.SearchStrategy[Plan]:
+    """More experts than seven, eight or nine bits tell apart, all of them here."""
+    capabilities = scope.capabilities
+    most = min(capabilities.max_experts or 513, LARGEST_INTERPRETED if scope.interpreted else 513)
+    numbers = [number for number in past(BLOCKS, 1, most) if number > 64] or [most]
+    return st.tuples(
+        st.sampled_from(numbers),
+        st.fixed_dictionaries(
+            {
+                "tokens": st.integers(1, 9),
+                "hidden": _few(capabilities.hidden_multiple),
+                "intermediate": _few(capabilities.intermediate_multiple),
+            }
+        ),
+    ).map(lambda drawn: {**drawn[1], "experts": drawn[0], "local": drawn[0]})
+
+
+def _from_the_last(given: Given) -> Given:
+    """With experts counted from the last, where a skewed load goes then."""
+
+    def build(plan: Plan) -> Inputs:
+        inputs = given.build(plan)
+        ids, last = inputs["expert_ids"], plan["experts"] - 1
+        known = (ids >= 0) & (ids <= last)
+        return {**inputs, "expert_ids": torch.where(known, last - ids, ids)}
+
+    return Given(given.plans, build)
 
 
 def _long(scope: Scope) -> st.SearchStrategy[Plan]:
@@ -181,6 +211,23 @@ def sizes_do_not_show_in_a_batch(case: Case) -> None:
 
 
 @requirement(
+    "BACKEND-08",
+    MUST,
+    "experts",
+    "At every number of experts the output MUST be that of the experts.",
+    reason="Ids are kept in few bits, and tables have the size of the models that were there.",
+    sources=("docs/spec/backends.md", "SGLang #30895"),
+    given=_from_the_last(_resized(expert_inputs(loads=("uniform", "skewed")), _many_experts)),
+    references=("backends.choose_backend", "experts.experts"),
+)
+def the_number_of_experts_does_not_show(case: Case) -> None:
+    """65 to 513 experts, of which most get nothing; judged as EXPERT-01 is."""
+    last = int(case["expert_ids"].max()) if case["expert_ids"].numel() else 0
+    case.note("an id beyond eight bits", last >= 2**8)
+    _as("EXPERT-01", case)
+
+
+@requirement(
     "BACKEND-05",
     MUST,
     "layer",
@@ -210,77 +257,3 @@ def the_width_does_not_show_in_a_layer(case: Case) -> None:
     """H, or I of all experts, from 64 to 1,025; judged as LAYER-01 and LAYER-02 are."""
     _as("LAYER-01", case)
     _as("LAYER-02", case)
-
-
-RIGHT_ANSWERS = {
-    "route": ("GATE-04", "GATE-06", "GATE-10", "GATE-14", "GATE-22"),
-    "balance_loss": ("BALANCE-01", "BALANCE-08", "BALANCE-13"),
-    "z_loss": ("BALANCE-28",),
-    "update_bias": ("BALANCE-36",),
-    "align": ("ALIGN-01", "ALIGN-09"),
-    "align_batched": ("ALIGN-21",),
-    "dispatch": ("DISPATCH-01", "DISPATCH-02"),
-    "combine": ("DISPATCH-11", "DISPATCH-14"),
-    "drop_to_capacity": ("DISPATCH-22",),
-    "experts": ("EXPERT-06", "EXPERT-08", "EXPERT-13"),
-    "experts_batched": ("EXPERT-15",),
-    "layer": ("LAYER-01", "LAYER-02", "LAYER-04", "LAYER-06", "LAYER-11"),
-    "slice_experts": ("SLICE-04",),
-    "slice_tensor_parallel": ("SLICE-10",),
-    "place_experts": ("SLICE-17",),
-    "dequantize": ("QUANT-01",),
-    "experts_quantized": ("QUANT-14", "QUANT-15", "QUANT-16"),
-}
-"""Requirements that know an operation's right answer, on inputs of many kinds."""
-
-MODES = ("no_grad", "inference_mode", "inference_mode", "inference_mode")
-"""Inference mode is drawn more often: gradients are off in it as well."""
-
-
-def _without_gradients() -> Given:
-    """Inputs of one of `RIGHT_ANSWERS`, and a way to switch gradients off."""
-
-    def plans(scope: Scope) -> Plans | None:
-        possible = [
-            st.one_of(drawn)
-            for ids in RIGHT_ANSWERS.values()
-            if (drawn := [each for id in ids if (each := _plans(scope, id)) is not None])
-        ]
-        if not possible:
-            return None
-        return st.tuples(st.one_of(possible), st.sampled_from(MODES)).map(
-            lambda drawn: {**drawn[0], "grad_mode": drawn[1]}
-        )
-
-    def build(plan: Plan) -> Inputs:
-        rest = {name: v for name, v in plan.items() if name not in ("asked", "grad_mode")}
-        inputs = requirement_named(plan["asked"]).given.build(rest)
-        return {**inputs, "asked": plan["asked"], "grad_mode": plan["grad_mode"]}
-
-    return Given(plans, build)
-
-
-def _plans(scope: Scope, id: str) -> Plans | None:
-    asked = requirement_named(id)
-    if not {asked.operation, *asked.also} <= set(scope.operations):
-        return None
-    drawn = asked.given.plans(scope)
-    return None if drawn is None else drawn.map(lambda plan: {**plan, "asked": id})
-
-
-@requirement(
-    "BACKEND-07",
-    MUST,
-    ANY,
-    "Where gradients are off, under `no_grad` and in inference mode, every operation MUST give the "
-    "right answer too.",
-    reason="Inference has kernels of its own; and tensors made in inference mode have no version "
-    "and cannot be kept for a backward pass.",
-    sources=("docs/spec/backends.md", "vLLM #16801"),
-    given=_without_gradients(),
-    references=("backends.choose_backend",),
-)
-def the_way_without_gradients_is_right(case: Case) -> None:
-    """What another requirement asks, asked again with gradients switched off."""
-    case.note(f"{case['grad_mode']}, operation {requirement_named(case['asked']).operation}")
-    _as(case["asked"], case)

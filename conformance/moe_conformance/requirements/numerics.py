@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -75,10 +76,28 @@ DIFFERENTIABLE: dict[str, tuple[str, ...]] = {
     "z_loss": ("logits",),
     "dispatch": ("x",),
     "combine": ("rows", "weights"),
-    "experts": ("x", "weights", "experts.gate_up", "experts.down"),
-    "layer": ("x", "parameters.router", "parameters.experts.gate_up"),
+    "experts": (
+        "x",
+        "weights",
+        "experts.gate_up",
+        "experts.down",
+        "experts.gate_up_bias",
+        "experts.down_bias",
+    ),
+    "layer": (
+        "x",
+        "parameters.router",
+        "parameters.experts.gate_up",
+        "parameters.experts.down",
+        "parameters.shared.gate_up",
+        "parameters.shared.down",
+    ),
 }
 """What the outputs of an operation are differentiated by, where the target declares gradients."""
+
+
+GRADIENT_LAYOUTS = ("expanded", *LAYOUTS[1:])
+"""Strides of the gradients that come in."""
 
 
 def _without(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -682,15 +701,8 @@ def calls_leave_no_trace(case: Case) -> None:
 def gradients_start_anew(case: Case) -> None:
     """The gradients of a call, of one with other data, and of the first again."""
     operation, given = case["operation"], _given(case)
-    outputs = case.call(operation, **given).outputs
-    present = {path for path, _ in walk(given)}
-    wrt = [path for path in DIFFERENTIABLE[operation] if path in present]
-    content = Content(0)
-    cotangents = {
-        path: content.normal(*tensor.shape).to(tensor.dtype)
-        for path, tensor in walk(outputs)
-        if tensor.is_floating_point() and path != "balance_loss"
-    }
+    wrt = _leaves(operation, given)
+    cotangents = _cotangents(case.call(operation, **given).outputs)
     other = _other_data(operation, given)
     planned = [
         case.planned(operation, **arguments, wrt=wrt, cotangents=cotangents)
@@ -707,3 +719,119 @@ def gradients_start_anew(case: Case) -> None:
 
     wrong = _wrong(expected, [2 * g for g in expected])
     case.judge(rule, found, [] if wrong is None else [("added up", wrong)])
+
+
+def _differentiable_operations() -> Given:
+    """Inputs of one of the operations whose outputs carry gradients."""
+    return Given(
+        lambda scope: any_operation(
+            *(name for name in DIFFERENTIABLE if name in scope.capabilities.gradients)
+        ).plans(scope),
+        any_operation().build,
+    )
+
+
+def _cotangents(outputs: Any) -> dict[str, torch.Tensor]:
+    content = Content(0)
+    return {
+        path: content.normal(*tensor.shape).to(tensor.dtype)
+        for path, tensor in walk(outputs)
+        if tensor.is_floating_point() and path != "balance_loss"
+    }
+
+
+def _same_gradient(
+    what: str, expected: torch.Tensor | None
+) -> Callable[[torch.Tensor | None], None]:
+    def rule(gradient: torch.Tensor | None) -> None:
+        if expected is None:
+            return
+        if gradient is None:
+            raise Violation(f"{what}: expected a tensor, got None")
+        _near(what, gradient, expected)
+
+    return rule
+
+
+@requirement(
+    "NUM-17",
+    MUST,
+    ANY,
+    "The gradient that comes in MUST be read by its strides.",
+    reason="That of a sum is expanded and has strides of 0, and that of a slice has rows that lie "
+    "apart. A backward kernel is mostly tried on one that `randn_like` made.",
+    sources=("pytorch #154557", "pytorch #193633", "ScatterMoE"),
+    given=Given(
+        lambda scope: (
+            st.tuples(plans, st.sampled_from(GRADIENT_LAYOUTS)).map(_with_layout)
+            if scope.capabilities.strides
+            and (plans := _differentiable_operations().plans(scope)) is not None
+            else None
+        ),
+        lambda plan: {
+            **any_operation().build({k: v for k, v in plan.items() if k != "cotangent_layout"}),
+            "cotangent_layout": plan["cotangent_layout"],
+        },
+    ),
+)
+def the_gradient_that_comes_in_may_have_any_strides(case: Case) -> None:
+    """The same values twice: one after the other in memory, and in another layout."""
+    operation, given = case["operation"], _given(case)
+    layout = case["cotangent_layout"]
+    wrt = _leaves(operation, given)
+    cotangents = _cotangents(case.call(operation, **given).outputs)
+    if layout == "expanded":
+        cotangents = {
+            path: t.flatten()[:1].sum().expand(t.shape).contiguous()
+            for path, t in cotangents.items()
+        }
+    plain, laid = case.session(
+        [
+            case.planned(operation, **given, wrt=wrt, cotangents=cotangents),
+            case.planned(
+                operation, **given, wrt=wrt, cotangents=cotangents, cotangent_layout=layout
+            ),
+        ]
+    )
+    case.note(f"operation {operation}, {layout}")
+    for path in wrt:
+        expected, found = plain.gradients[path], laid.gradients[path]
+        wrong = [] if expected is None or not expected.any() else [("twice", 2 * expected + 1)]
+        case.judge(_same_gradient(f"gradient of {path}, {layout}", expected), found, wrong)
+
+
+def _with_layout(drawn: tuple[Plan, str]) -> Plan:
+    return {**drawn[0], "cotangent_layout": drawn[1]}
+
+
+def _leaves(operation: str, given: dict[str, Any]) -> list[str]:
+    present = {path for path, _ in walk(given)}
+    return [path for path in DIFFERENTIABLE[operation] if path in present]
+
+
+@requirement(
+    "NUM-18",
+    MUST,
+    ANY,
+    "A gradient MUST be the same whichever others are asked for.",
+    reason="With frozen experts, or a router that is trained alone, a backward pass has to leave "
+    "out what nobody asks for, and nothing else.",
+    sources=("torchtitan #1237", "DeepSpeed #5259"),
+    given=_differentiable_operations(),
+)
+def a_gradient_does_not_depend_on_the_others(case: Case) -> None:
+    """Each gradient by itself against all together."""
+    operation, given = case["operation"], _given(case)
+    wrt = _leaves(operation, given)
+    cotangents = _cotangents(case.call(operation, **given).outputs)
+    together, *alone = case.session(
+        [
+            case.planned(operation, **given, wrt=paths, cotangents=cotangents)
+            for paths in (wrt, *([path] for path in wrt))
+        ]
+    )
+    case.note(f"operation {operation}")
+    for path, answer in zip(wrt, alone, strict=True):
+        expected, found = together.gradients[path], answer.gradients[path]
+        wrong = [] if expected is None or not expected.any() else [("twice", 2 * expected + 1)]
+        case.judge(_same_gradient(f"gradient of {path} alone", expected), found, wrong)

@@ -1,0 +1,190 @@
+"""Faults that depend on what the caller has set, or on which gradients are asked for, and how."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from moe_conformance.codec import replace_tensors
+from moe_conformance.faults.rare import Arguments
+from moe_conformance.faults.rare_calls import (
+    altered,
+    as_if_contiguous,
+    instead,
+    right,
+    with_fields,
+    with_gradient,
+)
+
+# Without gradients.
+
+
+def _off(a: Arguments) -> bool:
+    return not torch.is_grad_enabled()
+
+
+def _inference(a: Arguments) -> bool:
+    return torch.is_inference_mode_enabled()
+
+
+altered(
+    "experts",
+    "inference-leaves-out-the-output-bias",
+    "Where gradients are off, the kernel for inference has no second bias.",
+    lambda a: _off(a) and a["experts"].down_bias is not None,
+    lambda a: {"experts": dataclasses.replace(a["experts"], down_bias=None)},
+    "BACKEND-07",
+)
+
+altered(
+    "route",
+    "inference-routes-in-bfloat16",
+    "Where gradients are off, the logits are rounded to save time.",
+    _off,
+    lambda a: {"logits": a["logits"].bfloat16().to(a["logits"].dtype)},
+    "BACKEND-07",
+)
+
+altered(
+    "combine",
+    "inference-combines-without-weights",
+    "In inference mode the rows are taken to be weighted.",
+    _inference,
+    lambda a: {"weights": torch.ones_like(a["weights"])},
+    "BACKEND-07",
+)
+
+altered(
+    "layer",
+    "inference-leaves-out-the-shared-scale",
+    "Where gradients are off, the shared expert is fused with the others and has no scale.",
+    lambda a: _off(a) and a["config"].shared_scale != 1.0,
+    lambda a: {"config": dataclasses.replace(a["config"], shared_scale=1.0)},
+    "BACKEND-07",
+)
+
+altered(
+    "balance_loss",
+    "the-loss-counts-padding-where-gradients-are-off",
+    "In evaluation the mask of the padding is not handed on.",
+    lambda a: _off(a) and a.get("padding_mask") is not None,
+    lambda a: {"padding_mask": None},
+    "BACKEND-07",
+)
+
+altered(
+    "experts_quantized",
+    "packed-experts-in-inference-mode-weigh-the-output-only",
+    "The kernel for inference mode has no weight on the input.",
+    lambda a: _inference(a) and a["config"].weight_on == "input",
+    lambda a: {"config": dataclasses.replace(a["config"], weight_on="output")},
+    "BACKEND-07",
+)
+
+# Under another default dtype.
+
+
+def _default_is(*names: str) -> Any:
+    return lambda a: str(torch.get_default_dtype()).removeprefix("torch.") in names
+
+
+def _all_in(dtype: torch.dtype, value: Any) -> Any:
+    return replace_tensors(
+        value, lambda _, t: t.to(dtype).to(t.dtype) if t.is_floating_point() else t
+    )
+
+
+altered(
+    "experts",
+    "the-buffer-between-the-products-has-the-default-dtype",
+    "It is made with torch.empty and no dtype; the second product reads from it what was rounded.",
+    _default_is("bfloat16", "float16"),
+    lambda a: _all_in(torch.get_default_dtype(), {"x": a["x"], "experts": a["experts"]}),
+    "NUM-19",
+)
+
+instead(
+    "z_loss",
+    "the-z-loss-has-the-default-dtype",
+    "The sum starts from a tensor that was made without a dtype.",
+    _default_is("bfloat16", "float16", "float64"),
+    lambda a: right("z_loss", a).to(torch.get_default_dtype()),
+    "NUM-19",
+)
+
+
+def _weights_in_default(a: Arguments) -> Any:
+    weights, ids = right("route", a)
+    return weights.to(torch.get_default_dtype()), ids
+
+
+instead(
+    "route",
+    "weights-have-the-default-dtype-where-it-is-narrow",
+    "They are written into torch.zeros(T, K).",
+    lambda a: _default_is("bfloat16", "float16")(a) and a["logits"].dtype is not torch.float64,
+    _weights_in_default,
+    "NUM-19",
+)
+
+# The gradient that comes in.
+
+
+def _reads_as_contiguous(operation: str) -> Any:
+    def result(a: Arguments) -> Any:
+        return with_gradient(right(operation, a), lambda g: as_if_contiguous(_padded(g)))
+
+    return result
+
+
+def _padded(gradient: torch.Tensor) -> torch.Tensor:
+    """The same view in memory that is long enough to be read past its end."""
+    storage = gradient.untyped_storage().nbytes() // gradient.element_size()
+    flat = gradient.as_strided((storage,), (1,), 0)
+    longer = torch.cat([flat, flat.new_zeros(gradient.numel() + gradient.storage_offset())])
+    return longer.as_strided(gradient.shape, gradient.stride(), gradient.storage_offset())
+
+
+for _operation in ("experts", "combine"):
+    instead(
+        _operation,
+        f"the-gradient-of-{_operation}-is-read-without-its-strides",
+        "The backward kernel takes the address of the gradient and its own idea of the strides.",
+        lambda a: torch.is_grad_enabled(),
+        _reads_as_contiguous(_operation),
+        "NUM-17",
+        thread="ScatterMoE",
+    )
+
+# Which gradients are asked for.
+
+altered(
+    "experts",
+    "x-gets-no-gradient-beside-frozen-experts",
+    "The backward pass returns early where no weight wants a gradient.",
+    lambda a: a["x"].requires_grad and not a["experts"].down.requires_grad,
+    lambda a: {"x": with_gradient(a["x"], torch.zeros_like)},
+    "NUM-18",
+)
+
+altered(
+    "experts",
+    "down-gets-its-gradient-with-gate-up-only",
+    "Both are computed in one kernel, which starts where the first is wanted.",
+    lambda a: a["experts"].down.requires_grad and not a["experts"].gate_up.requires_grad,
+    lambda a: {
+        "experts": with_fields(a["experts"], lambda t: with_gradient(t, torch.zeros_like), "down")
+    },
+    "NUM-18",
+)
+
+altered(
+    "combine",
+    "weights-get-their-gradient-with-the-rows-only",
+    "The products with the rows are kept where the rows want a gradient.",
+    lambda a: a["weights"].requires_grad and not a["rows"].requires_grad,
+    lambda a: {"weights": with_gradient(a["weights"], torch.zeros_like)},
+    "NUM-18",
+)
