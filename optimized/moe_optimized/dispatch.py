@@ -18,9 +18,9 @@ from typing import Any, Literal, get_args
 
 import torch
 from moe_reference.checks import FLOATS, IDS, check_count, check_tensor
-from torch.autograd.function import once_differentiable
 
 from moe_optimized.alignment import local_ids, sort_slots, tile_table
+from moe_optimized.autograd import once
 from moe_optimized.interpreter import (
     INTERPRETED,
     KERNEL_DTYPES,
@@ -235,10 +235,9 @@ class _Spread(torch.autograd.Function):
         return x.index_select(0, slots // max(K, 1))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (slots,) = ctx.saved_tensors
-        total = _sum_rows(grad.to(accumulation_dtype(grad)), slots, ctx.T, ctx.K)
+        total = gather_sum(grad.to(accumulation_dtype(grad)), slots, ctx.T, ctx.K)
         return total.to(grad.dtype), None, None
 
 
@@ -250,10 +249,9 @@ class _GatherSum(torch.autograd.Function):
         return _sum_rows(rows, slots, T, K)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (slots,) = ctx.saved_tensors
-        return grad.index_select(0, slots // max(ctx.K, 1)), None, None, None
+        return spread(grad, slots, ctx.K), None, None, None
 
 
 def _sum_rows(rows: torch.Tensor, slots: torch.Tensor, T: int, K: int) -> torch.Tensor:
@@ -283,7 +281,7 @@ class _Combine(torch.autograd.Function):
         return sum_places(rows, places_of(slots, T * K), weights, T, K, rows.dtype)
 
     @staticmethod
-    @once_differentiable
+    @once("combine_triton")
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:
         rows, slots, weights = ctx.saved_tensors
         T, K = weights.shape

@@ -24,6 +24,7 @@ from moe_reference.config import ExpertsConfig, ExpertWeights
 
 from moe_optimized import operators
 from moe_optimized.alignment import TileTable, check_map, check_tokens
+from moe_optimized.autograd import once
 from moe_optimized.dispatch import accumulation_dtype
 from moe_optimized.experts_backward import Needs, run_backward
 from moe_optimized.experts_torch import batched_experts
@@ -242,44 +243,21 @@ class _Experts(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once("experts_triton")
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weights, *tensors, pre, order, place, experts, first, rows = ctx.saved_tensors
-        with torch.no_grad():
-            grads = run_backward(
-                grad,
-                x,
-                pre,
-                ExpertWeights(*tensors),
-                weights,
-                TileTable(order, place, experts, first, rows),
-                ctx.config,
-                ctx.shapes,
-                Needs(*ctx.needs_input_grad[:6]),
-            )
-        if torch.is_grad_enabled():
-            grads = _Once.apply(torch.empty(0, requires_grad=True), *grads)
-        return (*grads, None, None, None, None, None)
-
-
-class _Once(torch.autograd.Function):
-    """Gradients whose own gradient is refused when it is asked for.
-
-    torch's `once_differentiable` refuses only where the output's gradient has a graph. Without one,
-    that of a sum for example, it takes the gradients for constants, which they are not.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, marker: torch.Tensor, *grads: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, ...]:
-        return tuple(None if grad is None else grad.view_as(grad) for grad in grads)
-
-    @staticmethod
-    def backward(ctx: Any, *_: torch.Tensor) -> None:
-        raise RuntimeError(
-            "experts_triton: expected to be differentiated once, got asked for the gradient of a "
-            "gradient (create_graph=True)"
+        grads = run_backward(
+            grad,
+            x,
+            pre,
+            ExpertWeights(*tensors),
+            weights,
+            TileTable(order, place, experts, first, rows),
+            ctx.config,
+            ctx.shapes,
+            Needs(*ctx.needs_input_grad[:6]),
         )
+        return (*grads, None, None, None, None, None)
 
 
 def check_experts(

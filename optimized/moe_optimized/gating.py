@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from moe_reference.checks import FLOATS, IDS, check_tensor
 from moe_reference.config import RoutingConfig
-from torch.autograd.function import once_differentiable
 
+from moe_optimized.autograd import once
 from moe_optimized.dispatch import count_tokens
 from moe_optimized.gating_backward import norm_block, route_gradient
 from moe_optimized.interpreter import (
@@ -364,7 +364,7 @@ class _Route(torch.autograd.Function):
         return weights, expert_ids, counts
 
     @staticmethod
-    @once_differentiable
+    @once("route_triton")
     def backward(
         ctx: Any, grad: torch.Tensor, *_: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:

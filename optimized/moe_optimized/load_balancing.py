@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from moe_reference.checks import FLOATS, IDS, check_tensor
 from moe_reference.config import BalanceConfig
-from torch.autograd.function import once_differentiable
 
+from moe_optimized.autograd import once
 from moe_optimized.interpreter import (
     INTERPRETED,
     KERNEL_DTYPES,
@@ -351,7 +351,7 @@ class _Balance(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @once("balance_loss_triton")
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         if ctx.empty:
             return torch.zeros_like(ctx.saved_tensors[0]), None, None, None, None
@@ -503,7 +503,7 @@ class _ZLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @once("z_loss_triton")
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         logits, mask, logs, scale = ctx.saved_tensors
         T, E = logits.shape
