@@ -86,6 +86,7 @@ class Case:
         reuse: int | None = None,
         poison: bool = False,
         cotangent_layout: str = "contiguous",
+        backward: str = "at once",
         **arguments: Any,
     ) -> dict[str, Any]:
         """One call of a session.
@@ -100,6 +101,8 @@ class Case:
             poison: fill memory that the target allocates and does not write with NaN.
             cotangent_layout: strides of the cotangents: see `worker.lay_out`; or `expanded`, as of
                 the gradient of a sum: the first value everywhere, with strides of 0.
+            backward: when gradients are taken: `at once`; `twice`, through a graph that is kept,
+                the second time counts; or `late`, after all calls of the session.
             **arguments: as the contract names them.
         """
         return {
@@ -111,6 +114,7 @@ class Case:
             "reuse": reuse,
             "poison": poison,
             "cotangent_layout": cotangent_layout,
+            "backward": backward,
         }
 
     def session(self, calls: list[dict[str, Any]]) -> list[Answer]:

@@ -301,8 +301,9 @@ def run_session(
         target: the implementation.
         session: `device`, and `calls`: each with `operation`, `arguments`, and optionally
             `layouts` (argument path to layout name), `wrt` and `cotangents` (which gradients, of
-            what), `cotangent_layout` (what `lay_out` knows, or `expanded`), `reuse` (index of an
-            earlier call whose argument storage is written over); and what `surroundings` reads.
+            what), `cotangent_layout` (what `lay_out` knows, or `expanded`), `backward` ("at once";
+            "twice", through a graph that is kept; or "late", after all calls), `reuse` (index of
+            an earlier call whose argument storage is written over); and what `surroundings` reads.
         tell: called with the name of each step before it is taken.
 
     Returns:
@@ -345,7 +346,14 @@ def _run_calls(
         results.append(result)
         if answer["error"] is not None:
             break
-    for answer, result in zip(answers, results, strict=True):
+    for call, answer, given, result in zip(
+        session["calls"], answers, arguments, results, strict=False
+    ):
+        if result is not None and call.get("backward") == "late":
+            try:
+                answer["gradients"] = _gradients(result, given, call["wrt"], call)
+            except BaseException as error:
+                answer["error"] = _error(error)
         if result is not None and len(answers) > 1:
             answer["afterwards"] = _plain(result)
     return answers
@@ -374,7 +382,7 @@ def _run_call(
             torch.use_deterministic_algorithms(True, warn_only=True)
         say("the forward pass")
         result = getattr(target, call["operation"])(**given)
-        if wrt:
+        if wrt and call.get("backward") != "late":
             say("the backward pass")
             answer["gradients"] = _gradients(result, given, wrt, call)
         if device == "cuda":
@@ -382,7 +390,7 @@ def _run_call(
         say("the reading of its results")
         answer["outputs"] = _plain(result)
         answer["kinds"] = [
-            [path, str(t.dtype).removeprefix("torch."), t.device.type, type(t).__name__]
+            [path, str(t.dtype).removeprefix("torch."), t.device.type, _kind(t)]
             for path, t in walk(_tree(result))
         ]
         answer["shared"] = _shared(result, given)
@@ -398,6 +406,13 @@ def _run_call(
         if not _same(old, new)
     ]
     return answer, given, result
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    """The type's name; said to be expanded where one place in memory is several elements."""
+    steps = zip(tensor.stride(), tensor.shape, strict=True)
+    expanded = tensor.numel() > 1 and any(stride == 0 and size > 1 for stride, size in steps)
+    return f"{type(tensor).__name__}{' (expanded)' if expanded else ''}"
 
 
 def _error(error: BaseException) -> dict[str, Any]:
@@ -496,13 +511,19 @@ def _gradients(
     ]
     if not pairs:
         return dict.fromkeys(wrt)
-    found = torch.autograd.grad(
-        [output for output, _ in pairs],
-        [inputs[path] for path in wrt],
-        [cotangent for _, cotangent in pairs],
-        allow_unused=True,
-        retain_graph=False,
-    )
+
+    def differentiate(keep: bool) -> Sequence[torch.Tensor | None]:
+        return torch.autograd.grad(
+            [output for output, _ in pairs],
+            [inputs[path] for path in wrt],
+            [cotangent for _, cotangent in pairs],
+            allow_unused=True,
+            retain_graph=keep,
+        )
+
+    if call.get("backward") == "twice":
+        differentiate(True)
+    found = differentiate(False)
     return {
         path: None if g is None else g.detach().to("cpu", copy=True)
         for path, g in zip(wrt, found, strict=True)

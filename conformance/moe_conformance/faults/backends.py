@@ -60,14 +60,14 @@ altered(
 )
 
 
-def _rank_in_expert(a: Arguments) -> torch.Tensor:
+def _rank_of(rows_TK: torch.Tensor) -> torch.Tensor:
     """[T, K], how many pairs of the same expert stand before each."""
-    rows = rows_of(a).flatten()
+    rows = rows_TK.flatten().long()
     order = rows.argsort(stable=True)
     first = torch.searchsorted(rows[order], rows[order])
     rank = torch.empty_like(rows)
     rank[order] = torch.arange(len(rows)) - first
-    return rank.view_as(a["expert_ids"])
+    return rank.view_as(rows_TK)
 
 
 altered(
@@ -75,7 +75,7 @@ altered(
     "an-expert-takes-256-rows-at-most",
     "The grid has a fixed number of row blocks for each expert.",
     lambda a: a["weights"].numel() > 256,
-    lambda a: {"expert_ids": a["expert_ids"].masked_fill(_rank_in_expert(a) >= 256, -1)},
+    lambda a: {"expert_ids": a["expert_ids"].masked_fill(_rank_of(rows_of(a)) >= 256, -1)},
     "BACKEND-01",
     thread="vLLM #45332",
 )
@@ -251,4 +251,32 @@ altered(
         ),
     ),
     "BACKEND-06",
+)
+
+# Packed experts.
+
+altered(
+    "experts_quantized",
+    "packed-experts-take-128-rows-of-an-expert-at-most",
+    "The kernel that unpacks in the product has one row block.",
+    lambda a: a["weights"].numel() > 128,
+    lambda a: {"expert_ids": a["expert_ids"].masked_fill(_packed_rank(a) >= 128, -1)},
+    "BACKEND-09",
+)
+
+
+def _packed_rank(a: Arguments) -> torch.Tensor:
+    ids = a["expert_ids"]
+    if a.get("expert_map") is not None:
+        ids = a["expert_map"].long()[ids.clamp(0, len(a["expert_map"]) - 1).long()]
+    return _rank_of(ids)
+
+
+instead(
+    "experts_quantized",
+    "many-tokens-of-packed-experts-end-at-the-last-full-tile",
+    "From 64 tokens on they go in whole tiles of 16.",
+    lambda a: tokens(a) > 64,
+    lambda a: _ended(right("experts_quantized", a), _full(tokens(a), 16)),
+    "BACKEND-09",
 )

@@ -188,3 +188,72 @@ altered(
     lambda a: {"weights": with_gradient(a["weights"], torch.zeros_like)},
     "NUM-18",
 )
+
+# When the backward pass comes, and how often.
+
+
+def _only_the_first_time(a: Arguments) -> Arguments:
+    passes = []
+
+    def change(gradient: torch.Tensor) -> torch.Tensor:
+        passes.append(gradient.shape)
+        return gradient if len(passes) == 1 else gradient * len(passes)
+
+    return {"x": with_gradient(a["x"], change)}
+
+
+for _operation in ("experts", "dispatch"):
+    altered(
+        _operation,
+        f"the-backward-of-{_operation}-writes-over-what-was-saved",
+        "The gradient is made in the buffer of what the forward pass saved.",
+        lambda a: a["x"].requires_grad,
+        _only_the_first_time,
+        "NUM-20",
+        thread="ScatterMoE",
+    )
+
+
+_latest: dict[str, torch.Tensor] = {}
+
+
+def _saved_in_the_module(a: Arguments, name: str) -> Arguments:
+    mine = a[name]
+    _latest[name] = mine
+
+    def change(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient if _latest[name] is mine else gradient.flip(0) + 1
+
+    return {name: with_gradient(mine, change)}
+
+
+for _operation, _argument in (("experts", "x"), ("combine", "weights")):
+    altered(
+        _operation,
+        f"what-{_operation}-saves-is-kept-in-the-module",
+        "The next forward pass writes over it.",
+        lambda a, n=_argument: a[n].requires_grad,  # type: ignore[misc]
+        lambda a, n=_argument: _saved_in_the_module(a, n),  # type: ignore[misc]
+        "NUM-21",
+    )
+
+# What comes out.
+
+
+def _expanded_weights(a: Arguments) -> Any:
+    weights, ids = right("route", a)
+    return weights[:1, :1].expand(weights.shape), ids
+
+
+instead(
+    "route",
+    "a-single-expert-has-an-expanded-weight",
+    "With K = 1 every weight is the scale, and one number stands for all of them.",
+    lambda a: (
+        a["config"].top_k == 1
+        and len(a["logits"]) > 1
+        and bool((right("route", a)[0] == right("route", a)[0][:1]).all())
+    ),
+    _expanded_weights,
+    "NUM-01",
+)

@@ -48,7 +48,7 @@ is not among them: it counts first choices, and the order of a token's ids is fr
 LENGTHS = (16, 17, 31, 32, 33, 64, 65)
 """Lengths of the few long sequences."""
 
-MANY_EXPERTS = (16, 17, 32, 33, 64, 65)
+MANY_EXPERTS = (16, 17, 32, 33, 64, 65, 129, 257)
 TOP_K = (1, 2, 3, 4, 6, 8, 9)
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from hypothesis import strategies as st
 
 from moe_conformance.case import Case
 from moe_conformance.inputs.experts import expert_batches, expert_inputs
 from moe_conformance.inputs.given import Given, Inputs, Plan, Plans, Scope, differentiable
 from moe_conformance.inputs.layer import layer_inputs
+from moe_conformance.inputs.quantization import quantized_inputs
 from moe_conformance.inputs.routing import BLOCKS, past
 from moe_conformance.registry import MUST, requirement, requirement_named
 
@@ -67,6 +67,11 @@ def _many_tokens(scope: Scope) -> st.SearchStrategy[Plan]:
     )
 
 
+def _more_tokens(scope: Scope) -> st.SearchStrategy[Plan]:
+    """Up to 257 of them: packed matrices are not small."""
+    return st.fixed_dictionaries({"tokens": _large(scope).filter(lambda size: size <= 257)})
+
+
 def _wide(scope: Scope) -> st.SearchStrategy[Plan]:
     """H or I is large, beside one, two or three tokens."""
     capabilities = scope.capabilities
@@ -94,14 +99,15 @@ def _many_experts(scope: Scope) -> st.SearchStrategy[Plan]:
     ).map(lambda drawn: {**drawn[1], "experts": drawn[0], "local": drawn[0]})
 
 
-def _from_the_last(given: Given) -> Given:
-    """With experts counted from the last, where a skewed load goes then."""
+def _to_the_last(given: Given) -> Given:
+    """With a pair that goes to the last expert."""
 
     def build(plan: Plan) -> Inputs:
         inputs = given.build(plan)
-        ids, last = inputs["expert_ids"], plan["experts"] - 1
-        known = (ids >= 0) & (ids <= last)
-        return {**inputs, "expert_ids": torch.where(known, last - ids, ids)}
+        ids, last = inputs["expert_ids"].clone(), plan["experts"] - 1
+        if not bool((ids[0] == last).any()):
+            ids[0, 0] = last
+        return {**inputs, "expert_ids": ids}
 
     return Given(given.plans, build)
 
@@ -129,8 +135,11 @@ def _wide_layer(scope: Scope) -> st.SearchStrategy[Plan]:
     return st.one_of(st.fixed_dictionaries(few | hidden), st.fixed_dictionaries(few | inner))
 
 
-LOADS = ("uniform", "skewed", "one expert")
-"""Loads under which an expert gets more rows than a block."""
+LOADED = expert_inputs(
+    loads=("uniform", "skewed", "one expert"), expert_map=(False,), invalid_ids=(False,)
+)
+"""Loads under which an expert gets more rows than a block. Ids that are not here have requirements
+of their own."""
 
 
 def _as(id: str, case: Case) -> None:
@@ -147,7 +156,7 @@ def _as(id: str, case: Case) -> None:
     reason="A few tokens take another kernel than many, and the last tile of a large call is one "
     "that no small call has.",
     sources=("docs/spec/backends.md", "vLLM #45332", "aiter #4451"),
-    given=_resized(expert_inputs(loads=LOADS), _many_tokens),
+    given=_resized(LOADED, _many_tokens),
     references=("backends.choose_backend", "experts.experts"),
 )
 def the_number_of_tokens_does_not_show(case: Case) -> None:
@@ -162,7 +171,7 @@ def the_number_of_tokens_does_not_show(case: Case) -> None:
     "At every hidden and every intermediate size the output MUST be that of the experts.",
     reason="Sums over H and I are cut into tiles, and the last one is seldom full.",
     sources=("docs/spec/backends.md", "aiter #4041"),
-    given=_resized(expert_inputs(loads=LOADS), _wide),
+    given=_resized(LOADED, _wide),
     references=("backends.choose_backend", "experts.experts"),
 )
 def the_width_does_not_show(case: Case) -> None:
@@ -179,14 +188,14 @@ def the_width_does_not_show(case: Case) -> None:
     reason="The gradient of a weight is a sum over all rows of an expert, in tiles of its own.",
     sources=("docs/spec/backends.md", "torchtitan #1237", "pytorch #193633"),
     given=_resized(
-        differentiable("experts", expert_inputs(invalid_ids=(False,), loads=LOADS)),
+        differentiable("experts", LOADED),
         lambda scope: st.one_of(_many_tokens(scope), _wide(scope)),
     ),
     references=("backends.choose_backend", "experts.experts"),
 )
 def sizes_do_not_show_in_gradients(case: Case) -> None:
-    """As in the two requirements before; judged as EXPERT-20 is."""
-    _as("EXPERT-20", case)
+    """As in the two requirements before; judged as EXPERT-11 is."""
+    _as("EXPERT-11", case)
 
 
 @requirement(
@@ -217,7 +226,7 @@ def sizes_do_not_show_in_a_batch(case: Case) -> None:
     "At every number of experts the output MUST be that of the experts.",
     reason="Ids are kept in few bits, and tables have the size of the models that were there.",
     sources=("docs/spec/backends.md", "SGLang #30895"),
-    given=_from_the_last(_resized(expert_inputs(loads=("uniform", "skewed")), _many_experts)),
+    given=_to_the_last(_resized(LOADED, _many_experts)),
     references=("backends.choose_backend", "experts.experts"),
 )
 def the_number_of_experts_does_not_show(case: Case) -> None:
@@ -257,3 +266,24 @@ def the_width_does_not_show_in_a_layer(case: Case) -> None:
     """H, or I of all experts, from 64 to 1,025; judged as LAYER-01 and LAYER-02 are."""
     _as("LAYER-01", case)
     _as("LAYER-02", case)
+
+
+@requirement(
+    "BACKEND-09",
+    MUST,
+    "experts_quantized",
+    "At every number of tokens the output of packed experts MUST be that of the unpacked ones.",
+    reason="A few tokens unpack in the product, many unpack first.",
+    sources=("docs/spec/backends.md", "hanzo-engine quantised experts"),
+    given=_resized(
+        quantized_inputs(
+            g_idx=(False, True), bias=(False,), expert_map=(False,), invalid_ids=(False,),
+            weight_on=("output",),
+        ),
+        _more_tokens,
+    ),
+    references=("backends.choose_backend", "quantized_experts.experts_quantized"),
+)  # fmt: skip
+def the_number_of_tokens_does_not_show_in_packed_experts(case: Case) -> None:
+    """64 to 257 tokens on the ends of blocks; judged as QUANT-14 is."""
+    _as("QUANT-14", case)

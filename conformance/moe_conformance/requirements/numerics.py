@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from moe_conformance.case import Case
+from moe_conformance.case import Answer, Case
 from moe_conformance.codec import replace_tensors, walk
 from moe_conformance.inputs.expert_slicing import cut_for_a_rank, placed, sliced
 from moe_conformance.inputs.experts import expert_inputs
@@ -147,14 +147,15 @@ def _judge_none(case: Case, what: str, found: list[str]) -> None:
     "NUM-01",
     MUST,
     ANY,
-    "Results MUST be ordinary tensors on the device of the inputs.",
-    reason="A result on another device, or of a lazy class, moves the cost and the error to "
-    "whoever uses it next.",
+    "Results MUST be ordinary tensors on the device of the inputs, each element in a place of its "
+    "own.",
+    reason="A result on another device, of a lazy class, or with a stride of 0, moves the cost and "
+    "the error to whoever uses it next.",
     sources=("GPU MODE reference-kernels", "vLLM #16801"),
     given=any_operation(),
 )
 def results_are_plain_tensors_on_the_inputs_device(case: Case) -> None:
-    """Type and device of every tensor in the result."""
+    """Type and device of every tensor in the result; one that is expanded cannot be written to."""
     answer = case.call(case["operation"], **_given(case))
     host = ("padded_length", "2") if case["operation"] == "align" else ()
     wrong = [
@@ -793,11 +794,8 @@ def the_gradient_that_comes_in_may_have_any_strides(case: Case) -> None:
             ),
         ]
     )
-    case.note(f"operation {operation}, {layout}")
-    for path in wrt:
-        expected, found = plain.gradients[path], laid.gradients[path]
-        wrong = [] if expected is None or not expected.any() else [("twice", 2 * expected + 1)]
-        case.judge(_same_gradient(f"gradient of {path}, {layout}", expected), found, wrong)
+    case.note(layout)
+    _judge_gradients(case, operation, wrt, plain, laid, f"from one that is {layout}")
 
 
 def _with_layout(drawn: tuple[Plan, str]) -> Plan:
@@ -830,8 +828,69 @@ def a_gradient_does_not_depend_on_the_others(case: Case) -> None:
             for paths in (wrt, *([path] for path in wrt))
         ]
     )
-    case.note(f"operation {operation}")
     for path, answer in zip(wrt, alone, strict=True):
-        expected, found = together.gradients[path], answer.gradients[path]
-        wrong = [] if expected is None or not expected.any() else [("twice", 2 * expected + 1)]
-        case.judge(_same_gradient(f"gradient of {path} alone", expected), found, wrong)
+        _judge_gradients(case, operation, [path], together, answer, "alone")
+
+
+@requirement(
+    "NUM-20",
+    MUST,
+    ANY,
+    "A second backward pass through a graph that was kept MUST give the same gradients.",
+    reason="Two losses share a forward pass. Kernels that write over what was saved, to spare "
+    "memory, are right once.",
+    sources=("torchtitan #1237", "ScatterMoE"),
+    given=_differentiable_operations(),
+)
+def the_second_backward_pass_is_the_first(case: Case) -> None:
+    """One pass through one graph, and the second of two through another."""
+    operation, given = case["operation"], _given(case)
+    wrt = _leaves(operation, given)
+    cotangents = _cotangents(case.call(operation, **given).outputs)
+    once, twice = case.session(
+        [
+            case.planned(operation, **given, wrt=wrt, cotangents=cotangents, backward=backward)
+            for backward in ("at once", "twice")
+        ]
+    )
+    _judge_gradients(case, operation, wrt, once, twice, "of the second pass")
+
+
+@requirement(
+    "NUM-21",
+    MUST,
+    ANY,
+    "A backward pass MUST be right after other forward passes.",
+    reason="Under pipeline parallelism and with gradient accumulation several micro-batches are "
+    "under way. What is saved in a buffer of the module is that of the last one.",
+    sources=("torchtitan #1237", "SGLang #25852"),
+    given=Given(
+        lambda scope: _repeatable(
+            *(name for name in DIFFERENTIABLE if name in scope.capabilities.gradients)
+        ).plans(scope),
+        _repeatable(*DIFFERENTIABLE).build,
+    ),
+)
+def the_backward_pass_may_come_late(case: Case) -> None:
+    """Two forward passes on different data, then both backward passes; and the first by itself."""
+    operation, given = case["operation"], _given(case)
+    wrt = _leaves(operation, given)
+    cotangents = _cotangents(case.call(operation, **given).outputs)
+    other = _other_data(operation, given)
+    alone, late, _ = case.session(
+        [
+            case.planned(operation, **arguments, wrt=wrt, cotangents=cotangents, backward=backward)
+            for arguments, backward in ((given, "at once"), (given, "late"), (other, "late"))
+        ]
+    )
+    _judge_gradients(case, operation, wrt, alone, late, "taken late")
+
+
+def _judge_gradients(
+    case: Case, operation: str, wrt: list[str], expected: Answer, found: Answer, how: str
+) -> None:
+    case.note(f"operation {operation}")
+    for path in wrt:
+        right, gradient = expected.gradients[path], found.gradients[path]
+        wrong = [] if right is None or not right.any() else [("twice", 2 * right + 1)]
+        case.judge(_same_gradient(f"gradient of {path} {how}", right), gradient, wrong)
