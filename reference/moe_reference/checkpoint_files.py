@@ -47,6 +47,9 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             tensor: torch.Tensor = opened.get_tensor(name)
         return tensor
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._file_of
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
 

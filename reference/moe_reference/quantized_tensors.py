@@ -2,7 +2,7 @@ r"""Quantised tensors: packed weights, what belongs to them, and the shapes that
 
 A quantised matrix is codes of 4 or 8 bits and a few numbers that say what the codes stand for. Each
 format has one canonical layout here, always [E, out, in] as the float weights have it. What
-checkpoints and kernels hold instead is converted to it and from it (`checkpoint_packing`,
+checkpoints and kernels hold instead is converted to it and from it (`gptq_packing`, `awq_packing`,
 `marlin_layout`).
 
 | format | packed | scales | a code q stands for |
