@@ -15,7 +15,7 @@ from moe_reference.config import ExpertWeights, Placement
 
 from moe_conformance.codec import replace_tensors, walk
 from moe_conformance.inputs.experts import build_experts, expert_inputs
-from moe_conformance.inputs.given import Content, Given, Inputs, Plan, Plans, Scope
+from moe_conformance.inputs.given import Content, Given, Inputs, Plan, Plans, Scope, choice
 
 UNIVERSE: dict[str, tuple[Any, ...]] = {"placement": (False, True), "part_of_world": (False, True)}
 """Every value that the suite draws beside those of `experts`."""
@@ -98,14 +98,14 @@ def _plans(
     part_of_world: bool,
 ) -> Plan:
     plan = draw(drawn)
-    world_size = draw(st.sampled_from(sizes))
+    world_size = draw(choice(sizes))
     members = list(range(world_size))
     if part_of_world:
-        members = draw(st.sampled_from(_parts(world_size)))
+        members = draw(choice(_parts(world_size)))
     ranks = len(members)
     most = scope.capabilities.max_experts or 10**6
     experts = plan["experts"]
-    share = draw(st.sampled_from(shares))
+    share = draw(choice(shares))
     if share == "even":
         experts = max(1, min(-(-experts // ranks), most // ranks)) * ranks
     elif share == "fewer" and ranks > 1:
@@ -114,7 +114,7 @@ def _plans(
         experts += 1 if experts < most else -1
     experts = max(1, min(experts, most))
     physical = None
-    if draw(st.sampled_from(copies)):
+    if draw(choice(copies)):
         more = draw(st.integers(1, 2 * ranks))
         physical = -(-(experts + more) // ranks) * ranks
     if plan["dtype"] == "float16" and plan["spread"] == "huge":
@@ -124,12 +124,12 @@ def _plans(
         **plan,
         "world_size": world_size,
         "members": members,
-        "counts": _counts(draw, draw(st.sampled_from(counts)), ranks),
+        "counts": _counts(draw, draw(choice(counts)), ranks),
         "experts": experts,
         "local": experts,
         "top_k": min(plan["top_k"], experts),
         "physical": physical,
-        "copies": draw(st.sampled_from(COPIES)) if physical else None,
+        "copies": draw(choice(COPIES)) if physical else None,
         "to_one_rank": to_one_rank,
     }
 

@@ -16,6 +16,7 @@ from moe_conformance.inputs.given import (
     Plan,
     Plans,
     Scope,
+    choice,
     seeds,
     sizes,
     torch_dtype,
@@ -172,10 +173,10 @@ def placed(
                 "experts": experts,
                 "num_ranks": count,
                 "num_physical": (fewest + more) * count,
-                "load": draw(st.sampled_from(loads)),
-                "dtype": (dtype := draw(st.sampled_from(LOAD_DTYPES))),
-                "scale": draw(st.sampled_from(_scales(dtype))),
-                "layout": draw(st.sampled_from(layouts(scope))),
+                "load": draw(choice(loads)),
+                "dtype": (dtype := draw(choice(LOAD_DTYPES))),
+                "scale": draw(choice(_scales(dtype))),
+                "layout": draw(choice(layouts(scope))),
                 "seed": draw(seeds()),
             }
 
@@ -204,14 +205,14 @@ def _choices(
 def _drawn(
     draw: st.DrawFn, scope: Scope, choices: list[tuple[bool, bool]], biases: tuple[str, ...]
 ) -> Plan:
-    gated, bias = draw(st.sampled_from(choices))
+    gated, bias = draw(choice(choices))
     return {
         "hidden": draw(st.integers(1, 5)) * scope.capabilities.hidden_multiple,
         "gated": gated,
-        "biases": draw(st.sampled_from(biases)) if bias else None,
+        "biases": draw(choice(biases)) if bias else None,
         "special": not scope.capabilities.finite_only and draw(st.booleans()),
-        "dtype": draw(st.sampled_from(scope.dtypes)),
-        "layout": draw(st.sampled_from(layouts(scope))),
+        "dtype": draw(choice(scope.dtypes)),
+        "layout": draw(choice(layouts(scope))),
         "seed": draw(seeds()),
     }
 

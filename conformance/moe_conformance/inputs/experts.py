@@ -19,6 +19,7 @@ from moe_conformance.inputs.given import (
     Plan,
     Plans,
     Scope,
+    choice,
     seeds,
     sizes,
     torch_dtype,
@@ -131,7 +132,7 @@ def _plans(
 
     @st.composite
     def plan(draw: st.DrawFn) -> Plan:
-        config = {name: draw(st.sampled_from(values)) for name, values in choices.items()}
+        config = {name: draw(choice(values)) for name, values in choices.items()}
         extras = {name: config.pop(name) for name in ("bias", "expert_map", "invalid_ids")}
         if config["activation"] in CLAMPED:
             if True not in choices["gated"]:
@@ -139,19 +140,19 @@ def _plans(
             config["gated"] = True
         else:
             config["alpha"], config["limit"] = choices["alpha"][0], choices["limit"][0]
-        shape = draw(st.sampled_from(shapes))
+        shape = draw(choice(shapes))
         local = draw(st.integers(least_k, most_experts))
         top_k = None
         if shape == "many experts":
-            local = draw(st.sampled_from(many_experts))
+            local = draw(choice(many_experts))
         elif shape == "many pairs":
-            top_k = draw(st.sampled_from(many_pairs))
+            top_k = draw(choice(many_pairs))
             local = min(limit, top_k + draw(st.integers(0, 2)))
         experts = local + (draw(st.integers(0, 4)) if extras["expert_map"] else 0)
         if top_k is None:
             top_k = draw(st.integers(least_k, min(experts, most_pairs, 5)))
-        dtype = draw(st.sampled_from(scope.dtypes))
-        spread = draw(st.sampled_from(_spreads(capabilities, dtype)))
+        dtype = draw(choice(scope.dtypes))
+        spread = draw(choice(_spreads(capabilities, dtype)))
         most_tokens = 20 if small else 33 if shape == "many experts" else 70
         return {
             "tokens": draw(sizes(most_tokens, 16, 64, least=least_tokens)),
@@ -161,17 +162,17 @@ def _plans(
             "top_k": top_k,
             "config": config,
             **extras,
-            "biases": draw(st.sampled_from(BIASES)) if extras["bias"] else None,
-            "load": draw(st.sampled_from(loads)),
+            "biases": draw(choice(BIASES)) if extras["bias"] else None,
+            "load": draw(choice(loads)),
             "content": content,
             "spread": spread,
-            "weights": draw(st.sampled_from(WEIGHTS[: 2 if spread == "huge" else 3])),
+            "weights": draw(choice(WEIGHTS[: 2 if spread == "huge" else 3])),
             "dtype": dtype,
-            "experts_dtype": draw(st.sampled_from(scope.dtypes)) if mixed else dtype,
+            "experts_dtype": draw(choice(scope.dtypes)) if mixed else dtype,
             "weights_dtype": draw(st.one_of(st.none(), st.none(), st.sampled_from(scope.dtypes))),
-            "ids": draw(st.sampled_from(capabilities.id_dtypes)),
-            "map": draw(st.sampled_from(capabilities.id_dtypes)) if extras["expert_map"] else None,
-            "layout": draw(st.sampled_from(layouts(scope))),
+            "ids": draw(choice(capabilities.id_dtypes)),
+            "map": draw(choice(capabilities.id_dtypes)) if extras["expert_map"] else None,
+            "layout": draw(choice(layouts(scope))),
             "seed": draw(seeds()),
         }
 

@@ -7,9 +7,10 @@ stream is the same on every machine, so that a plan gives the same bytes everywh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from moe_conformance.target import Capabilities
 Plan = dict[str, Any]
 Inputs = dict[str, Any]
 Plans = st.SearchStrategy[Plan]
+T = TypeVar("T")
 
 ID_DTYPES = {"int64": torch.int64, "int32": torch.int32}
 
@@ -91,11 +93,28 @@ class Content:
         )
 
 
+@functools.cache
 def seeds() -> st.SearchStrategy[int]:
     """One seed for all of a case's contents."""
     return st.integers(0, 2**32 - 1)
 
 
+def choice(values: Iterable[T]) -> st.SearchStrategy[T]:
+    """`st.sampled_from`, made once for the same values: to make it takes longer than to draw."""
+    values = tuple(values)
+    try:
+        # True and 1 are the same key of a dictionary, and not the same value.
+        return _choice(values, tuple(map(type, values)))
+    except TypeError:  # a value that cannot be a key
+        return st.sampled_from(values)
+
+
+@functools.cache
+def _choice(values: tuple[T, ...], types: tuple[type, ...]) -> st.SearchStrategy[T]:
+    return st.sampled_from(values)
+
+
+@functools.cache
 def sizes(largest: int, *blocks: int, least: int = 1) -> st.SearchStrategy[int]:
     """A size from `least` to `largest`, often on a multiple of a block or one off it.
 

@@ -27,6 +27,7 @@ from moe_conformance.inputs.given import (
     Plan,
     Plans,
     Scope,
+    choice,
     seeds,
     sizes,
     torch_dtype,
@@ -158,10 +159,10 @@ def _plans(
 
     @st.composite
     def plan(draw: st.DrawFn) -> Plan:
-        drawn = {name: draw(st.sampled_from(values)) for name, values in choices.items()}
-        allowed = dict(draw(st.sampled_from(routings)))
+        drawn = {name: draw(choice(values)) for name, values in choices.items()}
+        allowed = dict(draw(choice(routings)))
         allowed_k = allowed.pop("top_k")
-        routing = {name: draw(st.sampled_from(values)) for name, values in allowed.items()}
+        routing = {name: draw(choice(values)) for name, values in allowed.items()}
         bias, table = routing.pop("selection_bias"), routing.pop("hash_table")
         if table:
             possible = routing_inputs.UNIVERSE["order"][0] in allowed["order"]
@@ -178,11 +179,11 @@ def _plans(
         many = [n for n in MANY_EXPERTS if least <= n <= (capabilities.max_experts or n)]
         crowded = groups == 1 and bool(many) and not small and draw(st.integers(0, 3)) == 3
         if crowded:
-            per_group = draw(st.sampled_from(many))
+            per_group = draw(choice(many))
         experts_ = groups * per_group
         routing["topk_groups"] = draw(st.integers(-(-min(allowed_k) // per_group), groups))
         reachable = per_group * routing["topk_groups"]
-        routing["top_k"] = draw(st.sampled_from([k for k in allowed_k if k <= reachable]))
+        routing["top_k"] = draw(choice([k for k in allowed_k if k <= reachable]))
         if routing["group_score"] == "topk_share_sum":
             routing["topk_groups"] = min(routing["topk_groups"], routing["top_k"])
             if routing["top_k"] // routing["topk_groups"] > per_group:
@@ -192,8 +193,8 @@ def _plans(
             activation = "silu" if "silu" in choices["activation"] else "gelu"
         sequences, length = draw(st.integers(1, 4)), draw(sizes(12, 8, least=least_tokens))
         if not small and draw(st.integers(0, 7)) == 7:
-            sequences, length = draw(st.integers(1, 2)), draw(st.sampled_from(LENGTHS))
-        dtype = draw(st.sampled_from(scope.dtypes))
+            sequences, length = draw(st.integers(1, 2)), draw(choice(LENGTHS))
+        dtype = draw(choice(scope.dtypes))
         widths = {"hidden": draw(hidden), "intermediate": draw(inner)}
         if crowded:
             widths = {
@@ -207,17 +208,17 @@ def _plans(
             "experts": experts_,
             "routing": routing,
             "vocabulary": draw(st.integers(1, 50)) if table else None,
-            "ids": draw(st.sampled_from(capabilities.id_dtypes)) if table else None,
+            "ids": draw(choice(capabilities.id_dtypes)) if table else None,
             "selection_bias": bias,
             "activation": activation,
             "gated": drawn["gated"],
             "alpha": drawn["alpha"],
             "limit": drawn["limit"],
             "weight_on": drawn["weight_on"],
-            "biases": draw(st.sampled_from(expert_inputs.BIASES)) if drawn["bias"] else None,
+            "biases": draw(choice(expert_inputs.BIASES)) if drawn["bias"] else None,
             "shared": drawn["shared"],
             "shared_biases": (
-                draw(st.sampled_from((*expert_inputs.BIASES, None))) if drawn["bias"] else None
+                draw(choice((*expert_inputs.BIASES, None))) if drawn["bias"] else None
             ),
             "shared_width": draw(inner),
             "shared_gate": drawn["shared"] and drawn["shared_gate"],
@@ -228,9 +229,9 @@ def _plans(
             "padding_mask": drawn["padding_mask"],
             "balance": _loss(draw, scope, drawn["balance"], experts_),
             "dtype": dtype,
-            "experts_dtype": draw(st.sampled_from(scope.dtypes)) if mixed else dtype,
-            "router_stored": draw(st.sampled_from((dtype, "float32"))) if mixed else dtype,
-            "layout": draw(st.sampled_from(expert_inputs.layouts(scope))),
+            "experts_dtype": draw(choice(scope.dtypes)) if mixed else dtype,
+            "router_stored": draw(choice((dtype, "float32"))) if mixed else dtype,
+            "layout": draw(choice(expert_inputs.layouts(scope))),
             "seed": draw(seeds()),
         }
 
@@ -243,13 +244,13 @@ def _loss(draw: st.DrawFn, scope: Scope, loss: str | None, experts: int) -> Plan
     declared = [each for each in declared if loss in each.get("loss", (loss,))]
     if loss is None or not declared:
         return None
-    scores = draw(st.sampled_from(declared)).get("score", ("softmax", "sigmoid"))
+    scores = draw(choice(declared)).get("score", ("softmax", "sigmoid"))
     devices = [n for n in (1, 2, 3, 4) if experts % n == 0]
     return {
         "loss": loss,
-        "coefficient": draw(st.sampled_from((1.0, 0.25))),
-        "score": draw(st.sampled_from(scores)),
-        "num_devices": draw(st.sampled_from(devices)) if loss == "deepseek_device" else None,
+        "coefficient": draw(choice((1.0, 0.25))),
+        "score": draw(choice(scores)),
+        "num_devices": draw(choice(devices)) if loss == "deepseek_device" else None,
     }
 
 

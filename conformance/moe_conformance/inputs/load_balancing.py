@@ -21,6 +21,7 @@ from moe_conformance.inputs.given import (
     Plan,
     Plans,
     Scope,
+    choice,
     seeds,
     sizes,
     torch_dtype,
@@ -230,11 +231,11 @@ def _balance_plans(
 
     @st.composite
     def plan(draw: st.DrawFn) -> Plan:
-        loss = draw(st.sampled_from(losses))
+        loss = draw(choice(losses))
         experts = draw(_experts(fewest, most, capabilities.max_experts))
         groups = None
         if loss == "deepseek_device":
-            groups = draw(st.sampled_from(devices))
+            groups = draw(choice(devices))
             experts = min(most // groups, -(-experts // groups)) * groups
         top = min(experts - left_out, capabilities.max_top_k or 8, 8)
         few = st.integers(least["top_k"], max(least["top_k"], min(top, 4)))
@@ -245,16 +246,16 @@ def _balance_plans(
             "loss": loss,
             **draw(_lengths(loss, lengths, least, 12 if scope.interpreted or experts > 64 else 40)),
             "devices": groups,
-            "score": draw(st.sampled_from(choices["score"])),
-            "coefficient": draw(st.sampled_from(choices["coefficient"])),
-            "epsilon": draw(st.sampled_from(choices["epsilon"])),
-            "dtype": draw(st.sampled_from(dtypes)),
-            "logits": draw(st.sampled_from(contents)),
-            "routing": draw(st.sampled_from(routings)),
-            "ids": draw(st.sampled_from(capabilities.id_dtypes)),
-            "padding": draw(st.sampled_from(PADDING)) if choices["padding_mask"][0] else None,
-            "counts": draw(st.sampled_from(kinds)) if choices["tokens_per_expert"][0] else None,
-            "layout": draw(st.sampled_from(layouts(scope))),
+            "score": draw(choice(choices["score"])),
+            "coefficient": draw(choice(choices["coefficient"])),
+            "epsilon": draw(choice(choices["epsilon"])),
+            "dtype": draw(choice(dtypes)),
+            "logits": draw(choice(contents)),
+            "routing": draw(choice(routings)),
+            "ids": draw(choice(capabilities.id_dtypes)),
+            "padding": draw(choice(PADDING)) if choices["padding_mask"][0] else None,
+            "counts": draw(choice(kinds)) if choices["tokens_per_expert"][0] else None,
+            "layout": draw(choice(layouts(scope))),
             "seed": draw(seeds()),
         }
 
@@ -287,7 +288,7 @@ def _lengths(
     sequences = draw(st.integers(least["sequences"], max(5, least["sequences"])))
     length = draw(sizes(most, 16, least=least["length"]))
     if told and "any" not in lengths:
-        length = draw(st.sampled_from([each for each in lengths if each is not None]))
+        length = draw(choice([each for each in lengths if each is not None]))
     return {"sequences": sequences, "length": length, "per_sequence": told}
 
 
@@ -377,12 +378,12 @@ def at_boundaries(given: Given) -> Given:
             drawn = dict(draw(base))
             length = "length" if "length" in drawn else "tokens"
             found = {"experts": experts, "top_k": top_k if "top_k" in drawn else []}
-            axis = draw(st.sampled_from(["tokens", *(name for name in found if found[name])]))
+            axis = draw(choice(["tokens", *(name for name in found if found[name])]))
             if axis == "tokens":
-                drawn[length] = draw(st.sampled_from(tokens))
+                drawn[length] = draw(choice(tokens))
                 return drawn | {"axis": axis}
             drawn[length] = min(drawn[length], 9)
-            drawn[axis] = draw(st.sampled_from(found[axis]))
+            drawn[axis] = draw(choice(found[axis]))
             if axis == "top_k":
                 more = draw(st.integers(0, 3))
                 drawn["experts"] = min(most, max(drawn["top_k"] + more, least))
@@ -486,10 +487,10 @@ def router_logits(
             return {
                 "experts": draw(_experts(fewest, most, capabilities.max_experts)),
                 "tokens": draw(sizes(20 if scope.interpreted else 130, 16, 64, least=1 + padding)),
-                "dtype": draw(st.sampled_from(dtypes)),
-                "logits": draw(st.sampled_from(contents)),
-                "padding": draw(st.sampled_from(("some", "tail"))) if padding else None,
-                "layout": draw(st.sampled_from(layouts(scope))),
+                "dtype": draw(choice(dtypes)),
+                "logits": draw(choice(contents)),
+                "padding": draw(choice(("some", "tail"))) if padding else None,
+                "layout": draw(choice(layouts(scope))),
                 "seed": draw(seeds()),
             }
 
@@ -552,8 +553,8 @@ def biases(
 
         @st.composite
         def plan(draw: st.DrawFn) -> Plan:
-            load = draw(st.sampled_from(loads))
-            dtype = draw(st.sampled_from(scope.dtypes))
+            load = draw(choice(loads))
+            dtype = draw(choice(scope.dtypes))
             kinds = capabilities.id_dtypes
             # A float32 cannot hold what is beyond 2^24.
             kinds = kinds if load == "huge" else (*kinds, *kinds, *FLOAT_COUNTS)
@@ -563,12 +564,12 @@ def biases(
                 "dtype": draw(
                     st.sampled_from(("float64" if dtype == "float64" else "float32", dtype))
                 ),
-                "bias": draw(st.sampled_from(values)),
+                "bias": draw(choice(values)),
                 "load": load,
-                "counts": draw(st.sampled_from(kinds)),
-                "rate": draw(st.sampled_from(rates)),
-                "centred": draw(st.sampled_from(wanted)),
-                "layout": draw(st.sampled_from(_flat_layouts(scope))),
+                "counts": draw(choice(kinds)),
+                "rate": draw(choice(rates)),
+                "centred": draw(choice(wanted)),
+                "layout": draw(choice(_flat_layouts(scope))),
                 "seed": draw(seeds()),
             }
 

@@ -28,6 +28,7 @@ from moe_conformance.inputs.given import (
     Plan,
     Plans,
     Scope,
+    choice,
     seeds,
     torch_dtype,
 )
@@ -128,19 +129,19 @@ def packed_inputs(
 
         @st.composite
         def plan(draw: st.DrawFn) -> Plan:
-            format, choices = draw(st.sampled_from(chosen))
+            format, choices = draw(choice(chosen))
             about = draw(_about(format, choices, orders))
             experts = draw(st.integers(least_experts, 4))
             return {
                 **about,
                 "experts": experts,
                 **_sizes(draw, about, several_groups, scope.interpreted),
-                "codes": draw(st.sampled_from(codes)),
-                "scales": draw(st.sampled_from(scales)),
-                "zeros": draw(st.sampled_from(zeros)),
+                "codes": draw(choice(codes)),
+                "scales": draw(choice(scales)),
+                "zeros": draw(choice(zeros)),
                 "nan": not scope.capabilities.finite_only,
                 "nan_codes": nan and not scope.capabilities.finite_only,
-                "layout": draw(st.sampled_from(layouts(scope))),
+                "layout": draw(choice(layouts(scope))),
                 "seed": draw(seeds()),
             }
 
@@ -199,24 +200,24 @@ def _about(
     integer = format in INTEGERS
     granularity, group_size = None, -1
     if integer:
-        group_size = draw(st.sampled_from(choices["group_size"]))
+        group_size = draw(choice(choices["group_size"]))
     elif format == "e4m3":
-        granularity = draw(st.sampled_from(choices["granularity"]))
+        granularity = draw(choice(choices["granularity"]))
         if granularity == "block":
-            group_size = draw(st.sampled_from(BLOCKS))
+            group_size = draw(choice(BLOCKS))
     else:
         group_size = {"Q4_K": 256, "nvfp4": 16}.get(format, 32)
     has_scales = integer or format == "e4m3"
-    with_g_idx = draw(st.sampled_from(choices["g_idx"]))
+    with_g_idx = draw(choice(choices["g_idx"]))
     return {
         "format": format,
         "group_size": group_size,
         "granularity": granularity,
-        "scale_dtype": draw(st.sampled_from(choices["scale_dtype"])) if has_scales else None,
-        "global": draw(st.sampled_from(("expert", "row"))) if format == "nvfp4" else None,
-        "g_idx": draw(st.sampled_from(orders)) if with_g_idx else None,
-        "g_idx_dtype": draw(st.sampled_from(tuple(ID_DTYPES))) if with_g_idx else None,
-        "padding": draw(st.sampled_from(choices["padding"])),
+        "scale_dtype": draw(choice(choices["scale_dtype"])) if has_scales else None,
+        "global": draw(choice(("expert", "row"))) if format == "nvfp4" else None,
+        "g_idx": draw(choice(orders)) if with_g_idx else None,
+        "g_idx_dtype": draw(choice(tuple(ID_DTYPES))) if with_g_idx else None,
+        "padding": draw(choice(choices["padding"])),
     }
 
 
@@ -241,7 +242,7 @@ def _sizes(draw: st.DrawFn, about: Plan, several_groups: bool, small: bool) -> P
     if about["padding"]:
         # A last word or block that is not full.
         columns -= draw(st.integers(0, UNIT[about["format"]] - 1))
-    return {"rows": draw(st.sampled_from((1, 2, 3, 5, 8, 16, 17, 31))), "columns": columns}
+    return {"rows": draw(choice((1, 2, 3, 5, 8, 16, 17, 31))), "columns": columns}
 
 
 def quantized_inputs(
@@ -277,15 +278,15 @@ def quantized_inputs(
         def plan(draw: st.DrawFn) -> Plan:
             # Groups in full, but where the requirement is about those that are not.
             orders = ("uneven",) if partial else ("shuffled", "shuffled", "in order")
-            format, choices = draw(st.sampled_from(chosen))
+            format, choices = draw(choice(chosen))
             about = draw(_about(format, choices, orders))
             return {
                 **_fitting(draw(drawn), about, scope),
                 **{name: value for name, value in about.items() if name != "format"},
                 "quantized": about["format"],
                 "codes": "any",
-                "scales": draw(st.sampled_from(("usual", "usual", "zeros"))),
-                "zeros": draw(st.sampled_from(ZERO_POINTS)),
+                "scales": draw(choice(("usual", "usual", "zeros"))),
+                "zeros": draw(choice(ZERO_POINTS)),
                 "nan": not scope.capabilities.finite_only,
                 "nan_codes": False,
                 "partial": partial,

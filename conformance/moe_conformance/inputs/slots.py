@@ -19,6 +19,7 @@ from moe_conformance.inputs.given import (
     Plan,
     Plans,
     Scope,
+    choice,
     seeds,
     sizes,
     torch_dtype,
@@ -183,16 +184,16 @@ def _align_plans(
     def plan(draw: st.DrawFn) -> Plan:
         drawn = _draw_ids(draw, scope, loads, choices["invalid_ids"], *least, long=long)
         experts, local = drawn["experts"], None
-        if draw(st.sampled_from(choices["expert_map"])):
+        if draw(choice(choices["expert_map"])):
             some = st.integers(max(1, experts // 3), max(1, experts - 1))
             local = draw(st.one_of(some, some, some, st.sampled_from((experts, 0))))
         return {
             **drawn,
-            "block_size": draw(st.sampled_from(block_sizes)),
+            "block_size": draw(choice(block_sizes)),
             "local": local,
-            "map_ids": draw(st.sampled_from(scope.capabilities.id_dtypes)),
-            "drop_invalid": draw(st.sampled_from(choices["drop_invalid"])),
-            "layout": draw(st.sampled_from(GIVEN_LAYOUTS)) if moved else "contiguous",
+            "map_ids": draw(choice(scope.capabilities.id_dtypes)),
+            "drop_invalid": draw(choice(choices["drop_invalid"])),
+            "layout": draw(choice(GIVEN_LAYOUTS)) if moved else "contiguous",
             "seed": draw(seeds()),
         }
 
@@ -229,9 +230,9 @@ def _draw_ids(
         "tokens": tokens,
         "experts": experts,
         "top_k": top_k,
-        "load": draw(st.sampled_from(loads)),
-        "invalid": draw(_OFTEN) if draw(st.sampled_from(invalid)) else None,
-        "ids": draw(st.sampled_from(capabilities.id_dtypes)),
+        "load": draw(choice(loads)),
+        "invalid": draw(_OFTEN) if draw(choice(invalid)) else None,
+        "ids": draw(choice(capabilities.id_dtypes)),
     }
 
 
@@ -244,12 +245,12 @@ def _draw_shape(
     some_k = st.one_of(any_k, st.sampled_from(usual)) if usual else any_k
     if long:
         top_k = draw(some_k)
-        return -(-draw(st.sampled_from(LONG)) // top_k), top_k
-    if draw(st.sampled_from((False, False, False, False, True))):
-        total = draw(st.sampled_from(TILES[: 6 if scope.interpreted else len(TILES)]))
+        return -(-draw(choice(LONG)) // top_k), top_k
+    if draw(choice((False, False, False, False, True))):
+        total = draw(choice(TILES[: 6 if scope.interpreted else len(TILES)]))
         divisors = [k for k in range(least_k, most_k + 1) if total % k == 0 and total // k >= least]
         if divisors:
-            top_k = draw(st.sampled_from(divisors))
+            top_k = draw(choice(divisors))
             return total // top_k, top_k
     largest = 33 if scope.interpreted else 130
     return draw(sizes(largest, 16, 64, least=least)), draw(some_k)
@@ -387,17 +388,17 @@ def _batched_plans(
         experts = draw(st.one_of(few, st.sampled_from(edges), st.sampled_from(many)))
         largest = 33 if scope.interpreted else min(260, max(3, 2048 // experts))
         capacity = (
-            -(-draw(st.sampled_from(LONG)) // experts)
+            -(-draw(choice(LONG)) // experts)
             if long
             else draw(sizes(largest, 16, 64, 256, least=least))
         )
         return {
             "experts": experts,
             "max_tokens": capacity,
-            "block_size": draw(st.sampled_from(block_sizes)),
-            "load": draw(st.sampled_from(loads)),
-            "ids": draw(st.sampled_from(scope.capabilities.id_dtypes)),
-            "layout": draw(st.sampled_from(VECTOR_LAYOUTS)) if moved else "contiguous",
+            "block_size": draw(choice(block_sizes)),
+            "load": draw(choice(loads)),
+            "ids": draw(choice(scope.capabilities.id_dtypes)),
+            "layout": draw(choice(VECTOR_LAYOUTS)) if moved else "contiguous",
             "seed": draw(seeds()),
         }
 
@@ -484,7 +485,7 @@ def _not_here_choices(scope: Scope, wanted: bool | None) -> tuple[bool, ...]:
 
 def _draw_rows(draw: st.DrawFn, scope: Scope, content: str, moved: bool, slots: int) -> Plan:
     multiple = scope.capabilities.hidden_multiple
-    dtype = draw(st.sampled_from(scope.dtypes))
+    dtype = draw(choice(scope.dtypes))
     if content == "special" and scope.capabilities.finite_only:
         content = "normal"
     wide = "float64" if dtype == "float64" else "float32"
@@ -497,9 +498,9 @@ def _draw_rows(draw: st.DrawFn, scope: Scope, content: str, moved: bool, slots: 
         "hidden": multiple * draw(hidden),
         "dtype": dtype,
         # Weights come from the router in float32, or rounded to x's dtype.
-        "weights": draw(st.sampled_from((wide, dtype))),
+        "weights": draw(choice((wide, dtype))),
         "content": content,
-        "layout": draw(st.sampled_from(GIVEN_LAYOUTS)) if moved else "contiguous",
+        "layout": draw(choice(GIVEN_LAYOUTS)) if moved else "contiguous",
         "seed": draw(seeds()),
     }
 
@@ -572,10 +573,10 @@ def scattered(
             return {
                 "tokens": tokens,
                 "top_k": top_k,
-                "missing": draw(_OFTEN) if draw(st.sampled_from(wanted)) else None,
-                "in_order": draw(st.sampled_from((False, False, True))),
+                "missing": draw(_OFTEN) if draw(choice(wanted)) else None,
+                "in_order": draw(choice((False, False, True))),
                 "appended": draw(st.integers(1, 5)) if appended else 0,
-                "ids": draw(st.sampled_from(scope.capabilities.id_dtypes)),
+                "ids": draw(choice(scope.capabilities.id_dtypes)),
                 **_draw_rows(draw, scope, content, moved, tokens * top_k),
             }
 
@@ -645,10 +646,10 @@ def capacities(
             return {
                 **drawn,
                 "capacity": draw(st.integers(1, max(1, mean // 2)) if tight else some),
-                "policy": draw(st.sampled_from(allowed)),
-                "range": draw(st.sampled_from(RANGES)),
-                "dtype": draw(st.sampled_from(dtypes)),
-                "layout": draw(st.sampled_from(GIVEN_LAYOUTS)) if moved else "contiguous",
+                "policy": draw(choice(allowed)),
+                "range": draw(choice(RANGES)),
+                "dtype": draw(choice(dtypes)),
+                "layout": draw(choice(GIVEN_LAYOUTS)) if moved else "contiguous",
                 "seed": draw(seeds()),
             }
 
