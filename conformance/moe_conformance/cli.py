@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
@@ -323,7 +324,10 @@ def selfcheck(
     """Run the suite against its own seeded faults and print what catches what."""
     from moe_conformance.selfcheck import run_selfcheck, selfcheck_table
 
-    result = run_selfcheck(seed, examples, lambda line: print(line, file=sys.stderr))
+    def tell(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    result = run_selfcheck(seed, examples, tell, os.cpu_count() or 1)
     if out is not None:
         out.write_text(json.dumps(result, indent=1) + "\n")
     Console().print(selfcheck_table(result))

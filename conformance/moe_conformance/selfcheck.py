@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
 from rich.table import Table
 
-from moe_conformance.executor import InlineExecutor, capabilities_of
+from moe_conformance.executor import InlineExecutor, capabilities_of, forkserver
 from moe_conformance.faults import Fault, faults
 from moe_conformance.inputs.given import Scope
-from moe_conformance.registry import ANY, Requirement, requirements
+from moe_conformance.registry import ANY, requirements
 from moe_conformance.runner import Effort, Result, run_requirement
 from moe_conformance.target import Target
 from moe_conformance.variants import VARIANTS, variant_target
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+REFERENCE = "reference"
+PARTS = 8
+"""The requirements of a legal implementation are so many pieces of work."""
 
 
 def inline_scope(executor: InlineExecutor, dtypes: tuple[str, ...] = DTYPES) -> Scope:
@@ -60,45 +66,41 @@ def noticed(result: Result) -> bool:
     return result.status in ("fail", "warn", *lost)
 
 
-def run_selfcheck(seed: int, examples: int, tell: Callable[[str], None]) -> dict[str, Any]:
+def run_selfcheck(
+    seed: int, examples: int, tell: Callable[[str], None], jobs: int = 1
+) -> dict[str, Any]:
     """Run everything; see the keys for what comes back.
 
     Args:
         seed: of all runs.
-        examples: cases per requirement and fault, at most.
+        examples: cases per requirement and fault, at most; legal implementations get fewer.
         tell: called with a line of progress.
+        jobs: processes; 1 is this one.
     """
-    from moe_conformance.targets import Reference
-
-    torch.set_num_threads(1)
-    effort = Effort(examples, 1, shrinks=0)
-    rows = []
-    for fault in faults():
-        results = catch(fault, effort, seed, anyhow=True)
-        by = [r.requirement.id for r in results if noticed(r)]
-        rows.append(
-            {
-                "fault": fault.name,
-                "thread": fault.thread,
-                "catches": list(fault.catches),
-                "caught_by": by,
-                "after_cases": sum(r.cases for r in results),
-            }
-        )
-        tell(f"{fault.name}: {'caught by ' + by[0] if by else 'NOT CAUGHT'}")
-    alarms = _false_alarms("reference", Reference(), requirements(), effort, seed)
-    few = Effort(max(1, examples // 10), 1, shrinks=0)
-    for variant in VARIANTS:
-        right = variant_target(variant)
-        asked = [each for each in requirements() if each.operation in right.operations()]
-        alarms += _false_alarms(variant.name, right, asked, few, seed)
+    rows, alarms = [], []
+    legal = [REFERENCE, *(variant.name for variant in VARIANTS)]
+    work = [("fault", each.name, 0) for each in faults()]
+    work += [("legal", name, part) for name in legal for part in range(PARTS)]
+    perform = functools.partial(_perform, seed=seed, examples=examples)
+    with contextlib.ExitStack() as stack:
+        run: Callable[..., Iterable[Any]] = map
+        if jobs > 1:
+            pool = ProcessPoolExecutor(jobs, mp_context=forkserver())
+            run = stack.enter_context(pool).map
+        for (kind, name, _), found in zip(work, run(perform, work), strict=True):
+            if kind == "legal":
+                alarms += found
+                continue
+            rows.append(found)
+            by = found["caught_by"]
+            tell(f"{name}: {'caught by ' + by[0] if by else 'NOT CAUGHT'}")
     without = [r.id for r in requirements() if r.level != "MAY" and len(r.faults) < 2]
     caught = sum(bool(row["caught_by"]) for row in rows)
     return {
         "seed": seed,
         "faults": len(rows),
         "caught": caught,
-        "legal_implementations": 1 + len(VARIANTS),
+        "legal_implementations": len(legal),
         "false_alarms": alarms,
         "requirements_with_fewer_than_two_faults": without,
         "sound": caught == len(rows) and not alarms and not without,
@@ -106,13 +108,43 @@ def run_selfcheck(seed: int, examples: int, tell: Callable[[str], None]) -> dict
     }
 
 
-def _false_alarms(
-    name: str, target: Target, chosen: list[Requirement], effort: Effort, seed: int
-) -> list[dict[str, str]]:
+def _perform(piece: tuple[str, str, int], seed: int, examples: int) -> Any:
+    """One fault's row of the matrix, or the false alarms on a part of a legal implementation."""
+    torch.set_num_threads(1)
+    kind, name, part = piece
+    if kind == "fault":
+        [fault] = [each for each in faults() if each.name == name]
+        return _row(fault, Effort(examples, 1, shrinks=0), seed)
+    few = Effort(max(1, examples // (4 if name == REFERENCE else 10)), 1, shrinks=0)
+    return _false_alarms(name, part, few, seed)
+
+
+def _row(fault: Fault, effort: Effort, seed: int) -> dict[str, Any]:
+    results = catch(fault, effort, seed, anyhow=True)
+    return {
+        "fault": fault.name,
+        "thread": fault.thread,
+        "catches": list(fault.catches),
+        "caught_by": [r.requirement.id for r in results if noticed(r)],
+        "after_cases": sum(r.cases for r in results),
+    }
+
+
+def _false_alarms(name: str, part: int, effort: Effort, seed: int) -> list[dict[str, str]]:
+    from moe_conformance.targets import Reference
+
+    if name == REFERENCE:
+        target: Target = Reference()
+    else:
+        [variant] = [each for each in VARIANTS if each.name == name]
+        target = variant_target(variant)
     executor = InlineExecutor(target)
     scope = inline_scope(executor, target.capabilities.dtypes)
+    asked = requirements()
+    if name != REFERENCE:
+        asked = [each for each in asked if each.operation in target.operations()]
     alarms = []
-    for requirement in chosen:
+    for requirement in asked[part::PARTS]:
         result = run_requirement(requirement, scope, executor, effort, seed)
         if result.status not in ("pass", "marginal", "observed", "not_provided", "unsupported"):
             about = {"id": requirement.id, "status": result.status, "message": result.message}

@@ -369,7 +369,7 @@ instead(
     "Without tokens the result is made anew, and the gradients are missing instead of zero.",
     lambda a: tokens(a) == 0,
     lambda a: torch.zeros_like(a["x"].detach(), memory_format=torch.contiguous_format),
-    "EXPERT-18",
+    "EXPERT-30",
     thread="vLLM #43547",
 )
 

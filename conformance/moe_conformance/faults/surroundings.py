@@ -257,3 +257,15 @@ instead(
     _expanded_weights,
     "NUM-01",
 )
+
+# Nothing to do.
+
+altered(
+    "experts",
+    "experts-have-no-part-in-an-output-without-tokens",
+    "The output is made of x, so that the gradient of x is zero and those of the experts are None.",
+    lambda a: len(a["x"]) == 0,
+    lambda a: {"experts": with_fields(a["experts"], torch.Tensor.detach)},
+    "EXPERT-30",
+    thread="hyper_parallel x * 0.0",
+)

@@ -724,12 +724,12 @@ def gradients_start_anew(case: Case) -> None:
 
 def _differentiable_operations() -> Given:
     """Inputs of one of the operations whose outputs carry gradients."""
-    return Given(
-        lambda scope: any_operation(
-            *(name for name in DIFFERENTIABLE if name in scope.capabilities.gradients)
-        ).plans(scope),
-        any_operation().build,
-    )
+
+    def plans(scope: Scope) -> Plans | None:
+        names = [name for name in DIFFERENTIABLE if name in scope.capabilities.gradients]
+        return any_operation(*names).plans(scope) if names else None
+
+    return Given(plans, any_operation().build)
 
 
 def _cotangents(outputs: Any) -> dict[str, torch.Tensor]:
