@@ -3,6 +3,7 @@
 | module | what it holds |
 |---|---|
 | `gating`, `load_balancing`, `alignment`, `dispatch`, `experts`, `layer` | the functions |
+| `quantized_experts`, `quantized_layout` | the same for packed weights; `prepare`, for a loader |
 | `modules` | the layer as a module, and `optimize`, which turns the layers of a model |
 | `transformers_experts` | `use_fast_experts`, for a model of Hugging Face transformers |
 | `operators` | the functions as operators of torch, for `torch.compile` |
@@ -17,8 +18,10 @@ What they are made of:
 
 | module | what it holds |
 |---|---|
+| `autograd` | backward passes that are written out, and refuse their own gradient |
 | `activations`, `scores` | the activations of experts, the scores of routers |
 | `router` | the product in front of the routing |
 | `gating_backward`, `load_balancing_kernels` | kernels of the concept before the underscore |
 | `experts_cpu`, `experts_torch`, `experts_triton`, `experts_backward` | ways to compute experts |
+| `quantized_kernels`, `quantized_dequantize` | kernels that read packed weights |
 """

@@ -10,6 +10,7 @@ What the interpreter of Triton 3.6 to 3.9 gets wrong, and what is done about it 
 |---|---|
 | `tl.dot` of two bfloat16 blocks multiplies their bit patterns | `dot` widens both to float32 |
 | float32 to bfloat16 truncates instead of rounding to nearest even | `narrow` rounds the bits |
+| the NaN of float8_e4m3fn, 0x7f, is read as 480 | `MEND_NAN` of `quantized_kernels` |
 | `triton.autotune` asks for a driver | tile sizes come from tables in Python |
 | functions of `triton.language` decorated before the switch stay compiled | re-decorated below |
 | a K-loop step costs milliseconds at any tile size | tables have a column of large tiles |

@@ -13,11 +13,16 @@ from moe_reference.config import (
     LayerWeights,
     RoutingConfig,
 )
+from moe_reference.quantized_checks import check_quantized
+from moe_reference.quantized_tensors import QuantizedExperts, QuantizedTensor
 
 from moe_optimized import alignment, dispatch, gating, layer, load_balancing
 from moe_optimized import experts as _experts
+from moe_optimized import quantized_experts as _quantized
 from moe_optimized.dispatch import Policy
 from moe_optimized.interpreter import INTERPRETED, require_triton
+from moe_optimized.quantized_dequantize import refusal_of_tensor
+from moe_optimized.quantized_layout import CODES
 
 _TORCH_ROUNDING = (
     # The products of `experts_batched` have their operands' dtype, x's. `experts` and `layer` round
@@ -172,6 +177,22 @@ class Optimized(Target):
         """See `moe_optimized.layer.layer`."""
         return layer.layer(x, parameters, config, token_ids, padding_mask, training)
 
+    def dequantize(self, packed: QuantizedTensor) -> torch.Tensor:
+        """See `moe_optimized.quantized_experts.dequantize`."""
+        return _quantized.dequantize(packed)
+
+    def experts_quantized(
+        self,
+        x: torch.Tensor,
+        experts: QuantizedExperts,
+        weights: torch.Tensor,
+        expert_ids: torch.Tensor,
+        config: ExpertsConfig,
+        expert_map: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `moe_optimized.quantized_experts.experts_quantized`."""
+        return _quantized.experts_quantized(x, experts, weights, expert_ids, config, expert_map)
+
 
 class OptimizedTriton(Optimized):
     """The kernels themselves: compiled on a GPU, in Triton's interpreter without one.
@@ -191,6 +212,7 @@ class OptimizedTriton(Optimized):
         # float32.
         dtypes=("float32", "bfloat16", "float16"),
         rounding_points=_KERNEL_ROUNDING,
+        formats=tuple(CODES),
         interpreted=INTERPRETED,
     )
 
@@ -304,7 +326,34 @@ class OptimizedTriton(Optimized):
         _refuse_float64("x", x)
         return layer.layer_triton(x, parameters, config, token_ids, padding_mask, training)
 
+    def dequantize(self, packed: QuantizedTensor) -> torch.Tensor:
+        """See `moe_optimized.quantized_experts.dequantize_triton`."""
+        check_quantized("packed", packed)
+        _refuse(refusal_of_tensor(packed))
+        return _quantized.dequantize_triton(packed)
+
+    def experts_quantized(
+        self,
+        x: torch.Tensor,
+        experts: QuantizedExperts,
+        weights: torch.Tensor,
+        expert_ids: torch.Tensor,
+        config: ExpertsConfig,
+        expert_map: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `moe_optimized.quantized_experts.experts_quantized_triton`."""
+        _refuse_float64("x", x)
+        given = (x, experts, weights, expert_ids, config, expert_map)
+        _quantized.check_experts_quantized(*given)
+        _refuse(_quantized.refusal(x, experts, weights, config))
+        return _quantized.experts_quantized_triton(*given)
+
 
 def _refuse_float64(name: str, tensor: torch.Tensor) -> None:
     if isinstance(tensor, torch.Tensor) and tensor.dtype is torch.float64:
         raise Unsupported(f"{name}: expected float32, bfloat16 or float16, got float64")
+
+
+def _refuse(reason: str | None) -> None:
+    if reason is not None:
+        raise Unsupported(reason)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from moe_conformance.target import OPERATIONS, Unsupported
@@ -11,6 +13,8 @@ from moe_reference.config import (
     LayerWeights,
     RoutingConfig,
 )
+from moe_reference.quantization import quantize
+from moe_reference.quantized_tensors import QuantizedExperts
 
 PROVIDED = {
     "route",
@@ -24,6 +28,8 @@ PROVIDED = {
     "experts",
     "experts_batched",
     "layer",
+    "dequantize",
+    "experts_quantized",
 }
 targets = pytest.mark.parametrize(
     "target",
@@ -42,6 +48,12 @@ def arguments(dtype=torch.float32):
     routing, how = RoutingConfig(top_k=2), ExpertsConfig()
     layer = LayerWeights(router=torch.randn(3, 8).to(dtype), experts=experts)
     counts = torch.tensor([1, 0, 2])
+    gate_up, down = (
+        replace(packed, scales=packed.scales.to(dtype))
+        for packed in (
+            quantize(t, "uint8b128", group_size=4) for t in (experts.gate_up, experts.down)
+        )
+    )
     return {
         "route": (torch.randn(5, 4).to(dtype), routing),
         "balance_loss": (torch.randn(5, 4).to(dtype), ids, BalanceConfig()),
@@ -54,6 +66,8 @@ def arguments(dtype=torch.float32):
         "experts": (x, experts, torch.rand(5, 2), ids, how),
         "experts_batched": (torch.randn(3, 2, 8).to(dtype), counts, experts, how),
         "layer": (x[None], layer, LayerConfig(routing)),
+        "dequantize": (down,),
+        "experts_quantized": (x, QuantizedExperts(gate_up, down), torch.rand(5, 2), ids, how),
     }
 
 

@@ -182,7 +182,8 @@ def stored_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     >>> stored_scale(torch.tensor([0.0, 1e9]), torch.float16).tolist()
     [1.0, 65504.0]
     """
-    stored = scale.clamp(max=torch.finfo(dtype).max).to(dtype)
+    greatest = min(torch.finfo(dtype).max, torch.finfo(scale.dtype).max)
+    stored = scale.clamp(max=greatest).to(dtype)
     return stored.where(stored != 0, torch.ones_like(stored))
 
 

@@ -1,0 +1,531 @@
+"""Packed experts: the layout, the kernels and the way of torch, against the reference."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from moe_optimized import quantized_experts as fast
+from moe_optimized.experts_triton import TileShape
+from moe_optimized.interpreter import launches
+from moe_optimized.quantized_experts import (
+    experts_batched_quantized,
+    experts_quantized,
+    experts_quantized_torch,
+    experts_quantized_triton,
+)
+from moe_optimized.quantized_kernels import QuantizedShapes, quantized_shapes, run_quantized
+from moe_optimized.quantized_layout import CODES, prepare, prepare_matrix, unpack_prepared
+from moe_reference import quantized_experts as reference
+from moe_reference.activation_quantization import round_activations
+from moe_reference.activations import activate
+from moe_reference.config import ExpertsConfig
+from moe_reference.quantization import dequantize, quantize
+from moe_reference.quantized_slicing import slice_quantized_tensor_parallel
+from moe_reference.quantized_tensors import QuantizedExperts, QuantizedTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+FORMATS = [
+    ("uint4b8", {"group_size": 32}),
+    ("uint4b8", {"group_size": -1}),
+    ("uint4b8", {"group_size": 8}),
+    ("uint4b8", {"group_size": 48}),
+    ("uint4", {"group_size": 32, "scale_dtype": torch.float16}),
+    ("uint4", {"group_size": 24}),
+    ("uint8b128", {"group_size": 32, "scale_dtype": torch.bfloat16}),
+    ("uint8b128", {"group_size": 4}),
+    ("e4m3", {"granularity": "tensor"}),
+    ("e4m3", {"granularity": "channel"}),
+    ("e4m3", {"granularity": "block", "block_size": 32}),
+    ("e4m3", {"granularity": "block", "block_size": 5}),
+    ("mxfp4", {}),
+    ("nvfp4", {}),
+    ("Q8_0", {}),
+    ("Q8_1", {}),
+]
+formats = pytest.mark.parametrize(("format", "options"), FORMATS, ids=lambda v: str(v))
+INTEGERS = ("uint4b8", "uint8b128", "uint4")
+
+
+def act_order(E: int, D: int, groups: int) -> torch.Tensor:
+    """Groups of equal size in any order, another one for each expert."""
+    return torch.stack([(torch.arange(D) * groups // D)[torch.randperm(D)] for _ in range(E)])
+
+
+def dirty(tensor: QuantizedTensor, columns: int = 3) -> QuantizedTensor:
+    """The last row and the last columns taken out of the shape, with NaN for scales of the row."""
+    E, O, D = tensor.shape
+    scales = tensor.scales
+    if scales is not None and scales.is_floating_point() and scales.shape[1] == O:
+        scales = scales.clone()
+        scales[:, -1] = float("nan")
+    return replace(tensor, scales=scales, shape=(E, O - 1, D - columns))
+
+
+# The layout.
+
+
+@formats
+def test_the_layout_stands_for_the_same_weights(format, options):
+    tensors = [quantize(torch.randn(2, 11, 96), format, **options)]
+    tensors += [dirty(tensors[0]), dirty(tensors[0], 51)]
+    if format in INTEGERS:
+        B = options["group_size"]
+        groups = 1 if B == -1 else 96 // B
+        tensors.append(
+            quantize(torch.randn(2, 11, 96), format, g_idx=act_order(2, 96, groups), **options)
+        )
+        # Groups of any size, some of them empty.
+        uneven = torch.randint(0, groups, (2, 96))
+        tensors.append(quantize(torch.randn(2, 11, 96), format, g_idx=uneven, **options))
+    for tensor in tensors:
+        prepared = prepare_matrix(tensor)
+        expected = dequantize(tensor)
+        for e in range(2):
+            # The two scales of nvfp4 are multiplied beforehand, which is rounded.
+            rtol = 2**-23 if format == "nvfp4" else 0
+            torch.testing.assert_close(
+                unpack_prepared(prepared, e), expected[e], rtol=rtol, atol=0, equal_nan=True
+            )
+
+
+def test_a_step_reads_one_piece_of_memory_and_halves_of_bytes_are_columns_in_order():
+    codes = torch.arange(128)[None, None] % 16
+    words = (codes.unflatten(2, (16, 8)) << torch.arange(0, 32, 4)).sum(3)
+    words = torch.where(words >= 2**31, words - 2**32, words).int().expand(1, 5, 16)
+    tensor = QuantizedTensor(
+        "uint4b8", words, torch.ones(1, 5, 1), group_size=128, shape=(1, 5, 128)
+    )
+    prepared = prepare_matrix(tensor)
+    assert prepared.packed.shape == (1, 1, 5, 64)
+    assert (prepared.depth, prepared.run) == (64, 128)
+    assert torch.equal(prepared.packed[0, 0, 4] & 15, codes[0, 0, :64].to(torch.uint8))
+    assert torch.equal(prepared.packed[0, 0, 4] >> 4, codes[0, 0, 64:].to(torch.uint8))
+
+
+def test_act_order_in_full_groups_keeps_their_scales():
+    tensor = quantize(torch.randn(2, 3, 128), "uint4b8", group_size=64, g_idx=act_order(2, 128, 2))
+    prepared = prepare_matrix(tensor)
+    assert (prepared.depth, prepared.share) == (64, 1)
+    assert torch.equal(prepared.scales, tensor.scales.mT)
+
+
+def test_a_format_without_a_layout_is_refused():
+    experts = quantize_experts_of("Q4_K", {}, H=256, I=256)
+    with pytest.raises(ValueError, match=r"experts.gate_up.format: expected one of .*, got 'Q4_K'"):
+        prepare(experts)
+    assert set(CODES) == {name for name, _ in FORMATS}
+
+
+# Unpacking.
+
+
+@pytest.mark.triton
+@formats
+def test_unpacking_is_exact(format, options):
+    tensor = quantize(torch.randn(2, 9, 96), format, **options)
+    for each in (tensor, dirty(tensor)):
+        assert torch.equal(fast.dequantize_triton(each), dequantize(each))
+        assert torch.equal(fast.dequantize(each), dequantize(each))
+
+
+@pytest.mark.triton
+def test_nan_codes_of_float8_stay_nan():
+    codes = torch.arange(256, dtype=torch.uint8).view(1, 8, 32)
+    tensor = QuantizedTensor(
+        "e4m3", codes.view(torch.float8_e4m3fn), torch.full((1, 1, 1), 0.5), shape=(1, 8, 32)
+    )
+    unpacked = fast.dequantize_triton(tensor)
+    torch.testing.assert_close(unpacked, dequantize(tensor), rtol=0, atol=0, equal_nan=True)
+    gate_up = replace(tensor, packed=torch.ones_like(tensor.packed, dtype=torch.float32).to(
+        torch.float8_e4m3fn
+    ))  # fmt: skip
+    down = replace(tensor, packed=tensor.packed.mT.contiguous(), shape=(1, 32, 8))
+    experts = QuantizedExperts(gate_up, down)
+    x, ids = torch.ones(1, 32), torch.zeros(1, 1, dtype=torch.int64)
+    config = ExpertsConfig(gated=False)
+    out = experts_quantized_triton(x, experts, torch.ones(1, 1), ids, config)
+    expected = reference.experts_quantized(x, experts, torch.ones(1, 1), ids, config)
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert out.isnan().any()
+
+
+@pytest.mark.triton
+def test_what_the_unpacking_kernel_does_not_take():
+    with pytest.raises(ValueError, match=r"packed.format: expected one of .*, got 'Q4_K'"):
+        fast.dequantize_triton(quantize(torch.ones(1, 1, 256), "Q4_K"))
+    narrow = quantize(torch.ones(1, 1, 8), "uint4b8", group_size=8)
+    wide = replace(narrow, scales=narrow.scales.double())
+    with pytest.raises(ValueError, match=r"packed.scales: expected .*, got float64"):
+        fast.dequantize_triton(wide)
+    assert fast.dequantize(wide).dtype is torch.float64
+
+
+# The products.
+
+
+def quantize_experts_of(
+    format, options, E=3, H=32, I=64, gated=True, biased=False, dtype=torch.float32
+):
+    J = 2 * I if gated else I
+    gate_up, down = 0.3 * torch.randn(E, J, H), 0.3 * torch.randn(E, H, I)
+    biases = (torch.randn(E, J).to(dtype), torch.randn(E, H).to(dtype)) if biased else ()
+    return QuantizedExperts(
+        quantize(gate_up, format, **options), quantize(down, format, **options), *biases
+    )
+
+
+def routed(T=6, K=2, E=3, H=32, dtype=torch.float32):
+    """Tokens, weights and ids; ids that are not here have NaN for a weight."""
+    ids = torch.randint(-1, E + 1, (T, K))
+    weights = torch.rand(T, K)
+    weights[(ids < 0) | (ids >= E)] = float("nan")
+    return torch.randn(T, H).to(dtype), weights, ids
+
+
+def expected_of(x, experts, weights, ids, config, expert_map=None):
+    wide = x.double() if x.dtype is torch.float32 else x.float()
+    return reference.experts_quantized(wide, experts, weights, ids, config, expert_map)
+
+
+implementations = pytest.mark.parametrize(
+    "implementation",
+    [
+        pytest.param(experts_quantized_torch, id="torch"),
+        pytest.param(experts_quantized_triton, id="triton", marks=pytest.mark.triton),
+    ],
+)
+
+
+@implementations
+@formats
+def test_every_format_agrees_with_the_reference(implementation, format, options, assert_close):
+    config = ExpertsConfig()
+    H, I = (48, 48) if options.get("group_size") in (24, 48) else (32, 64)
+    experts = quantize_experts_of(format, options, H=H, I=I)
+    x, weights, ids = routed(H=H)
+    expected = expected_of(x, experts, weights, ids, config)
+    assert_close(implementation(x, experts, weights, ids, config), expected, x.dtype)
+
+
+@implementations
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("format", ["uint4", "uint8b128", "e4m3", "mxfp4"])
+def test_half_dtypes_agree_with_the_reference(implementation, format, dtype, assert_close):
+    config = ExpertsConfig("gelu_tanh")
+    options = {"group_size": 32} if format in INTEGERS else {}
+    experts = quantize_experts_of(format, options, biased=True, dtype=dtype)
+    x, weights, ids = routed(dtype=dtype)
+    expected = expected_of(x, experts, weights, ids, config)
+    given = prepare(experts) if dtype is torch.bfloat16 else experts
+    out = implementation(x, given, weights, ids, config)
+    assert out.dtype is dtype
+    assert_close(out, expected, dtype)
+
+
+CONFIGS = [
+    ExpertsConfig("silu", weight_on="input"),
+    ExpertsConfig("swigluoai", weight_on="input", alpha=1.1, limit=0.5),
+    ExpertsConfig("swiglu_limit", limit=0.7),
+    ExpertsConfig("gelu", gated=False, weight_on="input"),
+    ExpertsConfig("relu2", gated=False),
+]
+
+
+@implementations
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.activation)
+def test_biases_weights_on_either_side_and_maps(implementation, config, assert_close):
+    experts = quantize_experts_of("uint4", {"group_size": 16}, gated=config.gated, biased=True)
+    expert_map = torch.tensor([-1, 2, 0, -1, 1], dtype=torch.int32)
+    ids = torch.tensor([[1, 1], [2, 3], [0, -5], [7, 4], [4, 4]], dtype=torch.int32)
+    x, weights = torch.randn(32, 5).T, torch.rand(5, 4)[:, ::2]
+    given = (experts, weights, ids, config, expert_map)
+    out = implementation(x, *given)
+    assert_close(out, expected_of(x, *given), torch.float32)
+    assert (out[2] == 0).all()
+
+
+@implementations
+@pytest.mark.parametrize("format", INTEGERS)
+def test_act_order_and_slices_of_it(implementation, format, assert_close):
+    E, H, I, config = 2, 32, 64, ExpertsConfig()
+    gate_up = quantize(
+        0.3 * torch.randn(E, 2 * I, H), format, group_size=16, g_idx=act_order(E, H, 2)
+    )
+    down = quantize(0.3 * torch.randn(E, H, I), format, group_size=32, g_idx=act_order(E, I, 2))
+    experts = QuantizedExperts(gate_up, down, torch.randn(E, 2 * I), torch.randn(E, H))
+    x, weights, ids = routed(E=E, H=H)
+    for each in (experts, slice_quantized_tensor_parallel(experts, 2, 1)):
+        out = implementation(x, each, weights, ids, config)
+        assert_close(out, expected_of(x, each, weights, ids, config), torch.float32)
+    assert not each.is_k_full
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(
+    ("format", "dtype"), [("uint4b8", torch.bfloat16), ("e4m3", torch.float32)], ids=str
+)
+def test_many_tiles_with_ragged_edges(format, dtype, assert_close):
+    config = ExpertsConfig()
+    options = {"group_size": 8} if format == "uint4b8" else {"block_size": 16}
+    experts = quantize_experts_of(format, options, E=2, H=24, I=24, biased=True)
+    x, weights, ids = routed(T=12, E=2, H=24, dtype=dtype)
+    expected = expected_of(x, experts, weights, ids, config)
+    shape = TileShape(16, 16, 0, group_m=4)
+    out = run_quantized(
+        x, prepare(experts), weights, ids, config, None, QuantizedShapes(shape, shape)
+    )
+    assert_close(out, expected, dtype)
+
+
+@implementations
+@pytest.mark.parametrize(("T", "E"), [(0, 3), (4, 3), (4, 0)])
+def test_nothing_routed_gives_zeros(implementation, T, E):
+    experts = quantize_experts_of("mxfp4", {}, E=E, biased=True)
+    ids, weights = torch.full((T, 2), -1), torch.full((T, 2), float("nan"))
+    for given in (experts, prepare(experts)):
+        out = implementation(torch.randn(T, 32), given, weights, ids, ExpertsConfig())
+        assert out.shape == (T, 32)
+        assert (out == 0).all()
+
+
+@implementations
+def test_a_non_finite_token_changes_no_other(implementation):
+    experts = quantize_experts_of("uint4b8", {"group_size": 32})
+    x, weights, ids = torch.randn(6, 32), torch.rand(6, 2), torch.randint(0, 3, (6, 2))
+    clean = implementation(x, experts, weights, ids, ExpertsConfig())
+    for value in (float("nan"), float("inf")):
+        dirty = x.clone()
+        dirty[4] = value
+        out = implementation(dirty, experts, weights, ids, ExpertsConfig())
+        assert not out[4].isfinite().any()
+        assert torch.equal(out[[0, 1, 2, 3, 5]], clean[[0, 1, 2, 3, 5]])
+
+
+def test_batched_agrees_with_the_reference(assert_close):
+    experts = quantize_experts_of("uint8b128", {"group_size": 32}, biased=True)
+    x, counts = torch.randn(3, 4, 32), torch.tensor([0, 4, 2])
+    x[2, 2:] = float("nan")
+    config = ExpertsConfig(weight_on="input")
+    for given in (experts, prepare(experts)):
+        out = experts_batched_quantized(x, counts, given, config)
+        expected = reference.experts_batched_quantized(x.double(), counts, experts, config)
+        assert_close(out, expected, torch.float32)
+    with pytest.raises(ValueError, match="tokens_per_expert: expected counts from 0 to 4, got 5"):
+        experts_batched_quantized(x, counts + 1, experts, config)
+
+
+# 8-bit activations.
+
+
+def rounded_experts(format_of_rows, **options):
+    experts = quantize_experts_of("e4m3", options, H=56, I=72, biased=True)
+    return replace(experts, activation_format=format_of_rows)
+
+
+ROUNDED = [
+    ("e4m3_block", {"granularity": "block"}),
+    ("e4m3_block", {"granularity": "block", "block_size": 80}),
+    ("e4m3_block", {"granularity": "block", "block_size": 48}),
+    ("e4m3", {"granularity": "block", "block_size": 32}),
+    ("e4m3", {"granularity": "tensor"}),
+    ("e4m3", {"granularity": "channel"}),
+]
+
+
+@implementations
+@pytest.mark.parametrize(("rows", "options"), ROUNDED, ids=str)
+def test_rows_in_float8_agree_with_the_reference(implementation, rows, options, assert_close):
+    experts, config = rounded_experts(rows, **options), ExpertsConfig()
+    x, weights, ids = routed(H=56)
+    before = launches.copy()
+    given = experts if rows == "e4m3" else prepare(experts)
+    out = implementation(x, given, weights, ids, config)
+    assert_close(out, expected_of(x, experts, weights, ids, config), torch.float32)
+    rounded = (launches - before)["round_rows_kernel"]
+    assert rounded == (2 if implementation is experts_quantized_triton else 0)
+
+
+@pytest.mark.triton
+def test_hidden_rows_are_rounded_to_the_dtype_before_they_are_to_float8(assert_close):
+    experts, config = rounded_experts("e4m3_block", block_size=48), ExpertsConfig()
+    x = torch.randn(4, 56).bfloat16()
+    ids, weights = torch.tensor([[0], [2], [1], [0]]), torch.ones(4, 1)
+    gate_up, down = dequantize(experts.gate_up), dequantize(experts.down)
+    expected = []
+    for row, e in zip(x, ids.flatten().tolist(), strict=True):
+        row = round_activations(row[None].float(), "e4m3_block", 48)
+        hidden = activate(row @ gate_up[e].T + experts.gate_up_bias[e], config).bfloat16()
+        hidden = round_activations(hidden.float(), "e4m3_block", 48)
+        expected.append(hidden @ down[e].T + experts.down_bias[e])
+    out = experts_quantized_triton(x, experts, weights, ids, config)
+    # Two roundings of the result to bfloat16, of the packed row and of the sum.
+    torch.testing.assert_close(out.float(), torch.cat(expected), rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.triton
+def test_rows_in_float8_have_the_codes_and_scales_of_the_reference():
+    from moe_optimized.quantized_kernels import _round_rows
+
+    x = torch.randn(9, 56) * torch.logspace(-30, 30, 9)[:, None]
+    x[0, 3], x[1, 5], x[2] = float("nan"), float("inf"), 0.0
+    x[3] = torch.randn(56) * torch.logspace(-9, 0, 56)
+    for rows, options in ROUNDED:
+        experts = rounded_experts(rows, **options)
+        codes, scales, _ = _round_rows(x, prepare(experts), prepare(experts).gate_up)
+        B = experts.gate_up.group_size if rows == "e4m3_block" else 56
+        found = codes.float() * scales.repeat_interleave(B, 1)[:, :56]
+        expected = round_activations(x, rows, B)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+# What is refused, what is launched, and what is allocated.
+
+
+def test_what_no_kernel_takes_goes_the_way_of_torch(assert_close):
+    x, weights, ids = routed()
+    plain = quantize_experts_of("e4m3", {}, I=64)
+    wide = x.double()
+    cases = [
+        (wide, plain, ExpertsConfig(), "x: expected float32, bfloat16 or float16, got float64"),
+        (x, replace(plain, activation_format="int8"), ExpertsConfig(), "got 'int8'"),
+        (
+            x,
+            replace(plain, activation_format="e4m3", activation_scales=torch.full((3, 2), 0.02)),
+            ExpertsConfig(),
+            "got fixed scales",
+        ),
+        (
+            x,
+            replace(plain, activation_format="e4m3"),
+            ExpertsConfig(weight_on="input"),
+            "got 'input'",
+        ),
+        (
+            x,
+            replace(quantize_experts_of("mxfp4", {}, I=64), activation_format="e4m3"),
+            ExpertsConfig(),
+            "got another format or block",
+        ),
+        (
+            torch.randn(6, 256),
+            quantize_experts_of("Q4_K", {}, H=256, I=256),
+            ExpertsConfig(),
+            "got 'Q4_K'",
+        ),
+        (x.clone().requires_grad_(), plain, ExpertsConfig(), "got one to be taken"),
+    ]
+    for x, experts, config, reason in cases:
+        assert fast.refusal(x, experts, weights, config).endswith(reason)
+        with pytest.raises(ValueError, match=reason):
+            experts_quantized_triton(x, experts, weights, ids, config)
+        out = experts_quantized(x, experts, weights, ids, config)
+        expected = reference.experts_quantized(x, experts, weights, ids, config)
+        assert_close(out, expected)
+
+
+def test_gradients_are_those_of_the_reference(assert_close):
+    experts = quantize_experts_of("uint4", {"group_size": 32}, biased=True)
+    x, weights, ids = torch.randn(5, 32), torch.rand(5, 2), torch.randint(0, 3, (5, 2))
+    found = []
+    for run in (experts_quantized, reference.experts_quantized):
+        leaves = [t.clone().requires_grad_() for t in (x, weights, experts.down_bias)]
+        given = replace(experts, down_bias=leaves[2])
+        run(leaves[0], given, leaves[1], ids, ExpertsConfig()).square().sum().backward()
+        found.append([leaf.grad for leaf in leaves])
+    for ours, theirs in zip(*found, strict=True):
+        assert_close(ours, theirs)
+
+
+@implementations
+def test_bad_arguments_are_refused(implementation):
+    experts, config = quantize_experts_of("uint4b8", {"group_size": 32}), ExpertsConfig()
+    x, weights, ids = torch.randn(4, 32), torch.rand(4, 2), torch.zeros(4, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"weights: expected shape \[4, K\], got \[3, 2\]"):
+        implementation(x, experts, weights[:3], ids, config)
+    with pytest.raises(ValueError, match=r"experts.gate_up.shape: expected \(3, 64, 32\)"):
+        implementation(x, experts, weights, ids, ExpertsConfig(gated=False))
+    with pytest.raises(ValueError, match=r"experts.gate_up.shape: expected \(3, 128, 16\)"):
+        implementation(x[:, :16], experts, weights, ids, config)
+    with pytest.raises(TypeError, match="experts: expected QuantizedExperts, got int"):
+        implementation(x, 3, weights, ids, config)
+    with pytest.raises(TypeError, match="config: expected an ExpertsConfig, got str"):
+        implementation(x, experts, weights, ids, "silu")
+    with pytest.raises(ValueError, match="expert_map: expected rows below 3, got 3"):
+        implementation(x, experts, weights, ids, config, torch.tensor([0, 3]))
+
+
+@pytest.mark.triton
+def test_the_kernels_are_launched_and_the_way_of_torch_launches_none():
+    experts, config = quantize_experts_of("mxfp4", {}), ExpertsConfig()
+    x, weights, ids = routed()
+    before = launches.copy()
+    experts_quantized_torch(x, experts, weights, ids, config)
+    assert launches == before
+    experts_quantized_triton(x, prepare(experts), weights, ids, config)
+    kernels = ("align_place_kernel", "quantized_up_kernel", "quantized_down_kernel")
+    assert launches - before == dict.fromkeys((*kernels, "combine_rows_kernel"), 1)
+    before = launches.copy()
+    fast.dequantize_triton(experts.down)
+    assert launches - before == Counter(dequantize_kernel=1)
+
+
+class Allocations(TorchDispatchMode):
+    """The most bytes, and the most floats, of any tensor that an operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes, self.floats = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        # The interpreter looks at whole arguments, by way of operations that work in place.
+        if not func._schema.name.endswith("_"):
+            for t in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(t, torch.Tensor):
+                    self.bytes = max(self.bytes, t.numel() * t.element_size())
+                    if t.is_floating_point() and t.element_size() > 1:
+                        self.floats = max(self.floats, t.numel())
+        return out
+
+
+@implementations
+@pytest.mark.parametrize("format", ["uint4b8", "uint8b128", "e4m3", "mxfp4"])
+def test_the_weights_of_all_experts_are_never_unpacked(implementation, format):
+    E, H, I, config = 8, 64, 64, ExpertsConfig()
+    options = {"e4m3": {"block_size": 32}, "mxfp4": {}}.get(format, {"group_size": 32})
+    experts = quantize_experts_of(format, options, E=E, H=H, I=I)
+    x, weights, ids = torch.randn(4, H), torch.rand(4, 2), torch.randint(0, E, (4, 2))
+    one = 2 * I * H
+    with Allocations() as found:
+        implementation(x, experts, weights, ids, config)
+    # Laying out makes no floats but scales; the way of torch those of one expert.
+    assert found.floats <= one
+    if implementation is experts_quantized_triton:
+        packed = experts.gate_up.packed
+        assert found.bytes <= packed.numel() * packed.element_size()
+        assert found.floats < one
+
+    prepared = prepare(experts)
+    with Allocations() as found:
+        implementation(x, prepared, weights, ids, config)
+    assert found.floats <= one
+    if implementation is experts_quantized_triton:
+        # The eight pairs' hidden and output rows.
+        assert found.bytes <= 4 * 8 * max(H, I)
+
+
+def test_what_is_prepared_is_a_copy():
+    experts = quantize_experts_of("uint4b8", {"group_size": 32})
+    prepared = prepare(experts)
+    expected = unpack_prepared(prepared.down, 1)
+    experts.down.packed.zero_()
+    experts.down.scales.zero_()
+    assert torch.equal(unpack_prepared(prepared.down, 1), expected)
+
+
+def test_products_over_one_table_share_the_height_of_its_tiles():
+    for rows in (1, 64, 500, 4096, 10**6):
+        for rounded in (False, True):
+            up, down = quantized_shapes(rows, 8, 768, 2048, rounded)
+            assert up.m == down.m
