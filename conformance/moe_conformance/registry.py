@@ -51,6 +51,8 @@ class Requirement:
         check: the property; raises `Violation`.
         also: further operations that the property calls.
         references: dotted names in moe_reference that show how it is done right.
+        kinds: how many times the usual number of cases it gets, where its inputs are of so many
+            kinds that a fault in one of them would be drawn too seldom (benchmarks/faults.py).
     """
 
     id: str
@@ -63,6 +65,7 @@ class Requirement:
     check: Callable[[Case], None]
     also: tuple[str, ...] = ()
     references: tuple[str, ...] = ()
+    kinds: int = 1
 
     def __reduce__(self) -> Any:
         # Between processes a requirement goes by its id: its inputs and property are functions.
@@ -106,6 +109,7 @@ def requirement(
     given: Given,
     also: tuple[str, ...] = (),
     references: tuple[str, ...] = (),
+    kinds: int = 1,
 ) -> Callable[[Callable[[Case], None]], Callable[[Case], None]]:
     """Register the decorated property as the check of a requirement."""
 
@@ -113,7 +117,7 @@ def requirement(
         if id in _registered or id in RETIRED:
             raise ValueError(f"requirement id {id} was used before")
         _registered[id] = Requirement(
-            id, level, operation, sentence, reason, sources, given, check, also, references
+            id, level, operation, sentence, reason, sources, given, check, also, references, kinds
         )
         return check
 

@@ -256,6 +256,7 @@ def run_requirement(
         result.status = "unsupported"
         result.message = "nothing of the kind lies inside the declaration"
         return result
+    effort = replace(effort, examples=effort.examples * requirement.kinds)
     if requirement.operation == ANY:
         # Its cases are shared out among all that the target has.
         share = max(1, len(scope.operations) // OPERATIONS_PER_SHARE)

@@ -685,6 +685,7 @@ def padding_follows_the_slots(case: Case) -> None:
     sources=(VLLM, "SGLang #28170", "flashinfer #1469", "aiter #2447"),
     given=slots(mapped=True, invalid=False, least_experts=2, loads=SEVERAL),
     references=ALIGN,
+    kinds=2,
 )
 def blocks_carry_local_rows(case: Case) -> None:
     """Blocks whose slots are local, against a map that permutes."""
@@ -891,6 +892,7 @@ def block_size_one_has_no_padding(case: Case) -> None:
     ),
     given=slots(),
     references=ALIGN,
+    kinds=2,
 )
 def buffers_are_int32_and_long_enough(case: Case) -> None:
     """Dtypes and lengths against the counts of the ids."""

@@ -901,6 +901,7 @@ def _first(where: torch.Tensor) -> torch.Tensor:
     ),
     given=capacities(),
     references=CAPACITY,
+    kinds=2,
 )
 def as_many_pairs_stay_as_there_is_room(case: Case) -> None:
     """Counts before and after; a capacity beyond T drops nothing."""
@@ -1003,16 +1004,18 @@ def the_first_pairs_stay(case: Case) -> None:
     ),
     given=capacities(policies=("probs",), loads=CROWDED, tight=True),
     references=CAPACITY,
+    kinds=2,
 )
 def the_largest_weights_stay(case: Case) -> None:
-    """No pair stays with a smaller weight than one of the same expert that was dropped."""
-    found = _drop(case)
-    weights = case["weights"].double()
+    """The same pairs with weights as drawn, below zero, on both sides of it, and above one."""
+    drawn = case["weights"]
+    for given in (drawn, -drawn, drawn - drawn.mean(), 4 * drawn):
+        found, keys = _drop(case, weights=given), given.double()
 
-    def rule(ids: torch.Tensor) -> None:
-        _ranked(found.with_ids(ids), weights, "weight")
+        def rule(ids: torch.Tensor, found: Kept = found, keys: torch.Tensor = keys) -> None:
+            _ranked(found.with_ids(ids), keys, "weight")
 
-    case.judge(rule, found.ids, _exchanged(found, weights))
+        case.judge(rule, found.ids, _exchanged(found, keys))
 
 
 def _ranked(kept: Kept, keys: torch.Tensor, what: str) -> None:
@@ -1058,6 +1061,7 @@ def _exchanged(kept: Kept, keys: torch.Tensor) -> Impostors:
     ),
     given=capacities(invalid=True, loads=CROWDED, tight=True),
     references=CAPACITY,
+    kinds=2,
 )
 def invalid_ids_take_no_capacity(case: Case) -> None:
     """As DISPATCH-21 among the valid ones, and no id out of an invalid one."""

@@ -425,6 +425,7 @@ WRT = ("x", "weights", "experts.gate_up", "experts.down")
         expert_inputs().build,
     ),
     references=("experts.experts",),
+    kinds=2,
 )
 def gradients_are_those_of_the_weighted_sum(case: Case) -> None:
     """Autograd on the target against autograd on the reference in float64."""

@@ -447,6 +447,7 @@ def _tied(plan: Plan) -> Inputs:
     sources=("verl-ascend-recipe #126", "vLLM #50844", "afd-plugin #301"),
     given=routing(hashed=True),
     references=("gating.route",),
+    kinds=2,
 )
 def hash_layers_follow_their_table(case: Case) -> None:
     """Ids equal the rows as sets, weights follow from them."""

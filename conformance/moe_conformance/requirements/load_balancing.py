@@ -850,6 +850,7 @@ def _judge_form(case: Case, answer: Answer) -> None:
     sources=("docs/spec/operations.md",),
     given=either(balance(), balance(padding=True), balance(losses=BATCH, counts=True), balance()),
     references=BALANCE,
+    kinds=4,
 )
 def the_loss_is_a_wide_scalar(case: Case) -> None:
     """No dimension, and the wide dtype."""
@@ -1055,6 +1056,7 @@ def _judge_untouched(case: Case, answers: list[Answer]) -> None:
         balance(),
     ),
     references=BALANCE,
+    kinds=2,
 )
 def the_loss_leaves_its_inputs_alone(case: Case) -> None:
     """With padding, counts and ids of no expert, which are what gets cleared; and with none."""
