@@ -389,7 +389,7 @@ given_back(
     "Where nothing is dropped the ids are given back themselves.",
     lambda a: a["capacity"] >= a["expert_ids"].numel() and bool(here(a).all()),
     lambda a, weights, ids: (weights, a["expert_ids"]),
-    "NUM-03",
+    "DISPATCH-44",
 )
 
 given_back(
@@ -397,7 +397,7 @@ given_back(
     "Where nothing is dropped the weights are given back themselves.",
     lambda a: bool(here(a).all()) and int(counts(a).max()) <= a["capacity"],
     lambda a, weights, ids: (a["weights"], ids),
-    "NUM-03",
+    "DISPATCH-44",
 )
 
 given_back(
@@ -417,7 +417,7 @@ given_back(
 )
 
 
-@fault("dropped-pairs-are-written-in-place", catches=("NUM-02",))
+@fault("dropped-pairs-are-written-in-place", catches=("DISPATCH-44",))
 class DroppedInPlace(Reference):
     """Ids of int64 are overwritten where they stand, by weight."""
 

@@ -36,6 +36,7 @@ from moe_conformance.judge import Violation, equal, has_form, impostors, within
 from moe_conformance.precision import TINY, UNIT
 from moe_conformance.registry import MAY, MUST, SHOULD, requirement
 from moe_conformance.requirements.alignment import SEVERAL
+from moe_conformance.requirements.experts import left_alone
 
 Impostors = Iterable[tuple[str, Any]]
 CROWDED = ("skewed", "one expert", "duplicates")
@@ -433,6 +434,7 @@ def equal_ids_in_a_row_get_two_rows(case: Case) -> None:
     ),
     given=rows(),
     references=DISPATCH,
+    kinds=4,
 )
 def dispatched_tensors_have_their_form(case: Case) -> None:
     """Dtypes and lengths."""
@@ -1678,3 +1680,23 @@ def the_same_rows_storage_with_other_rows(case: Case) -> None:
         wrong.append(("the sum before", before))
     found = _combined(answer, tokens, given["rows"].shape[1])
     case.judge(lambda answer: equal("combined", answer.double(), expected), found, wrong)
+
+
+@requirement(
+    "DISPATCH-44",
+    MUST,
+    "drop_to_capacity",
+    "Weights and ids MUST be left as they are, and the results MUST have memory of their own.",
+    reason="Where nothing is dropped it is tempting to give back what came, and where something is "
+    "to write over it.",
+    sources=("TensorCast topk_weights /=", "KernelBench zero_out"),
+    given=capacities(),
+    references=CAPACITY,
+)
+def dropping_leaves_its_arguments_alone(case: Case) -> None:
+    """Every argument is compared with a copy made before the call."""
+    names = ("weights", "expert_ids", "num_experts", "capacity", "policy")
+    answer = case.call("drop_to_capacity", **{name: case[name] for name in names})
+    case.note("room for all", case["capacity"] >= case["expert_ids"].numel())
+    found = [*answer.changed, *answer.shared]
+    case.judge(left_alone("drop_to_capacity"), found, [("weights", ["weights"])])

@@ -248,6 +248,7 @@ def a_slice_may_be_empty(case: Case) -> None:
     sources=("TensorCast slice_experts (.data)", "pytorch #160285"),
     given=differentiable("slice_experts", sliced()),
     references=SLICE,
+    kinds=2,
 )
 def gradients_reach_the_experts_that_were_taken(case: Case) -> None:
     """Cotangents of small integers come back where the rows came from."""

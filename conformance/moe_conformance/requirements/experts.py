@@ -957,6 +957,7 @@ def gradients_are_those_of_the_pairs_that_are_here(case: Case) -> None:
     sources=("docs/spec/operations.md", "SGLang #28170", "vLLM #16801"),
     given=expert_inputs(expert_map=(False,), invalid_ids=(False,), loads=("uniform",)),
     references=("experts.experts",),
+    kinds=2,
 )
 def bad_arguments_of_experts_raise(case: Case) -> None:
     """One argument is wrong at a time."""

@@ -632,6 +632,7 @@ def gradients_are_those_of_the_whole_layer(case: Case) -> None:
         balance=("switch", "deepseek_expert", "deepseek_sequence", "deepseek_device"),
     ),
     references=("layer.layer", "load_balancing.balance_loss"),
+    kinds=2,
 )
 def the_balance_loss_is_that_of_the_layers_own_routing(case: Case) -> None:
     """A bound from the errors of the logits; nothing to judge where nothing is reported."""

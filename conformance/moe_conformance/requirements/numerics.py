@@ -59,11 +59,11 @@ GIVEN: dict[str, Given] = {
     "place_experts": placed(),
 }
 
-APART = ("route", "balance_loss", "z_loss", "update_bias", "experts")
+APART = ("route", "balance_loss", "z_loss", "update_bias", "experts", "drop_to_capacity")
 """Operations whose arguments and results have a requirement of their own, which asks more of them:
-GATE-24, BALANCE-26, BALANCE-52, BALANCE-42, EXPERT-29."""
+GATE-24, BALANCE-26, BALANCE-52, BALANCE-42, EXPERT-29, DISPATCH-44."""
 
-ANSWERED = (*APART, "align", "dispatch", "combine", "layer")
+ANSWERED = (*APART[:-1], "align", "dispatch", "combine", "layer")
 """Operations of which another requirement asks for the answer to other data in the same storage:
 GATE-23, BALANCE-50, 52 and 54, NUM-06, ALIGN-35, DISPATCH-42 and 43, LAYER-16."""
 
