@@ -434,7 +434,7 @@ def equal_ids_in_a_row_get_two_rows(case: Case) -> None:
     ),
     given=rows(),
     references=DISPATCH,
-    kinds=4,
+    kinds=8,
 )
 def dispatched_tensors_have_their_form(case: Case) -> None:
     """Dtypes and lengths."""

@@ -248,7 +248,7 @@ def a_slice_may_be_empty(case: Case) -> None:
     sources=("TensorCast slice_experts (.data)", "pytorch #160285"),
     given=differentiable("slice_experts", sliced()),
     references=SLICE,
-    kinds=2,
+    kinds=4,
 )
 def gradients_reach_the_experts_that_were_taken(case: Case) -> None:
     """Cotangents of small integers come back where the rows came from."""
@@ -683,6 +683,7 @@ def every_expert_has_a_copy(case: Case) -> None:
     sources=("EPLB rebalance_experts", "SGLang #32962", "vllm-ascend #4793", "vLLM #28377"),
     given=placed(),
     references=PLACE,
+    kinds=4,
 )
 def the_two_tables_agree(case: Case) -> None:
     """Row by row; the order of an expert's copies is free."""
@@ -751,6 +752,7 @@ def _fewest(load: list[float], P: int) -> list[int]:
     sources=("EPLB replicate_experts", "TensorCast redundant experts", "DeepSeek-V3 report, 3.4"),
     given=placed(redundant=True, loads=("even", "skewed", "one hot", "ties")),
     references=PLACE,
+    kinds=3,
 )
 def copies_go_where_the_load_is(case: Case) -> None:
     """Giving each further copy to the greatest load per copy reaches the least there is.

@@ -876,7 +876,7 @@ def every_call_is_answered_for_itself(case: Case) -> None:
     sources=("transformers MoE jitter", "TensorCast topk_weights /=", "docs/spec/operations.md"),
     given=either(routing(), routing(), routing(hashed=True)),
     references=("gating.route",),
-    kinds=2,
+    kinds=4,
 )
 def routing_leaves_everything_as_it_was(case: Case) -> None:
     """With and without gradients, which take other paths."""
