@@ -1,11 +1,14 @@
 # Python 3.11 or newer and make are all that has to be there. `make help` lists the targets.
 
 PYTHON ?= python3
+# A GPU box has a torch of its own: `make gpu` needs neither .venv nor a network.
+GPU_PYTHON ?= python3
+OUT ?= benchmarks/results
 BIN := .venv/bin
 STAMP := .venv/.moespec-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup conformance test check docs notebooks clean
+.PHONY: help setup conformance test check docs notebooks bench gpu clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | \
@@ -36,6 +39,16 @@ docs: setup ## build the documentation into site/; a broken link is an error
 
 notebooks: setup ## run every notebook from the first cell to the last
 	$(BIN)/python -m pytest --nbmake notebooks
+
+bench: setup ## time the experts on this processor, and dry-run the timing matrix of `make gpu`
+	$(BIN)/python benchmarks/cpu_experts.py --operation forward
+	$(BIN)/python benchmarks/cpu_experts.py --operation training
+	$(BIN)/python benchmarks/gpu.py --device cpu --dry-run --out build/bench
+
+gpu: ## on a GPU box, at most nine minutes: conformance, then the timing matrix, as JSON into OUT
+	PYTHONPATH="$(CURDIR)/reference:$(CURDIR)/optimized:$(CURDIR)/conformance$${PYTHONPATH:+:$$PYTHONPATH}" \
+		timeout --kill-after=5 535 $(GPU_PYTHON) benchmarks/gpu.py --device cuda \
+		--conformance 200 --seconds 510 --out "$(OUT)"
 
 clean: ## remove what was built; .venv stays
 	rm -rf build dist site moespec-report .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,11 +13,17 @@ A marker is an HTML comment on a line of its own or inside a table cell:
   computes
 - `document: deepseek` - the behaviours of one document, from docs/data/documents
 - `documents table` - how many behaviours of each document are right, and how many are not
+- `documents: verdicts` - what benchmarks/documents.py recorded; also `environment`, and `roots`
+  from docs/data/documents_suite.toml
 - `equivalences: gating` - questions and answers, read off the tests that decide them
 - `calibration: rows` - what benchmarks/calibration.py recorded; also `environment`
 - `findings: broken` - what benchmarks/findings.py recorded; also `environment` and `sigmoid`
 - `help: check` - what `moespec check --help` prints
 - `faults: rows` - what benchmarks/faults.py recorded; also `environment`, `operations`
+- `scale: links` - what benchmarks/scale_model.py recorded; also `environment`, `times`,
+  `published`, `imbalance`, and one number as `scale: times: DeepSeek-V3, prefill, 16: pairs_us`
+- `performance: goals` - what benchmarks/gpu.py and benchmarks/cpu_experts.py recorded, or that
+  there is no record; also `environment`, `peers`, `conformance`, `missing`, `cpu`
 - `terminal: 1: moespec check …` - runs a command, or several joined by `&&`, in a folder with
   docs/examples, shows what they print, and stops the build unless the last ends with that exit code
 
@@ -54,8 +60,8 @@ from typer.testing import CliRunner
 
 DOCS = Path(__file__).parent
 MARKER = re.compile(r"<!-- (requirements|requirements table|operations table|concepts table|presets"
-                    r"|families|seen|document|documents table|equivalences|calibration|findings"
-                    r"|faults|picture|help|terminal)"
+                    r"|families|seen|document|documents table|documents|equivalences|calibration"
+                    r"|findings|faults|performance|picture|help|scale|terminal)"
                     r"(?:: (.*?))? -->")  # fmt: skip
 LOADERS = re.compile(r"<!-- Load mathjax -->.*?<!-- End of mermaid configuration -->", re.DOTALL)
 THREAD = re.compile(r"([\w./-]+) ?(#\d+)")
@@ -74,26 +80,35 @@ CONCEPT_OF = {
     "bit_packing": "quantization",
     "capacity": "dispatch",
     "checkpoint_files": "modules",
+    "checkpoint_layouts": "quantization",
+    "checkpoint_parts": "quantization",
     "checkpoints": "modules",
     "checks": "operations",
+    "compressed_layouts": "quantization",
     "config": "operations",
     "domain_transforms": "expert_parallel",
     "expert_gathering": "expert_slicing",
+    "expert_sources": "quantization",
     "external_shared": "expert_parallel",
     "families": "modules",
     "float4": "quantization",
     "float8": "quantization",
     "gates": "modules",
     "gguf_blocks": "quantization",
+    "gguf_loading": "quantization",
     "gptq_packing": "quantization",
     "initialization": "experts",
     "integer_quantization": "quantization",
     "layouts": "experts",
+    "loading": "quantization",
     "loss_graph": "load_balancing",
     "marlin_layout": "quantization",
+    "packed_joining": "quantization",
     "packed_slicing": "quantization",
+    "packed_sources": "quantization",
     "parallel_steps": "expert_parallel",
     "partial_sums": "expert_parallel",
+    "placeholders": "quantization",
     "placement": "expert_slicing",
     "presets": "gating",
     "quantized_checks": "quantization",
@@ -109,6 +124,8 @@ CONCEPT_OF = {
 """The page of a module that has no page of its own name."""
 VERDICTS = ("right", "wrong", "incomplete", "undefined", "not judged")
 EXAMPLE_REPORT = "example-report"
+SCALE_KEYS = ("model", "phase", "routing", "direction", "ranks")
+"""The columns that tell the rows of a table of benchmarks/results/scale_model.json apart."""
 
 _reports: list[Path] = []
 
@@ -159,6 +176,8 @@ def _fill(kind, argument, file):
         return _document(argument, file)
     if kind == "documents table":
         return _documents_table()
+    if kind == "documents":
+        return _documents(argument, file)
     if kind == "equivalences":
         return _equivalences(argument)
     if kind == "calibration":
@@ -167,6 +186,10 @@ def _fill(kind, argument, file):
         return _findings(argument, file)
     if kind == "faults":
         return _faults(argument, file)
+    if kind == "scale":
+        return _scale(argument)
+    if kind == "performance":
+        return import_module("pictures.performance").part(argument)
     if kind == "picture":
         concept, name = argument.split(".")
         return getattr(import_module(f"pictures.{concept}"), name)()
@@ -258,6 +281,66 @@ def _findings(part, file):
     return head + "\n".join(
         ["| target | requirement | status | what was seen |", "|-|-|-|-|", *rows]
     )
+
+
+def _scale(part):
+    record = json.loads((DOCS.parent / "benchmarks/results/scale_model.json").read_text())
+    if part == "environment":
+        machine, hardware = record["machine"], record["modelled_hardware"]
+        return (
+            f"Computed by `{record['command']}` on {record['date']}, commit "
+            f"`{record['commit'][:10]}`, torch {machine['torch']}, Python {machine['python']}, "
+            f"{machine['platform']}, seed {record['seed']}. Modelled: {hardware['name']}; "
+            f"{hardware['flops'] / 1e12:g} TFLOP/s, memory {hardware['memory'] / 1e12:g} TB/s, "
+            f"NVLink {hardware['nvlink'] / 1e9:g} GB/s and network {hardware['network'] / 1e9:g} "
+            f"GB/s in one direction. Sources: {hardware['source']}. Models: "
+            f"{', '.join(model['source'] for model in record['models'].values())}."
+        )
+    table, *one = part.split(": ")
+    if one:
+        keys, column = one
+        [row] = [row for row in record[table] if _scale_keys(row) == keys.split(", ")]
+        return _scaled(column, row[column])
+    columns = {
+        "links": ("weights_bytes", "ranks_touched", "hosts_touched", "pairs_nvlink_bytes",
+                  "once_nvlink_bytes", "pairs_network_bytes", "once_network_bytes"),
+        "times": ("compute_us", "pairs_us", "once_us", "routed_us", "message_bytes"),
+        "published": ("model_mb", "published_mb", "floor_us", "published_us",
+                      "published_of_floor"),
+        "imbalance": ("without_copies", "with_copies", "turn_by_rank"),
+    }[table]  # fmt: skip
+    head = [re.sub("_(us|mb|bytes)$", "", name).replace("_", " ") for name in columns]
+
+    def shown(rows):
+        names = [name for name in SCALE_KEYS[1:] if name in rows[0]]
+        cells = [
+            [str(row[name]) for name in names] + [_scaled(name, row[name]) for name in columns]
+            for row in rows
+        ]
+        return _table([*names, *(name.replace("nvlink", "NVLink") for name in head)], cells)
+
+    if table == "published":
+        return shown(record[table])
+    by_model = {name: [row for row in record[table] if row["model"] == name]
+                for name in record["models"]}  # fmt: skip
+    return "\n\n".join(f'=== "{name}"\n\n{_indented(shown(rows))}'
+                       for name, rows in by_model.items())  # fmt: skip
+
+
+def _scale_keys(row):
+    return [str(row[name]) for name in SCALE_KEYS if name in row]
+
+
+def _scaled(column, value):
+    """A number with the unit that the name of its column ends with."""
+    if column.endswith("_us"):
+        return f"{value:,.0f} µs"
+    if column.endswith("_mb"):
+        return f"{value:.2f} MB"
+    if column.endswith("_bytes"):
+        thousands = (len(str(int(value))) - 1) // 3
+        return f"{value / 1000**thousands:.3g} {('B', 'kB', 'MB', 'GB')[thousands]}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
 
 
 def _fence(text, language="text"):
@@ -422,6 +505,31 @@ def _documents_table():
         counts = [str(verdicts.count(verdict)) for verdict in VERDICTS]
         rows.append([f"[{document['system']}](#{path.stem.replace('_', '-')})", *counts])
     return _table(["document", *VERDICTS], rows)
+
+
+def _documents(part, file):
+    if part == "roots":
+        listed = tomllib.loads((DOCS / "data" / "documents_suite.toml").read_text())["failure"]
+        by_id = {each.id: each for each in requirements()}
+        rows = [
+            [f"`documents/{each['target']}`", _cell(each["reason"]),
+             ", ".join(_link(by_id[id], file) for id in each["requirements"])]
+            for each in listed
+        ]  # fmt: skip
+        return _table(["target", "what is wrong", "requirements that fail"], rows)
+    record = json.loads((DOCS.parent / "benchmarks/results/documents.json").read_text())
+    if part == "environment":
+        machine = record["machine"]
+        return (
+            f"`{record['command']}` on {record['date']}, commit `{record['commit'][:10]}`, torch "
+            f"{machine['torch']}, Python {machine['python']}, {machine['platform']}."
+        )
+    rows = []
+    for each in record["targets"]:
+        counts = [each["statuses"].get(status, 0) for status in ("pass", "fail", "crash", "warn")]
+        operations = ", ".join(f"`{name}`" for name in each["operations"])
+        rows.append([f"`{each['target']}`", operations, each["verdict"], *map(str, counts)])
+    return _table(["target", "operations", "verdict", "pass", "fail", "crash", "warn"], rows)
 
 
 def _equivalences(concept):
