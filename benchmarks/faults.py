@@ -3,8 +3,8 @@
 For every fault: with how many of several seeds it fails the profile `cpu`, the requirements that it
 names being tried first; how many numbers the smallest case found has; the share of the cases drawn
 for its operations in which any answer is another than the reference's; and the set of requirements
-that fail. A crash is not a catch, but among ranks. Interrupted, the run goes on where it was. With --add, faults
-that the record has already keep their rows, each with its commit.
+that fail. A crash is not a catch, but among ranks. Interrupted, the run goes on where it was. With
+--add, faults that the record has already keep their rows, each with its commit.
 
     python benchmarks/faults.py [--seeds N] [--first SEED] [--jobs N] [--add] [--fault PATTERN]
 """

@@ -204,7 +204,7 @@ def _calibration(part):
     if part == "environment":
         machine = record["machine"]
         return (
-            f"`{record['command']}` on {record['date']}, commit `{record['commit'][:10]}`, torch "
+            f"`{record['command']}` on {record['date']}, commits {commits}, torch "
             f"{machine['torch']}, Python {machine['python']}, {machine['platform']}: "
             f"{record['cases']:,} cases, {record['accused']} accusations."
         )
@@ -228,8 +228,9 @@ def _faults(part, file):
         machine = record["machine"]
         first, seeds = record["effort"]["seeds"]
         caught = sum(row["caught"] for row in rows)
+        commits = ", ".join(f"`{each[:10]}`" for each in sorted({r["commit"] for r in rows}))
         return (
-            f"`{record['command']}` on {record['date']}, commit `{record['commit'][:10]}`, torch "
+            f"`{record['command']}` on {record['date']}, commits {commits}, torch "
             f"{machine['torch']}, Python {machine['python']}, {machine['platform']}: "
             f"{len(rows)} faults, each with {seeds} seeds (from {first} on) and "
             f"{record['effort']['examples']} cases per requirement: {caught:,} of "
