@@ -204,7 +204,7 @@ def _calibration(part):
     if part == "environment":
         machine = record["machine"]
         return (
-            f"`{record['command']}` on {record['date']}, commits {commits}, torch "
+            f"`{record['command']}` on {record['date']}, commit `{record['commit'][:10]}`, torch "
             f"{machine['torch']}, Python {machine['python']}, {machine['platform']}: "
             f"{record['cases']:,} cases, {record['accused']} accusations."
         )
@@ -233,7 +233,7 @@ def _faults(part, file):
             f"`{record['command']}` on {record['date']}, commits {commits}, torch "
             f"{machine['torch']}, Python {machine['python']}, {machine['platform']}: "
             f"{len(rows)} faults, each with {seeds} seeds (from {first} on) and "
-            f"{record['effort']['examples']} cases per requirement: {caught:,} of "
+            f"{record['effort']['examples']} cases per requirement or more: {caught:,} of "
             f"{len(rows) * seeds:,} runs caught it. {record['showing_on_less_than_a_tenth']} show "
             f"on less than a tenth of the cases that are drawn for their operation; they make "
             f"{record['sets_of_failing_requirements']} different sets of requirements fail. The "
