@@ -46,6 +46,8 @@ bench: setup ## time the experts on this processor, and dry-run the timing matri
 	$(BIN)/python benchmarks/gpu.py --device cpu --dry-run --out build/bench
 
 gpu: ## on a GPU box, at most nine minutes: conformance, then the timing matrix, as JSON into OUT
+	@$(GPU_PYTHON) -c "import torch" 2>/dev/null || { echo "'$(GPU_PYTHON)' has no torch:" \
+		"make gpu GPU_PYTHON=/path/to/python; see benchmarks/README.md"; exit 1; }
 	PYTHONPATH="$(CURDIR)/reference:$(CURDIR)/optimized:$(CURDIR)/conformance$${PYTHONPATH:+:$$PYTHONPATH}" \
 		timeout --kill-after=5 535 $(GPU_PYTHON) benchmarks/gpu.py --device cuda \
 		--conformance 200 --seconds 510 --out "$(OUT)"

@@ -1,9 +1,10 @@
-// The solution of an exercise is folded: the whole cell, code and what it prints.
+// The code of an exercise's solution is folded, as the words about it are.
 document.addEventListener("DOMContentLoaded", () => {
-  for (const cell of document.querySelectorAll(".celltag_solution")) {
+  // A cell stands in a wrapper that has the same tags.
+  for (const cell of document.querySelectorAll(".celltag_solution:not(.celltag_solution *)")) {
     const folded = document.createElement("details");
     const title = document.createElement("summary");
-    title.textContent = "Solution";
+    title.textContent = "Solution, as code";
     cell.before(folded);
     folded.append(title, cell);
   }
