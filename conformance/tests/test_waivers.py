@@ -88,7 +88,7 @@ def test_a_waiver_for_other_targets_or_requirements_changes_nothing(
     ("changed", "code", "message"),
     [
         ({"expires": datetime.date(2020, 1, 1)}, 12, "(GATE-03) expired on 2020-01-01"),
-        ({"requirement": "GATE-99"}, 12, "expected one of GATE-01"),
+        ({"requirement": "GATE-99"}, 12, "expected an id that `moespec requirements` lists"),
         ({"issue": None}, 2, "expected the fields case, expires, issue"),
         ({"issue": "soon"}, 2, "issue: expected a URL, got 'soon'"),
         ({"case": None}, 2, "expected the fields case, expires, issue"),

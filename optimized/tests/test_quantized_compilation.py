@@ -83,6 +83,8 @@ for kernel, flags in (
         BLOCK_O=1, BLOCK_D=16,
     )),
 ):
+    if flags.get("HAS_GLOBAL"):
+        POINTERS.update(scales_ptr="*u8")
     sizes = [n for n in kernel.arg_names if n.islower() and n[-4:] != "_ptr" and n not in POINTERS]
     compile(kernel, **dict.fromkeys(sizes, 1), **flags)
 """
