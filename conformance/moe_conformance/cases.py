@@ -81,7 +81,7 @@ class SavedCase:
         message: how it failed.
         kind: fail, crash or timeout.
         flips: whether it failed in some calls and not in others.
-        self_contained: whether it failed in a new process too, without the calls before it.
+        self_contained: False where it passed in a new process, without the calls before it.
         inputs_digest: names the inputs to the bit.
     """
 

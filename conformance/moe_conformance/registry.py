@@ -146,10 +146,12 @@ def requirement_named(id: str) -> Requirement:
     Raises:
         ValueError: there is none.
     """
-    known: dict[str, Any] = {each.id: each for each in requirements()}
-    if id not in known:
-        raise ValueError(
-            f"requirement: expected an id that `moespec requirements` lists, such as "
-            f"{next(iter(known))}, got '{id}'"
-        )
-    return known[id]
+    # Asked for each case of some requirements: the files are looked through once.
+    if id not in _registered:
+        first = requirements()[0].id
+        if id not in _registered:
+            raise ValueError(
+                f"requirement: expected an id that `moespec requirements` lists, such as {first}, "
+                f"got '{id}'"
+            )
+    return _registered[id]

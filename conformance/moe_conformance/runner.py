@@ -95,7 +95,8 @@ class Failure:
 
     Attributes:
         flips: whether the same case failed at one time and passed at another.
-        self_contained: whether it fails in a new process too, without the calls before it.
+        self_contained: False where it was tried in a new process, without the calls before it, and
+            passed. A timeout is not tried again.
     """
 
     requirement: Requirement

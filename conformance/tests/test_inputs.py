@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from moe_conformance.codec import walk
-from moe_conformance.inputs.given import Scope
+from moe_conformance.inputs.given import Scope, choice
 from moe_conformance.registry import requirements
 from moe_conformance.target import OPERATIONS, Capabilities
 from moe_reference.config import ExpertWeights, RoutingConfig
@@ -80,16 +80,16 @@ def test_what_is_drawn_stays_inside_the_declaration(name):
                     assert x.shape[-1] % declared.hidden_multiple == 0, told
             for config in parts_of(inputs, RoutingConfig):
                 assert config.top_k <= (declared.max_top_k or config.top_k), told
-                for choice in declared.alternatives("routing"):
-                    for field, values in choice.items():
+                for listed in declared.alternatives("routing"):
+                    for field, values in listed.items():
                         assert getattr(config, field) in values, told
             for experts in parts_of(inputs, ExpertWeights):
                 assert len(experts.down) <= (declared.max_experts or 10**9), told
                 if requirement.id != "SLICE-13":  # its widths are uneven on purpose
                     assert experts.down.shape[2] % declared.intermediate_multiple == 0, told
-                for choice in declared.alternatives("experts"):
-                    if False not in choice.get("bias", (False,)) or choice.get("bias") == (False,):
-                        assert (experts.down_bias is not None) in choice["bias"], told
+                for listed in declared.alternatives("experts"):
+                    if False not in listed.get("bias", (False,)) or listed.get("bias") == (False,):
+                        assert (experts.down_bias is not None) in listed["bias"], told
             logits = inputs.get("logits")
             if isinstance(logits, torch.Tensor) and logits.ndim == 2:
                 assert logits.shape[1] <= (declared.max_experts or 10**9), told
@@ -134,3 +134,10 @@ def test_no_two_requirements_say_the_same():
     listed = requirements()
     assert len({(each.operation, each.sentence) for each in listed}) == len(listed)
     assert len({each.check for each in listed}) == len(listed)
+
+
+def test_choices_of_equal_values_are_kept_apart():
+    """True and 1 are equal, and a field that is a bool is not the number 1."""
+    assert {type(value) for value in choice((True, False)).elements} == {bool}
+    assert {type(value) for value in choice((1, 0)).elements} == {int}
+    assert choice((1, 0)) is choice([1, 0])

@@ -24,14 +24,6 @@ from moe_reference.config import (
     RoutingConfig,
 )
 
-try:
-    importlib.metadata.version("transformers")
-except importlib.metadata.PackageNotFoundError:
-    installed = False
-else:
-    installed = True
-needs_library = pytest.mark.skipif(not installed, reason="transformers is not installed")
-
 VARIANTS = list(adapter.variants())
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 UNIT = {
@@ -84,8 +76,6 @@ NO_GRADIENT = pytest.mark.xfail(
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def target(request):
-    if not installed:
-        pytest.skip("transformers is not installed")
     return adapter.variants()[request.param]()
 
 
@@ -427,7 +417,6 @@ def test_a_block_has_gradients(target):
         _close(actual, want.double(), 2.0**-18)
 
 
-@needs_library
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_balance_loss_agrees_with_the_oracle(family):
     target = adapter.variants()[f"{family}-eager"]()

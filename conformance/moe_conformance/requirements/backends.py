@@ -22,8 +22,12 @@ LARGEST_INTERPRETED = 129
 """An interpreted kernel takes seconds for the next block."""
 
 
+MOST_PAIRS = 4096
+"""Beyond it the oracle, and not the target, takes the time of a case."""
+
+
 def _large(scope: Scope, multiple: int = 1) -> st.SearchStrategy[int]:
-    """A size on the end of a block or beside it, from 64 on, of which there are few multiples."""
+    """A size on the end of a block or beside it, from 63 on, rounded up to the multiple."""
     most = LARGEST_INTERPRETED if scope.interpreted else BLOCKS[-1] + 1
     ends = [size for size in past(BLOCKS, 1, most) if size > 64]
     near = {size - off for size in ends for off in (0, 1, 2)}
@@ -50,10 +54,6 @@ def _merged(drawn: tuple[Plan, Plan]) -> Plan:
     if "local" in plan and plan["tokens"] * plan["top_k"] > MOST_PAIRS:
         plan["top_k"] = max(1, MOST_PAIRS // plan["tokens"])
     return plan
-
-
-MOST_PAIRS = 4096
-"""Beyond it the oracle, and not the target, takes the time of a case."""
 
 
 def _many_tokens(scope: Scope) -> st.SearchStrategy[Plan]:
@@ -160,7 +160,7 @@ def _as(id: str, case: Case) -> None:
     references=("backends.choose_backend", "experts.experts"),
 )
 def the_number_of_tokens_does_not_show(case: Case) -> None:
-    """64 to 1,025 tokens on the ends of blocks, narrow experts; judged as EXPERT-01 is."""
+    """63 to 1,025 tokens on the ends of blocks, narrow experts; judged as EXPERT-01 is."""
     _as("EXPERT-01", case)
 
 
@@ -175,7 +175,7 @@ def the_number_of_tokens_does_not_show(case: Case) -> None:
     references=("backends.choose_backend", "experts.experts"),
 )
 def the_width_does_not_show(case: Case) -> None:
-    """H or I from 64 to 1,025 on the ends of blocks, few tokens; judged as EXPERT-01 is."""
+    """H or I from 63 to 1,025 on the ends of blocks, few tokens; judged as EXPERT-01 is."""
     case.note("H is large", case["x"].shape[1] > 64)
     _as("EXPERT-01", case)
 
@@ -247,7 +247,7 @@ def the_number_of_experts_does_not_show(case: Case) -> None:
     references=("backends.choose_backend", "layer.layer"),
 )
 def the_number_of_tokens_does_not_show_in_a_layer(case: Case) -> None:
-    """One or two sequences of 64 to 1,025 tokens; judged as LAYER-01 is."""
+    """One or two sequences of 63 to 1,025 tokens; judged as LAYER-01 is."""
     _as("LAYER-01", case)
 
 
@@ -263,7 +263,7 @@ def the_number_of_tokens_does_not_show_in_a_layer(case: Case) -> None:
     references=("backends.choose_backend", "layer.layer"),
 )
 def the_width_does_not_show_in_a_layer(case: Case) -> None:
-    """H, or I of all experts, from 64 to 1,025; judged as LAYER-01 and LAYER-02 are."""
+    """H, or I of all experts, from 63 to 1,025; judged as LAYER-01 and LAYER-02 are."""
     _as("LAYER-01", case)
     _as("LAYER-02", case)
 
@@ -285,5 +285,5 @@ def the_width_does_not_show_in_a_layer(case: Case) -> None:
     references=("backends.choose_backend", "quantized_experts.experts_quantized"),
 )  # fmt: skip
 def the_number_of_tokens_does_not_show_in_packed_experts(case: Case) -> None:
-    """64 to 257 tokens on the ends of blocks; judged as QUANT-14 is."""
+    """63 to 257 tokens on the ends of blocks; judged as QUANT-14 is."""
     _as("QUANT-14", case)
