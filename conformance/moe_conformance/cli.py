@@ -341,12 +341,17 @@ def selfcheck(
 def matrix(
     reports: Annotated[list[Path], typer.Argument(metavar="REPORT...", help="report.json files.")],
     out: Annotated[Path, typer.Option(help="Folder for the page.")],
+    findings: Annotated[
+        Path | None, typer.Option(help="TOML file that explains failures; cells link to it.")
+    ] = None,
 ) -> None:
     """Write one static page: requirements by targets."""
+    from moe_conformance.findings import read_findings
     from moe_conformance.report import read_report, write_matrix
 
     try:
-        page = write_matrix([read_report(path) for path in reports], out)
+        explained = read_findings(findings) if findings is not None else []
+        page = write_matrix([read_report(path) for path in reports], out, explained)
     except ValueError as error:
         raise _fail(error) from None
     print(page)

@@ -153,6 +153,7 @@ def _environment() -> jinja2.Environment:
         "links": source_links,
         "brief_value": _brief_value,
         "by_concept": _by_concept,
+        "library": _library,
     }
     return environment
 
@@ -200,6 +201,11 @@ def replay(counterexample: str, directory: Path | None = None) -> str:
 def words(name: str) -> str:
     """A status, verdict or field as one reads it."""
     return name.replace("_", " ")
+
+
+def _library(target: str) -> str:
+    """What the variants of a target have in common: the name before the first slash."""
+    return target.split("/")[0]
 
 
 def _by_concept(entries: Iterable[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:

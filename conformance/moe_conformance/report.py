@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
@@ -25,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_conformance.cases import case_name, folder_of
+from moe_conformance.findings import Finding, explanations
 from moe_conformance.inputs import expert_parallel, experts, load_balancing, routing
 from moe_conformance.pages import FAILING, NOT_RUN, page, replay, words
 from moe_conformance.preview import preview, preview_inputs, worst_place
@@ -217,12 +219,13 @@ def write_index(directory: Path, reports: Sequence[Report]) -> None:
     _write(directory / "junit.xml", _junit(reports))
 
 
-def write_matrix(reports: Sequence[Report], out: Path) -> Path:
+def write_matrix(reports: Sequence[Report], out: Path, findings: Sequence[Finding] = ()) -> Path:
     """Write `matrix.html`: requirements by targets.
 
     Args:
         reports: from `read_report`; one column for each, an index gives one for each target.
         out: the folder to write it in; made if missing.
+        findings: from `read_findings`; a cell that one of them explains links to it.
 
     Returns:
         The page's path.
@@ -240,15 +243,26 @@ def write_matrix(reports: Sequence[Report], out: Path) -> Path:
         {
             "requirement": known[id],
             "concept": known[id]["concept"],
-            "cells": [column.get(id) for column in columns],
+            "cells": [
+                (column.get(id), explanations(findings, report["target"]["name"], id))
+                for report, column in zip(reports, columns, strict=True)
+            ],
             "differs": len({column.get(id, {}).get("status") for column in columns}) > 1,
         }
         for id in sorted(known, key=lambda id: (order.get(id, len(order)), id))
     ]
     out.mkdir(parents=True, exist_ok=True)
     path = out / "matrix.html"
-    _write(path, page("matrix.html.j2", reports=reports, rows=rows))
+    found = {entry["status"] for column in columns for entry in column.values()}
+    shown = [status for status in STATUSES if status in found]
+    content = {"reports": reports, "rows": rows, "statuses": shown}
+    _write(path, page("matrix.html.j2", again=_again, **content))
     return path
+
+
+def _again(report: Report, id: str) -> str:
+    """The command that finds a failure again where its saved case is not at hand."""
+    return shlex.join([*shlex.split(report["command"]), "--requirement", id])
 
 
 def read_report(path: str | Path) -> Report:

@@ -1,6 +1,7 @@
 """Reports of a small target with a fault of every kind, made with the real runner."""
 
 import copy
+import dataclasses
 import itertools
 import json
 import re
@@ -18,6 +19,7 @@ from moe_conformance import report as reports
 from moe_conformance.case import routed
 from moe_conformance.cases import save_case
 from moe_conformance.executor import InlineExecutor, capabilities_of
+from moe_conformance.findings import read_findings
 from moe_conformance.inputs.given import Content, Given, Scope
 from moe_conformance.judge import Violation, close, equal, impostors, within
 from moe_conformance.preview import preview
@@ -597,6 +599,52 @@ def test_a_matrix_has_a_row_for_each_requirement_and_a_column_for_each_report(re
     assert text.count('data-differs="no"') == 2
     with pytest.raises(ValueError, match="expected at least one"):
         reports.write_matrix([], tmp_path)
+
+
+FINDING = """
+[[finding]]
+title = "The last row <is> lost"
+targets = ["small*"]
+requirements = ["{id}"]
+address = "findings.html#last-row"
+whose = "theirs"
+"""
+
+
+def _findings(tmp_path, text):
+    path = tmp_path / "findings.toml"
+    path.write_text(text)
+    return read_findings(path)
+
+
+def test_a_red_cell_of_the_matrix_links_to_its_finding_and_says_how_to_see_it(report, tmp_path):
+    failing = REQUIREMENTS["fail"].id
+    [finding] = _findings(tmp_path, FINDING.format(id="GATE-01"))
+    assert finding.fields == {"whose": "theirs"}
+    found = [dataclasses.replace(finding, requirements=(failing,))]
+    text = reports.write_matrix([_conforming(), report], tmp_path, found).read_text()
+    assert text.count('<a href="findings.html#last-row">The last row &lt;is&gt; lost</a>') == 1
+    assert f"{report['command']} --requirement {failing}" in text
+    assert 'data-status="fail"' in text
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "expected [[finding]] tables"),
+        ("[[finding", "expected a TOML file"),
+        (FINDING.format(id="GATE-999"), "got 'GATE-999'"),
+        (FINDING.format(id="GATE-01").replace("title", "name"), "expected title to be a string"),
+        (
+            FINDING.format(id="GATE-01").replace('["small*"]', "[1]"),
+            "expected targets to be a list",
+        ),
+    ],
+)
+def test_findings_that_cannot_be_read_are_refused_in_one_sentence(text, said, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(said)) as raised:
+        _findings(tmp_path, text)
+    assert "\n" not in str(raised.value) or "TOML" in said
 
 
 def _printed(renderable):

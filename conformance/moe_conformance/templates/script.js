@@ -2,10 +2,11 @@
 (() => {
   const all = (selector) => [...document.querySelectorAll(selector)];
   const one = (id) => document.getElementById(id);
-  const search = one("search"), concept = one("concept"), differs = one("differs");
+  const search = one("search"), concept = one("concept"), differs = one("differs"), target = one("target");
   const entries = all(".requirement").map((element) => ({
     element,
     text: element.textContent.toLowerCase(),
+    cells: [...element.querySelectorAll("td[data-status]")],
   }));
   const chosen = new Set();
 
@@ -13,10 +14,16 @@
     if (!search) return;
     const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
     let shown = 0;
-    for (const { element, text } of entries) {
+    for (const each of target ? all("[data-target]") : []) {
+      each.hidden = Boolean(target.value) && each.dataset.target !== target.value;
+    }
+    for (const { element, text, cells } of entries) {
       const data = element.dataset;
+      const statuses = data.status
+        ? [data.status]
+        : cells.filter((cell) => !cell.hidden).map((cell) => cell.dataset.status);
       const fits =
-        (!chosen.size || chosen.has(data.status)) &&
+        (!chosen.size || statuses.some((status) => chosen.has(status))) &&
         (!concept.value || concept.value === data.concept) &&
         (!differs || !differs.checked || data.differs === "yes") &&
         words.every((word) => text.includes(word));
@@ -39,7 +46,7 @@
       show();
     });
   }
-  for (const control of [search, concept, differs]) control?.addEventListener("input", show);
+  for (const control of [search, concept, differs, target]) control?.addEventListener("input", show);
 
   const unfold = one("unfold");
   unfold?.addEventListener("click", () => {
