@@ -169,7 +169,7 @@ def breadth(
 
 
 def write_target(directory: Path, report: Report) -> None:
-    """Write `report.json` and `report.html` of one target.
+    """Write `report.json`, `report.html` and `badge.svg` of one target.
 
     Args:
         directory: the target's own folder, `folder_of(name)` under the run's; made if missing. The
@@ -179,6 +179,7 @@ def write_target(directory: Path, report: Report) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     _write(directory / "report.json", _json(report))
     _write(directory / "report.html", page("report.html.j2", report=report, directory=directory))
+    _write(directory / "badge.svg", _badge(report))
 
 
 def write_index(directory: Path, reports: Sequence[Report]) -> None:
@@ -471,6 +472,16 @@ def _failure(failure: Failure) -> dict[str, Any]:
         "actual": None if actual is None else preview("actual", actual, around),
         "traceback": None if error is None else error["traceback"],
     }
+
+
+def _badge(report: Report) -> str:
+    """A picture for a README: the verdict, and on how many requirements it rests."""
+    run, all_ = report["breadth"]["requirements_run"], report["breadth"]["requirements_in_all"]
+    said = f"{words(report['verdict'])} ({run}/{all_} run)"
+    colour = {"conforms": "#1b7f3b", "fails": "#b3261e"}.get(report["verdict"], "#8a6d00")
+    # 6.5 pixels a character are what the fonts take at this size; the text is fitted to it.
+    sizes = {"left": 62, "right": round(6.5 * len(said)) + 12}
+    return page("badge.svg.j2", report=report, said=said, colour=colour, **sizes)
 
 
 def _axes(operation: str) -> Mapping[str, Sequence[Any]]:

@@ -459,7 +459,11 @@ def test_files_are_replaced_whole(report, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="full"):
         reports.write_target(tmp_path, {**report, "seed": 8})
     assert (tmp_path / "report.json").read_text(encoding="utf-8") == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "badge.svg",
+        "report.html",
+        "report.json",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -645,6 +649,15 @@ def test_findings_that_cannot_be_read_are_refused_in_one_sentence(text, said, tm
     with pytest.raises(ValueError, match=re.escape(said)) as raised:
         _findings(tmp_path, text)
     assert "\n" not in str(raised.value) or "TOML" in said
+
+
+def test_the_badge_says_the_verdict_and_what_it_rests_on(report, tmp_path):
+    reports.write_target(tmp_path, report)
+    badge = ElementTree.parse(tmp_path / "badge.svg").getroot()
+    run, in_all = (report["breadth"][f"requirements_{name}"] for name in ("run", "in_all"))
+    assert badge.get("aria-label") == f"moespec: fails ({run}/{in_all} run)"
+    assert report["target"]["name"] in badge[0].text
+    assert "http" not in "".join(each.get("href", "") for each in badge.iter())
 
 
 def _printed(renderable):
