@@ -8,6 +8,9 @@ list to be read. Interrupted, the run goes on where it was.
 
     pip install cosmic-ray
     python benchmarks/mutation.py [--module NAME] [--share 0.25] [--cases N] [--jobs N]
+    python benchmarks/mutation.py --again [--cases N] [--jobs N]
+
+`--again` asks today's suite about the mutants that survived when the record was made.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import dataclasses
 import functools
 import importlib.abc
 import importlib.util
+import json
 import multiprocessing
 import random
 import sys
@@ -30,7 +34,7 @@ from moe_conformance.executor import InlineExecutor
 from moe_conformance.registry import ANY, requirements
 from moe_conformance.runner import Effort, run_requirement
 from moe_conformance.selfcheck import inline_scope
-from record import about, resumed, write
+from record import RESULTS, about, resumed, write
 
 SOURCE = Path(moe_reference.__file__).parent
 COPY = "moe_mutant"
@@ -45,7 +49,7 @@ OPERATIONS = {
     "activations": ("experts", "experts_batched"),
     "layer": ("layer",),
     "expert_slicing": ("assign_experts", "slice_experts", "slice_tensor_parallel"),
-    "placement": ("place_experts",),
+    "placement": ("place_experts", "expert_parallel"),
     "parallel_steps": ("expert_parallel",),
     "expert_parallel": ("expert_parallel",),
     "quantization": ("dequantize",),
@@ -208,24 +212,39 @@ def main():
     )
     parser.add_argument("--cases", type=int, default=30)
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--again", action="store_true", help="only what survived")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    one = functools.partial(measure, cases=options.cases)
+    if options.again:
+        return again(one, options.jobs)
     keys = [key for module in options.module or OPERATIONS for key in _texts(module)]
     drawn = random.Random(0).sample(keys, round(len(keys) * options.share))
     keys = [key for key in keys if key in set(drawn)]
-    one = functools.partial(measure, cases=options.cases)
-    rows = resumed("mutation", keys, one, options.jobs)
-    record = {
+    about_all = {
         "what": "mutants of moe_reference, and the requirement that noticed each",
         **about(),
-        "mutants": len(rows),
-        "survived": sum(row["by"] is None for row in rows),
-        "rows": rows,
     }
-    print(f"{write('mutation', record)}: {record['survived']} of {len(rows)} survived")
-    for row in rows:
-        if row["by"] is None:
-            print(f"{row['mutant']}  {row['line']}")
+    tell(about_all, resumed("mutation", keys, one, options.jobs))
+
+
+def again(one, jobs):
+    """Replace the rows of survivors; what else the record says of itself stays."""
+    record = json.loads((RESULTS / "mutation.json").read_text())
+    left = [row["mutant"] for row in record["rows"] if row["by"] is None]
+    found = {row["mutant"]: row for row in resumed("mutation-again", left, one, jobs)}
+    rows = [found.get(row["mutant"], row) for row in record["rows"]]
+    first = {name: record[name] for name in ("what", "command", "date", "commit", "machine")}
+    tell({**first, "again": about()}, rows)
+
+
+def tell(first, rows):
+    """Write the record, and print what survived."""
+    survived = [row for row in rows if row["by"] is None]
+    record = {**first, "mutants": len(rows), "survived": len(survived), "rows": rows}
+    print(f"{write('mutation', record)}: {len(survived)} of {len(rows)} survived")
+    for row in survived:
+        print(f"{row['mutant']}  {row['line']}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -270,9 +271,15 @@ def targets(json_: Json = False) -> None:
     """List the targets that can be checked by name."""
     from moe_conformance import worker
     from moe_conformance.executor import in_worker
+    from moe_conformance.targets import LIBRARIES
 
     rows = []
     for entry in sorted(entry_points(group=worker.ENTRY_POINTS), key=lambda e: e.name):
+        library = LIBRARIES.get(entry.name)
+        if library is not None and importlib.util.find_spec(library) is None:
+            state = f"not here: there is no package {library}"
+            rows.append({"name": entry.name, "from": entry.value, "state": state})
+            continue
         try:
             names, state = in_worker(worker.variants, entry.name), "ready"
         except worker.LoadError as error:

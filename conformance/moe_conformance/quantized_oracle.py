@@ -16,20 +16,31 @@ import torch
 from moe_reference.config import ExpertWeights
 
 from moe_conformance.codec import replace_tensors
-from moe_conformance.experts_oracle import Spread, _activation_spread, experts_oracle, local_ids
+from moe_conformance.experts_oracle import (
+    Between,
+    Spread,
+    activation_spread,
+    experts_oracle,
+    local_ids,
+)
 from moe_conformance.precision import TINY, Arithmetic
 
 POINT = "unpacked_weights"
 
 
-def quantized_oracle(arithmetic: Arithmetic, **given: Any) -> Spread:
+def quantized_oracle(
+    arithmetic: Arithmetic, between: Between | None = None, **given: Any
+) -> Spread:
     """The output in float64, and how it spreads under the declared arithmetic.
 
     Args:
         arithmetic: what is rounded, and where.
+        between: how activations are rounded before each product, from `rounded_rows`, or None.
         **given: the arguments of `experts`, with the unpacked weights.
     """
-    spread = experts_oracle(**given, arithmetic=arithmetic)
+    if between is not None and POINT in arithmetic.points:
+        between = _after_weights(between, arithmetic, given["experts"], given["config"])
+    spread = experts_oracle(**given, arithmetic=arithmetic, between=between)
     if POINT not in arithmetic.points:
         return spread
     x, weights, config = given["x"].double(), given["weights"].double(), given["config"]
@@ -59,6 +70,27 @@ def quantized_oracle(arithmetic: Arithmetic, **given: Any) -> Spread:
     )
 
 
+def _after_weights(
+    between: Between, arithmetic: Arithmetic, experts: ExpertWeights, config: Any
+) -> Between:
+    """`between`, told how far rounded weights may have moved what goes into the second product."""
+    wide: ExpertWeights = replace_tensors(experts, lambda _, tensor: tensor.double())
+    before: dict[int, torch.Tensor] = {}
+
+    def after(
+        rows: torch.Tensor, variance: torch.Tensor, expert: int, step: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if step == 1:
+            moved = _hidden(before[expert], wide, expert, config, arithmetic)[1]
+            variance = variance + moved
+        rows, variance = between(rows, variance, expert, step)
+        if step == 0:
+            before[expert] = rows
+        return rows, variance
+
+    return after
+
+
 def _of_weights(
     rows_SH: torch.Tensor,
     experts: ExpertWeights,
@@ -67,17 +99,28 @@ def _of_weights(
     arithmetic: Arithmetic,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Variances of the output: by gate_up's rounding, by down's; and those of gate_up by source."""
-    share = arithmetic.unit**2 / 3
-    gate_up, down = experts.gate_up[expert], experts.down[expert]
+    down = experts.down[expert]
+    hidden, variance = _hidden(rows_SH, experts, expert, config, arithmetic)
+    carried = variance @ down.square().T
+    own = arithmetic.unit**2 / 3 * (hidden.square() @ down.square().T)
+    return carried, own, variance * down.square().sum(0)
+
+
+def _hidden(
+    rows_SH: torch.Tensor,
+    experts: ExpertWeights,
+    expert: int,
+    config: Any,
+    arithmetic: Arithmetic,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What goes into the second product, and its variance by the rounding of gate_up."""
+    gate_up = experts.gate_up[expert]
     pre = rows_SH @ gate_up.T
     if experts.gate_up_bias is not None:
         pre = pre + experts.gate_up_bias[expert]
     # What else is rounded is in the spread of `experts` already.
     nothing = replace(arithmetic, points=frozenset())
-    variance_pre = share * (rows_SH.square() @ gate_up.square().T)
+    variance_pre = arithmetic.unit**2 / 3 * (rows_SH.square() @ gate_up.square().T)
     # Weights of zero are exact; a secant needs some length nevertheless.
     variance_pre = variance_pre.clamp_min(TINY["float32"] ** 2)
-    hidden, variance = _activation_spread(pre, variance_pre, config, nothing)
-    carried = variance @ down.square().T
-    own = share * (hidden.square() @ down.square().T)
-    return carried, own, variance * down.square().sum(0)
+    return activation_spread(pre, variance_pre, config, nothing)

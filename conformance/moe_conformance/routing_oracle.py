@@ -77,6 +77,11 @@ class RoutingOracle:
         evaluated = router_dtype or ("float64" if dtype == "float64" else "float32")
         score_dtype = dtype if "router_scores" in points else evaluated
         weight_dtype = dtype if "router_weights" in points else score_dtype
+        if router_dtype and UNIT[evaluated] > UNIT[dtype]:
+            # The logits are rounded before anything is computed from them.
+            cast = UNIT[evaluated] * logits.double().abs()
+            cast = cast.where(cast.isfinite(), 0.0)
+            logit_error = cast if logit_error is None else logit_error + cast
         # Two float64 evaluations are compared where the target computes in float64 as well.
         twice = 2.0 if evaluated == "float64" else 1.0
         return cls(
@@ -109,7 +114,9 @@ class RoutingOracle:
             value = soft.sqrt()
             # softplus(x) = log1p(exp(x)); below 0 its relative error is that of exp(x).
             relative = torch.where(logits < 0, C * logits.abs() + C, C) + 4
-            error = value * u * relative
+            # The threshold of 20 is torch's own, so who calls its softplus is not wrong.
+            beyond = torch.where(logits > 20, (-logits).exp() / logits.clamp_min(1.0), 0.0)
+            error = value * (u * relative + beyond)
         if logit_error is not None:
             # No score changes faster, relative to itself, than its own logit and the largest other.
             error = error + value * 2 * logit_error.amax(-1, keepdim=True)
@@ -239,10 +246,11 @@ class RoutingOracle:
                 divisor = norm + config.epsilon
             else:
                 divisor = norm.clamp_min(config.epsilon)
-            divisor = divisor.clamp_min(self.tiny)
-            relative = norm_error / divisor + (top_k + 4) * u
-            error = error / divisor + value / divisor * relative
-            value = value / divisor
+            # What is off is measured by what the divisor may have been rounded to.
+            coarse = divisor.clamp_min(self.tiny)
+            relative = norm_error / coarse + (top_k + 4) * u
+            error = error / coarse + value / coarse * relative
+            value = value / divisor.clamp_min(TINY["float64"])
         if config.scale_when == "always" or not normed:
             value, error = value * config.scale, error * abs(config.scale)
         error = error + value.abs() * (2 * u + self.weight_unit) + self.tiny

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from moe_reference.quantized_tensors import QuantizedExperts, QuantizedTensor
 
 from moe_conformance.codec import walk
+from moe_conformance.experts_oracle import activation_parts
 from moe_conformance.inputs.experts import beside, build_experts, expert_inputs, layouts
 from moe_conformance.inputs.given import (
     ID_DTYPES,
@@ -32,6 +33,7 @@ from moe_conformance.inputs.given import (
     seeds,
     torch_dtype,
 )
+from moe_conformance.rounded_oracle import STATIC, round_rows
 from moe_conformance.target import FORMATS
 
 INTEGERS = ("uint4b8", "uint8b128", "uint4")
@@ -50,11 +52,21 @@ UNIVERSE: dict[str, tuple[Any, ...]] = {
     "scale_dtype": ("float32", "bfloat16", "float16", "float64"),
     "granularity": ("tensor", "channel", "block"),
     "padding": (False, True),
+    "activation_format": (None, "int8", "e4m3", "e4m3_block", "Q8_1"),
+    "activation_scales": (False, True),
 }
 """Every value that the suite draws for packed tensors, beside the format."""
 
+NO_ROUNDING: dict[str, tuple[Any, ...]] = {
+    "activation_format": (None,), "activation_scales": (False,),
+}  # fmt: skip
+"""Where a requirement is not about 8-bit activations."""
+
 BLOCKS = (128, 128, 64, 16, 5)
 """B of the blocks of e4m3."""
+
+NARROW_BLOCKS = (16, 5, 5, 8, 128)
+"""B where activations have blocks too: of most rows more than one is needed."""
 
 CODES = ("any", "any", "every", "ends", "one")
 """Codes: random; one after the other through all of them; the least, the greatest and those about
@@ -120,7 +132,7 @@ def packed_inputs(
         nan: codes and scales that are NaN, where the target takes them.
         **fixed: the values that a field of `UNIVERSE` may take here, inside the declared ones.
     """
-    fixed = {"padding": (False,), "g_idx": (False,), **fixed}
+    fixed = {"padding": (False,), "g_idx": (False,), **NO_ROUNDING, **fixed}
 
     def plans(scope: Scope) -> Plans | None:
         chosen = _choices(scope, formats, fixed, several_groups)
@@ -184,9 +196,25 @@ def _choices(
                     choices["granularity"] = tuple(
                         each for each in choices["granularity"] if each != "tensor"
                     )
+            fitting = _rounding_beside(format)
+            choices["activation_format"] = tuple(
+                each for each in choices["activation_format"] if each in fitting
+            )
+            if choices["activation_scales"] == (True,):
+                rounded = choices["activation_format"]
+                choices["activation_format"] = tuple(e for e in rounded if e in STATIC)
             if all(choices.values()):
                 found.append((format, choices))
     return found
+
+
+def _rounding_beside(format: str) -> tuple[str | None, ...]:
+    """The formats of activations that are used with packed weights of this one."""
+    if format in INTEGERS:
+        return (None, "int8", "e4m3")
+    if format == "e4m3":
+        return (None, "int8", "e4m3", "e4m3_block")
+    return (None, "e4m3") if format in ("mxfp4", "nvfp4") else (None, "Q8_1")
 
 
 @st.composite
@@ -199,16 +227,21 @@ def _about(
     """Everything about a format but sizes and contents."""
     integer = format in INTEGERS
     granularity, group_size = None, -1
+    rounding = choices["activation_format"]
+    if format == "e4m3":
+        granularity = draw(choice(choices["granularity"]))
+    if granularity != "block":
+        rounding = tuple(each for each in rounding if each != "e4m3_block") or (None,)
+    rounded = draw(choice(rounding))
     if integer:
         group_size = draw(choice(choices["group_size"]))
-    elif format == "e4m3":
-        granularity = draw(choice(choices["granularity"]))
-        if granularity == "block":
-            group_size = draw(choice(BLOCKS))
-    else:
+    elif granularity == "block":
+        group_size = draw(choice(NARROW_BLOCKS if rounded == "e4m3_block" else BLOCKS))
+    elif format != "e4m3":
         group_size = {"Q4_K": 256, "nvfp4": 16}.get(format, 32)
     has_scales = integer or format == "e4m3"
     with_g_idx = draw(choice(choices["g_idx"]))
+    static = rounded in STATIC and draw(choice(choices["activation_scales"]))
     return {
         "format": format,
         "group_size": group_size,
@@ -218,6 +251,8 @@ def _about(
         "g_idx": draw(choice(orders)) if with_g_idx else None,
         "g_idx_dtype": draw(choice(tuple(ID_DTYPES))) if with_g_idx else None,
         "padding": draw(choice(choices["padding"])),
+        "activation_format": rounded,
+        "activation_scales": static,
     }
 
 
@@ -264,7 +299,7 @@ def quantized_inputs(
             inside the declared ones.
     """
     own = {name: values for name, values in fixed.items() if name in UNIVERSE}
-    own = {"padding": (False,), "g_idx": (partial,), **own}
+    own = {"padding": (False,), "g_idx": (partial,), **NO_ROUNDING, **own}
     others: dict[str, Any] = {n: values for n, values in fixed.items() if n not in UNIVERSE}
     base = expert_inputs(least_tokens=least_tokens, loads=loads, **others)
 
@@ -356,19 +391,104 @@ def build_quantized(plan: Plan) -> Inputs:
         else None
         for name, size in (("gate_up", J), ("down", H))
     }
+    weights = {"gate_up": unpacked(gate_up), "down": unpacked(down)}
+    given["x"] = _within_float16(given, weights, biases, plan)
     experts = QuantizedExperts(
-        packed(gate_up), packed(down), **biases, is_k_full=not plan["partial"]
+        packed(gate_up),
+        packed(down),
+        **biases,
+        is_k_full=not plan["partial"],
+        activation_format=plan["activation_format"],
+        activation_scales=_static_scales(content, plan, given, weights, biases),
     )
     inputs = {name: value for name, value in given.items() if name != "layouts"}
     inputs["experts"] = experts
+    if plan["activation_format"] is not None:
+        inputs["x"] = _away_from_edges(inputs)
     names = dict.fromkeys((path for path, _ in walk(inputs)), plan["layout"])
     return {
         **inputs,
         "drawn": {"gate_up": gate_up, "down": down},
-        "unpacked": {"gate_up": unpacked(gate_up), "down": unpacked(down)},
+        "unpacked": weights,
         "turn": plan["seed"] % 2,
         "layouts": names,
     }
+
+
+def _away_from_edges(inputs: Inputs) -> torch.Tensor:
+    """x without the numbers that may be rounded to either of two codes: zeros in their place.
+
+    Nobody can say which one is right, and each of them changes a whole row of the output.
+    """
+    x, experts, weights = inputs["x"].clone(), inputs["experts"], inputs["weights"].double()
+    on_input = inputs["config"].weight_on == "input"
+    factors = weights.unbind(1) if on_input else (torch.ones(len(x)).double(),)
+    static = experts.activation_scales
+    scales = [None] if static is None else static[:, 0].tolist()
+    for factor in factors:
+        for scale in scales:
+            rows = x.double() * factor[:, None]
+            block = experts.gate_up.group_size
+            exact = torch.zeros_like(rows)
+            value, variance = round_rows(rows, exact, experts.activation_format, block, scale)
+            of_row = value.abs().amax(1, keepdim=True)
+            x[variance.sqrt() > 1e-4 * of_row] = 0
+    return x
+
+
+def _stages(
+    given: Inputs, weights: dict[str, torch.Tensor], biases: Drawn
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What each expert makes of each token: before and after the activation, and at the end.
+
+    Returns:
+        [E, T, J], [E, T, I] and [E, T, H], float64, with a weight on the input at its greatest.
+    """
+    x = given["x"].double()
+    if given["config"].weight_on == "input":
+        x = x * given["weights"].double().nan_to_num().abs().amax(1, keepdim=True)
+    pre = torch.einsum("th,ejh->etj", x, weights["gate_up"].double())
+    if biases["gate_up_bias"] is not None:
+        pre = pre + biases["gate_up_bias"].double()[:, None]
+    gate, up = pre.chunk(2, -1) if given["config"].gated else (pre, torch.ones_like(pre))
+    inner, factor = activation_parts(gate, up, given["config"])
+    hidden = inner * factor
+    out = torch.einsum("eti,ehi->eth", hidden, weights["down"].double())
+    return pre, hidden, out
+
+
+def _within_float16(
+    given: Inputs, weights: dict[str, torch.Tensor], biases: Drawn, plan: Plan
+) -> torch.Tensor:
+    """x, smaller by a power of two where float16 could not hold what comes of it.
+
+    What an overflow gives is asked elsewhere; here it would be the answer to nothing else.
+    """
+    if plan["dtype"] != "float16":
+        return given["x"]
+    stages = _stages(given, weights, biases)
+    top_k = max(1, given["weights"].shape[1])
+    share = given["weights"].double().nan_to_num().abs().amax().clamp_min(1.0) * top_k
+    most = float(torch.stack([each.abs().amax() for each in stages]).amax() * share)
+    return given["x"] if most < 2**14 else given["x"] * 2.0 ** -math.ceil(math.log2(most / 2**14))
+
+
+def _static_scales(
+    content: Content,
+    plan: Plan,
+    given: Inputs,
+    weights: dict[str, torch.Tensor],
+    biases: Drawn,
+) -> torch.Tensor | None:
+    """[E, 2], float32: near the scales of the rows that come, or so small that these are cut."""
+    if not plan["activation_scales"]:
+        return None
+    hidden = _stages(given, weights, biases)[1]
+    of_x = given["x"].double().abs().amax().expand(len(hidden))
+    greatest = torch.stack([of_x, hidden.abs().amax((1, 2))], 1)
+    most = 448.0 if plan["activation_format"] == "e4m3" else 127.0
+    part = 2.0 ** (content.integers(-5, 3, len(hidden), 2).double() / 2)
+    return (greatest * part / most).float()
 
 
 def build_packed(plan: Plan) -> Inputs:

@@ -265,6 +265,14 @@ def _finite_only(given: Given) -> Given:
     )
 
 
+def _direct(given: Given) -> Given:
+    """The same inputs, for targets that take logits as they are: infinity times 0 is NaN."""
+    return Given(
+        lambda scope: given.plans(scope) if scope.capabilities.logits_through == "direct" else None,
+        given.build,
+    )
+
+
 def _takes_mask(given: Given) -> Given:
     """The same inputs, for targets that take a padding mask."""
 
@@ -1382,7 +1390,10 @@ def _step(case: Case, **changed: Any) -> torch.Tensor:
     counts = changed.get("tokens_per_expert", case["tokens_per_expert"]).double()
     # In integers: the sum is exact, and a count is compared with the mean times E.
     sign = torch.sign(counts.sum() - len(counts) * counts)
-    step = case["rate"] * sign
+    return _centred(case, case["rate"] * sign)
+
+
+def _centred(case: Case, step: torch.Tensor) -> torch.Tensor:
     return step - step.mean() if case["centred"] else step
 
 
@@ -1428,12 +1439,12 @@ def _judge_bias(case: Case, *wrong: tuple[str, torch.Tensor]) -> None:
     "BALANCE-36",
     MUST,
     "update_bias",
-    "Without centring the bias MUST rise by `rate` for an expert with fewer tokens than the mean, "
-    "and fall by it for one with more.",
+    "The bias MUST rise by `rate` for an expert with fewer tokens than the mean, and fall by it "
+    "for one with more; with `centred` the mean of these steps goes off each.",
     reason="The step has one size: in proportion to the load it would swing, and the other way "
     "around the router collapses.",
     sources=(BIAS_PAPER, "Megatron get_updated_expert_bias", "DeepSeek-V3 (arXiv 2412.19437)"),
-    given=biases(loads=("spread", "one expert"), centred=False),
+    given=biases(loads=("spread", "one expert"), simplest=True),
     references=UPDATE,
 )
 def the_bias_moves_by_the_sign(case: Case) -> None:
@@ -1442,6 +1453,7 @@ def the_bias_moves_by_the_sign(case: Case) -> None:
     off = counts.mean() - counts
     wrong = []
     if bool((off.abs() > 0.5).any()):
+        # Its mean is 0, centred or not.
         wrong.append(("in proportion", case["rate"] * off / counts.mean().clamp(min=1)))
     _judge_bias(case, *wrong)
 
@@ -1450,20 +1462,25 @@ def the_bias_moves_by_the_sign(case: Case) -> None:
     "BALANCE-37",
     MUST,
     "update_bias",
-    "An expert with exactly the mean count MUST NOT be moved by the sign rule.",
+    "An expert with exactly the mean count MUST NOT be moved by the sign rule, centred or not.",
     reason="Balanced experts that step anyway never come to rest.",
     sources=(BIAS_PAPER, "Megatron get_updated_expert_bias"),
-    given=biases(loads=("balanced", "balanced", "alike", "nothing"), centred=False),
+    given=biases(loads=("balanced", "balanced", "alike", "nothing"), simplest=True),
     references=UPDATE,
 )
 def experts_at_the_mean_stay(case: Case) -> None:
     """About a third of the experts have the mean, which is an integer."""
-    step = _step(case)
-    case.note("all at the mean", not bool(step.any()))
-    if not bool((step == 0).any()):
+    counts = case["tokens_per_expert"].double()
+    sign = torch.sign(counts.sum() - len(counts) * counts)
+    at = (sign == 0).double()
+    case.note("all at the mean", bool(at.all()))
+    if not bool(at.any()):
         return
-    up = step + case["rate"] * (step == 0)
-    _judge_bias(case, ("a step at the mean", up), ("a step down", 2 * step - up))
+    # Where all are at the mean, centring takes away what each was moved.
+    wrong = []
+    if not (case["centred"] and bool(at.all())):
+        wrong = [("a step at the mean", sign + at), ("a step down", sign - at)]
+    _judge_bias(case, *((name, _centred(case, case["rate"] * each)) for name, each in wrong))
 
 
 @requirement(
@@ -1474,7 +1491,7 @@ def experts_at_the_mean_stay(case: Case) -> None:
     reason="The counts of a global batch of a long run of micro-batches are that large; in "
     "float32 those that differ by one are equal.",
     sources=("docs/spec/load_balancing.md",),
-    given=biases(loads=("huge",), centred=False, least_experts=2),
+    given=biases(loads=("huge",), simplest=True, least_experts=2),
     references=UPDATE,
 )
 def large_counts_are_compared_exactly(case: Case) -> None:
@@ -1494,14 +1511,14 @@ def large_counts_are_compared_exactly(case: Case) -> None:
     reason="Over the busy ones it is too high, and experts with less than their fair share of a "
     "full layer are told to rise while those they compete with do, too.",
     sources=(BIAS_PAPER, "docs/spec/load_balancing.md"),
-    given=biases(loads=("idle",), centred=False, least_experts=4),
+    given=biases(loads=("idle",), simplest=True, least_experts=4),
     references=UPDATE,
 )
 def idle_experts_are_part_of_the_mean(case: Case) -> None:
     """Half of the experts have no token."""
     counts = case["tokens_per_expert"].double()
     busy = counts[counts > 0].mean()
-    other = case["rate"] * torch.sign(busy - counts)
+    other = _centred(case, case["rate"] * torch.sign(busy - counts))
     if torch.equal(other, _step(case)):
         return
     _judge_bias(case, ("the mean of those in use", other))
@@ -1748,10 +1765,12 @@ def _balance_absent(plan: dict[str, Any]) -> dict[str, Any]:
     reason="Experts that a model pads its router with, or that are switched off, are marked so; "
     "0 times minus infinity is NaN.",
     sources=("vLLM #39391", "flashinfer #3803"),
-    given=_finite_only(
-        differentiable(
-            "balance_loss",
-            Given(balance(contents=LIVELY, left_out=True, narrow=False).plans, _balance_absent),
+    given=_direct(
+        _finite_only(
+            differentiable(
+                "balance_loss",
+                Given(balance(contents=LIVELY, left_out=True, narrow=False).plans, _balance_absent),
+            )
         )
     ),
     references=BALANCE,
@@ -1802,6 +1821,15 @@ def given_counts_get_no_gradient(case: Case) -> None:
     case.judge(rule, answer.gradients["tokens_per_expert"], [("ones", torch.ones_like(counts))])
 
 
+def _mirrored(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Ids for the logits turned round: chosen from these where the given ones were chosen."""
+    top_k = ids.shape[1]
+    best = logits.double().sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+    if torch.equal(best, ids.long()):
+        return logits.double().sort(dim=1, stable=True).indices[:, :top_k].to(ids)
+    return logits.shape[1] - 1 - ids
+
+
 @requirement(
     "BALANCE-50",
     MUST,
@@ -1819,11 +1847,11 @@ def given_counts_get_no_gradient(case: Case) -> None:
 )
 def every_loss_is_of_its_own_call(case: Case) -> None:
     """Other data in the storage of the first call, then the same call once more."""
-    first, experts = _given(case), case["logits"].shape[1]
+    first = _given(case)
     counts = first["tokens_per_expert"]
     other = first | {
         "logits": -first["logits"],
-        "expert_ids": experts - 1 - first["expert_ids"],
+        "expert_ids": _mirrored(first["logits"], first["expert_ids"]),
         "tokens_per_expert": None if counts is None else counts.flip(0),
     }
     calls = [
@@ -1910,8 +1938,10 @@ def _z_absent(plan: dict[str, Any]) -> dict[str, Any]:
     "or a gradient NaN.",
     reason="Experts that a model pads its router with, or that are switched off, are marked so.",
     sources=("vLLM #39391", "flashinfer #3803"),
-    given=_finite_only(
-        differentiable("z_loss", Given(router_logits(contents=LIVELY).plans, _z_absent))
+    given=_direct(
+        _finite_only(
+            differentiable("z_loss", Given(router_logits(contents=LIVELY).plans, _z_absent))
+        )
     ),
     references=Z_LOSS,
 )

@@ -15,7 +15,7 @@ from moe_reference.config import ExpertWeights
 from moe_reference.experts import experts as reference_experts
 
 from moe_conformance.case import Answer, Case, must_raise
-from moe_conformance.experts_oracle import Spread, local_ids
+from moe_conformance.experts_oracle import Between, Spread, local_ids
 from moe_conformance.inputs.quantization import (
     E4M3,
     HALVED,
@@ -29,10 +29,19 @@ from moe_conformance.inputs.quantization import (
     quantized_inputs,
     unpacked,
 )
-from moe_conformance.judge import Closeness, Violation, equal, has_form, impostors
+from moe_conformance.judge import (
+    Closeness,
+    Violation,
+    equal,
+    has_form,
+    impostors,
+    telling_scale,
+)
 from moe_conformance.quantized_oracle import quantized_oracle
 from moe_conformance.registry import MUST, SHOULD, requirement
 from moe_conformance.requirements.experts import arithmetic_of, left_alone, output_of, rule_of
+from moe_conformance.rounded_oracle import STATIC, rounded_rows
+from moe_conformance.target import FORMATS
 
 NAMES = ("x", "experts", "weights", "expert_ids", "config", "expert_map")
 GROUPED = (*INTEGERS, "mxfp4", "nvfp4", "Q8_0", "Q8_1", "Q4_K")
@@ -567,10 +576,17 @@ def float_experts(case: Case, **drawn: Drawn) -> ExpertWeights:
     )
 
 
-def spread_of(case: Case, **changed: Any) -> Spread:
+def spread_of(case: Case, between: Between | None = None, **changed: Any) -> Spread:
     """The expected output, spread as the target declares."""
     given = arguments(case) | {"experts": float_experts(case)} | changed
-    return quantized_oracle(arithmetic_of(case, given["x"]), **given)
+    return quantized_oracle(arithmetic_of(case, given["x"]), between, **given)
+
+
+def rounding_of(case: Case, lowest: float = -127.0, **changed: Any) -> Between:
+    """What is done to the rows before each product; `changed` are fields of the experts."""
+    experts = dataclasses.replace(case["experts"], **changed)
+    blocks = (experts.gate_up.group_size, experts.down.group_size)
+    return rounded_rows(experts.activation_format, blocks, experts.activation_scales, lowest)
 
 
 def value_of(case: Case, **changed: Any) -> torch.Tensor:
@@ -591,7 +607,8 @@ def judge_output(
     """Judge an output, with the usual impostors and some of the property's own."""
 
     def wrong() -> Iterator[tuple[str, torch.Tensor]]:
-        yield from impostors(spread.value)
+        scale = telling_scale(spread.value, spread.sigma, spread.freedom)
+        yield from impostors(spread.value, scale)
         for name, value in (others or {}).items():
             if not torch.equal(value.nan_to_num(), spread.value.nan_to_num()):
                 yield name, value
@@ -789,6 +806,92 @@ def other_experts_in_the_same_storage_are_other_experts(case: Case) -> None:
     if not torch.equal(stale, expected.value):
         wrong.append(("the first call's weights", (stale, again, [])))
     case.judge(rule, (answer, again, changed), wrong)
+
+
+ROUNDED: dict[str, Any] = {
+    # Blocks of both, weights and activations, are e4m3's alone.
+    "formats": ("e4m3", "e4m3", "e4m3", *FORMATS),
+    "granularity": ("block", "block", "channel", "tensor"),
+    "g_idx": (False,),
+    "bias": (False, True),
+    "expert_map": (False,),
+    "invalid_ids": (False,),
+    "activation_format": ("int8", "e4m3", "e4m3_block", "Q8_1"),
+}
+
+
+def judge_rounded(case: Case, others: Values) -> None:
+    """Judge an output with 8-bit activations; the steps tell most in float32."""
+    experts = case["experts"]
+    case.note(f"activations {experts.activation_format}")
+    case.note(f"format {experts.down.format}")
+    case.note(f"dtype {str(case['x'].dtype).removeprefix('torch.')}")
+    cut = experts.activation_format == "int8" and experts.activation_scales is not None
+    spreads = [
+        spread_of(case, rounding_of(case, lowest))
+        for lowest in ((-127.0, -128.0) if cut else (-127.0,))
+    ]
+
+    def rule(output: torch.Tensor) -> Closeness:
+        *first, last = spreads
+        for spread in first:
+            try:
+                return rule_of(spread)(output)
+            except Violation:
+                continue
+        return rule_of(last)(output)
+
+    value = spreads[0].value
+    if case["x"].dtype is torch.float32:
+        others = {"rows that were not rounded": value_of(case), **others}
+    wrong = [
+        *impostors(value),
+        *(each for each in others.items() if not torch.equal(each[1], value)),
+    ]
+    case.judge(rule, compute(case), wrong)
+
+
+@requirement(
+    "QUANT-21",
+    MUST,
+    "experts_quantized",
+    "With an `activation_format` rows MUST be rounded to it before each product, with scales of "
+    "their own: one for each row, for each block of `e4m3_block`, or for each 32 columns of Q8_1; "
+    "a weight on the input MUST multiply x before it is rounded.",
+    reason="8-bit activations are part of the model's numbers: a kernel that leaves one rounding "
+    "out, or takes a scale over several rows, answers otherwise for the same checkpoint, and "
+    "otherwise in each batch.",
+    sources=("vLLM #50833", "hanzo-engine Q8_1 activations", "SGLang #33005"),
+    given=quantized_inputs(activation_scales=(False,), **ROUNDED),
+    references=("activation_quantization.round_activations",),
+    kinds=2,
+)
+def rows_are_rounded_before_each_product(case: Case) -> None:
+    """Held against the float64 product of rows that the oracle has rounded."""
+    judge_rounded(case, {})
+
+
+@requirement(
+    "QUANT-22",
+    MUST,
+    "experts_quantized",
+    "With `activation_scales` the rows of an expert MUST be rounded with its two scales, the first "
+    "before gate_up and the second before down, and cut where they leave the range of the codes.",
+    reason="Calibrated checkpoints bring these numbers. With another expert's, or the first for "
+    "both products, nothing overflows and everything is a little wrong.",
+    sources=("TensorRT-LLM #10780", "vLLM fused_experts a1_scale, a2_scale"),
+    given=quantized_inputs(**ROUNDED | {"activation_format": STATIC, "activation_scales": (True,)}),
+    references=("activation_quantization.round_activations",),
+    kinds=2,
+)
+def fixed_scales_are_those_of_the_expert_and_the_product(case: Case) -> None:
+    """The impostor has the two scales exchanged."""
+    scales = case["experts"].activation_scales
+    others = {}
+    if case["x"].dtype is torch.float32 and not torch.equal(scales, scales.flip(1)):
+        between = rounding_of(case, activation_scales=scales.flip(1))
+        others["the two scales exchanged"] = spread_of(case, between).value
+    judge_rounded(case, others)
 
 
 @requirement(

@@ -36,6 +36,20 @@ from moe_conformance.target import Capabilities, Target, suite_version
 
 Tensor = torch.Tensor
 
+LIBRARIES = {
+    "deepspeed": "deepspeed",
+    "liger-kernel": "liger_kernel",
+    "lucidrains": "mixture_of_experts",
+    "megatron-core": "megatron",
+    "moe-ops": "moe_ops",
+    "olmo-core": "olmo_core",
+    "sglang": "sglang",
+    "torchtitan": "torchtitan",
+    "transformers": "transformers",
+    "vllm": "vllm",
+}
+"""The package that has to be installed for the targets of an entry point of ours."""
+
 
 class Reference(Target):
     """`moe_reference` itself. Subclass it to change one operation and see what notices.

@@ -11,6 +11,7 @@ batched operation.
 from __future__ import annotations
 
 import torch
+from moe_reference.activation_quantization import round_activations
 from moe_reference.activations import activate, one_by_one, product
 from moe_reference.alignment import align
 from moe_reference.config import ExpertsConfig, ExpertWeights
@@ -82,12 +83,19 @@ class Marlin(Target):
         for number, e in enumerate(block_experts[: int(length) // block_size].tolist()):
             block = slots[number * block_size : (number + 1) * block_size].long()
             block = block[block < T * K]
-            rows[block] = self._rows(x, weights, block, unpacked[e], config)
+            rows[block] = self._rows(x, weights, block, unpacked[e], experts, e, config)
         out = torch.empty_like(x)
         return torch.sum(rows.view(-1, K, H), dim=1, out=out)
 
     def _rows(
-        self, x: Tensor, weights: Tensor, slots: Tensor, one: ExpertWeights, config: ExpertsConfig
+        self,
+        x: Tensor,
+        weights: Tensor,
+        slots: Tensor,
+        one: ExpertWeights,
+        experts: QuantizedExperts,
+        e: int,
+        config: ExpertsConfig,
     ) -> Tensor:
         """The two products for some slots of one expert, each stored in x's dtype."""
         K = weights.shape[1]
@@ -95,7 +103,18 @@ class Marlin(Target):
         rows = x[slots // K].float()
         if config.weight_on == "input":
             rows = rows * weight
+        rows = _rounded(rows, experts, e, 0)
         hidden = product(rows, one.gate_up, one.gate_up_bias).to(x.dtype)
         activated = activate(hidden.float(), config).to(x.dtype)
-        out = product(activated.float(), one.down, one.down_bias)
+        out = product(_rounded(activated.float(), experts, e, 1), one.down, one.down_bias)
         return (out if config.weight_on == "input" else out * weight).to(x.dtype)
+
+
+def _rounded(rows: Tensor, experts: QuantizedExperts, e: int, step: int) -> Tensor:
+    """Rows in the dtype of the argument that the text hands on to the products."""
+    if experts.activation_format is None:
+        return rows
+    scales = experts.activation_scales
+    block = (experts.gate_up, experts.down)[step].group_size
+    scale = None if scales is None else scales[e, step]
+    return round_activations(rows, experts.activation_format, block, scale)
