@@ -8,7 +8,7 @@ BIN := .venv/bin
 STAMP := .venv/.moespec-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup conformance test check docs notebooks bench gpu clean
+.PHONY: help setup conformance test check docs notebooks bench matrix gpu clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | \
@@ -44,6 +44,9 @@ bench: setup ## time the experts on this processor, and dry-run the timing matri
 	$(BIN)/python benchmarks/cpu_experts.py --operation forward
 	$(BIN)/python benchmarks/cpu_experts.py --operation training
 	$(BIN)/python benchmarks/gpu.py --device cpu --dry-run --out build/bench
+
+matrix: setup ## check every library of benchmarks/libraries.toml (LIBRARY=name for one); needs a network
+	$(BIN)/python benchmarks/libraries.py $(LIBRARY)
 
 gpu: ## on a GPU box, at most nine minutes: conformance, then the timing matrix, as JSON into OUT
 	@$(GPU_PYTHON) -c "import torch" 2>/dev/null || { echo "'$(GPU_PYTHON)' has no torch:" \

@@ -13,11 +13,13 @@ A marker is an HTML comment on a line of its own or inside a table cell:
   computes
 - `document: deepseek` - the behaviours of one document, from docs/data/documents
 - `documents table` - how many behaviours of each document are right, and how many are not
-- `documents: verdicts` - what benchmarks/documents.py recorded; also `environment`, and `roots`
-  from docs/data/documents_suite.toml
+- `documents: verdicts` - what benchmarks/libraries.py recorded of the documents; also
+  `environment`, and `roots` from docs/data/documents_suite.toml
 - `equivalences: gating` - questions and answers, read off the tests that decide them
 - `calibration: rows` - what benchmarks/calibration.py recorded; also `environment`
-- `findings: broken` - what benchmarks/findings.py recorded; also `environment` and `sigmoid`
+- `findings: libraries` - docs/data/findings.toml, library by library; also `sigmoid`, what
+  benchmarks/uneven.py recorded
+- `matrix: verdicts` - what benchmarks/libraries.py recorded; see docs/pictures/matrix.py for more
 - `help: check` - what `moespec check --help` prints
 - `faults: rows` - what benchmarks/faults.py recorded; also `environment`, `operations`
 - `scale: links` - what benchmarks/scale_model.py recorded; also `environment`, `times`,
@@ -49,6 +51,7 @@ import pictures  # noqa: F401 - mkdocs takes this folder off the path once the h
 from mkdocs.exceptions import PluginError
 from mkdocs.utils import get_relative_url
 from moe_conformance.cli import app
+from moe_conformance.findings import read_findings
 from moe_conformance.pages import source_links
 from moe_conformance.registry import ANY, AREAS, requirements
 from moe_conformance.target import OPERATIONS
@@ -61,7 +64,7 @@ from typer.testing import CliRunner
 DOCS = Path(__file__).parent
 MARKER = re.compile(r"<!-- (requirements|requirements table|operations table|concepts table|presets"
                     r"|families|seen|document|documents table|documents|equivalences|calibration"
-                    r"|findings|faults|performance|picture|help|scale|terminal)"
+                    r"|findings|faults|matrix|performance|picture|help|scale|terminal)"
                     r"(?:: (.*?))? -->")  # fmt: skip
 LOADERS = re.compile(r"<!-- Load mathjax -->.*?<!-- End of mermaid configuration -->", re.DOTALL)
 THREAD = re.compile(r"([\w./-]+) ?(#\d+)")
@@ -150,7 +153,8 @@ def on_post_page(output, page, config):
 
 
 def on_post_build(config):
-    """Put the report of the example that fails beside the pages."""
+    """Put the whole matrix, and the report of the example that fails, beside the pages."""
+    import_module("pictures.matrix").write(config.site_dir)
     for report in _reports:
         shutil.copytree(report, Path(config.site_dir) / EXAMPLE_REPORT, dirs_exist_ok=True)
         shutil.rmtree(report.parent)
@@ -188,6 +192,8 @@ def _fill(kind, argument, file):
         return _faults(argument, file)
     if kind == "scale":
         return _scale(argument)
+    if kind == "matrix":
+        return import_module("pictures.matrix").part(argument)
     if kind == "performance":
         return import_module("pictures.performance").part(argument)
     if kind == "picture":
@@ -257,31 +263,42 @@ def _faults(part, file):
 
 
 def _findings(part, file):
-    record = json.loads((DOCS.parent / "benchmarks/results/findings.json").read_text())
-    if part == "environment":
-        versions = ", ".join(f"{name} {each}" for name, each in record["versions"].items())
-        return (
-            f"`{record['command']}` on {record['date']}, commit `{record['commit'][:10]}`, "
-            f"{versions}, {record['machine']['device']} ({record['machine']['platform']})."
-        )
     if part == "sigmoid":
-        found = record["sigmoid"]
+        found = json.loads((DOCS.parent / "benchmarks/results/uneven.json").read_text())
         return (
             f"`{found['function']}` turned {found['not_constant_afterwards']} of "
-            f"{found['constant_rows']} constant float32 rows into rows that are not constant, on "
-            f"the machine above."
+            f"{found['constant_rows']} constant float32 rows into rows that are not constant "
+            f"(`{found['command']}` on {found['date']}, torch {found['machine']['torch']}, "
+            f"{found['machine']['platform']})."
         )
     by_id = {each.id: each for each in requirements()}
-    rows = [
-        f"| `{each['target']}` | {_link(by_id[each['id']], file)} | {each['status']} "
-        f"| {each['message']} |"
-        for each in record["broken"]
-    ]
-    conforming = sum(verdict == "conforms" for verdict in record["verdicts"].values())
-    head = f"{conforming} of {len(record['verdicts'])} targets conform.\n\n"
-    return head + "\n".join(
-        ["| target | requirement | status | what was seen |", "|-|-|-|-|", *rows]
-    )
+    versions = {r["library"]: r["version"] for r in import_module("pictures.matrix").records()}
+    lines = []
+    before = None
+    for each in read_findings(DOCS / "data" / "findings.toml"):
+        said = each.fields
+        library = said["library"]
+        if library != before:
+            lines.append(f"## {library} {versions.get(library, '')} {{ #{_slug(library)} }}")
+        before = library
+        ids = ", ".join(_link(by_id[id], file) for id in each.requirements)
+        targets = ", ".join(f"`{name}`" for name in each.targets)
+        _, _, anchor = each.address.partition("#")
+        lines += [f"### {each.title} {{ #{anchor} }}", said["what"].strip()]
+        if said.get("example"):
+            lines.append(f"**For example.** {said['example'].strip()}")
+        if said.get("why"):
+            lines.append(f"**Why it matters.** {said['why'].strip()}")
+        thread = _linked(said.get("thread") or "No thread about it was found.")
+        lines.append(f"**{said['whose'].capitalize()}.** {targets}: {ids}. {thread}")
+        if said.get("upstream"):
+            text = " ".join(said["upstream"].split())
+            lines.append(f'??? note "A text for their tracker"\n\n{_indented(text)}')
+    return "\n\n".join(lines)
+
+
+def _slug(name):
+    return re.sub("[^a-z0-9]+", "-", name.lower())
 
 
 def _scale(part):
@@ -510,26 +527,28 @@ def _documents_table():
 
 def _documents(part, file):
     if part == "roots":
-        listed = tomllib.loads((DOCS / "data" / "documents_suite.toml").read_text())["failure"]
         by_id = {each.id: each for each in requirements()}
         rows = [
-            [f"`documents/{each['target']}`", _cell(each["reason"]),
-             ", ".join(_link(by_id[id], file) for id in each["requirements"])]
-            for each in listed
+            [f"`{each.targets[0]}`", _cell(each.title),
+             ", ".join(_link(by_id[id], file) for id in each.requirements)]
+            for each in read_findings(DOCS / "data" / "documents_suite.toml")
         ]  # fmt: skip
         return _table(["target", "what is wrong", "requirements that fail"], rows)
-    record = json.loads((DOCS.parent / "benchmarks/results/documents.json").read_text())
+    path = DOCS.parent / "benchmarks/results/libraries/documents.json"
+    record = json.loads(path.read_text())
     if part == "environment":
-        machine = record["machine"]
+        machine, [first, *_] = record["machine"], record["reports"]
         return (
-            f"`{record['command']}` on {record['date']}, commit `{record['commit'][:10]}`, torch "
+            f"`moespec check documents --profile {first['effort']['profile']} --seed "
+            f"{first['seed']}` on {record['date']}, commit `{record['commit'][:10]}`, torch "
             f"{machine['torch']}, Python {machine['python']}, {machine['platform']}."
         )
     rows = []
-    for each in record["targets"]:
-        counts = [each["statuses"].get(status, 0) for status in ("pass", "fail", "crash", "warn")]
-        operations = ", ".join(f"`{name}`" for name in each["operations"])
-        rows.append([f"`{each['target']}`", operations, each["verdict"], *map(str, counts)])
+    for each in record["reports"]:
+        counts = [each["counts"].get(status, 0) for status in ("pass", "fail", "crash", "warn")]
+        operations = ", ".join(f"`{name}`" for name in each["target"]["operations"])
+        name = f"`{each['target']['name']}`"
+        rows.append([name, operations, each["verdict"], *map(str, counts)])
     return _table(["target", "operations", "verdict", "pass", "fail", "crash", "warn"], rows)
 
 

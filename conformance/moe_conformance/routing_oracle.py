@@ -114,9 +114,7 @@ class RoutingOracle:
             value = soft.sqrt()
             # softplus(x) = log1p(exp(x)); below 0 its relative error is that of exp(x).
             relative = torch.where(logits < 0, C * logits.abs() + C, C) + 4
-            # The threshold of 20 is torch's own, so who calls its softplus is not wrong.
-            beyond = torch.where(logits > 20, (-logits).exp() / logits.clamp_min(1.0), 0.0)
-            error = value * (u * relative + beyond)
+            error = value * u * relative
         if logit_error is not None:
             # No score changes faster, relative to itself, than its own logit and the largest other.
             error = error + value * 2 * logit_error.amax(-1, keepdim=True)

@@ -1,19 +1,19 @@
 """The documents under the suite: what fails is what is known to be wrong, and nothing else."""
 
-import json
 import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 from moe_conformance.executor import InlineExecutor
+from moe_conformance.findings import read_findings
 from moe_conformance.registry import ANY, requirements
 from moe_conformance.runner import PROFILES, Effort, run_requirement
 from moe_conformance.selfcheck import inline_scope
 from moe_conformance.targets.documents import variants
 
 ROOT = Path(__file__).parents[2]
-FAILURES = tomllib.loads((ROOT / "docs/data/documents_suite.toml").read_text())["failure"]
+FAILURES = read_findings(ROOT / "docs/data/documents_suite.toml")
 FAILED = ("fail", "crash", "timeout", "warn")
 FITS = ("pass", "unsupported", "observed", "marginal", "inconclusive")
 """With few cases a requirement that has to be met may well be inconclusive."""
@@ -43,20 +43,20 @@ def about(target, expected):
 def known(name):
     """The requirements that a target is known to fail, each with the reason."""
     return {
-        id: each["reason"]
+        id: each.title
         for each in FAILURES
-        if each["target"] == name
-        for id in each["requirements"]
+        if each.targets == (f"documents/{name}",)
+        for id in each.requirements
     }
 
 
 def test_every_failure_has_one_reason():
-    named = [(each["target"], id) for each in FAILURES for id in each["requirements"]]
+    named = [
+        (target, id) for each in FAILURES for target in each.targets for id in each.requirements
+    ]
     assert len(set(named)) == len(named)
-    assert {target for target, _ in named} == set(variants())
-    for each in FAILURES:
-        assert each["reason"].endswith("."), each
-        assert each["requirements"], each
+    assert {target for target, _ in named} == {f"documents/{name}" for name in variants()}
+    assert all(each.title.endswith(".") for each in FAILURES)
 
 
 @pytest.mark.parametrize("name", variants())
@@ -75,15 +75,6 @@ def test_what_fails_is_what_is_wrong_in_the_text(name):
             reason = expected.get(requirement.id, "expected to be met")
             surprising.append(f"{requirement.id} {result.status} {result.message} [{reason}]")
     assert not surprising, "\n".join(surprising)
-
-
-def test_what_was_recorded_is_explained():
-    record = json.loads((ROOT / "benchmarks/results/documents.json").read_text())
-    about_one = {each.id for each in requirements() if each.operation != ANY}
-    assert {each["target"] for each in record["targets"]} == {f"documents/{n}" for n in variants()}
-    for each in record["targets"]:
-        explained = known(each["target"].removeprefix("documents/"))
-        assert {id for id in each["broken"] if id in about_one} <= set(explained), each["target"]
 
 
 def test_the_documents_are_found_by_name():

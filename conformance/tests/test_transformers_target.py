@@ -5,16 +5,22 @@ suite's business. Where the library is known to differ, the case is marked with 
 """
 
 import dataclasses
+import importlib
 import importlib.metadata
-import importlib.util
 import json
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from moe_conformance import targets
+from moe_conformance.executor import InlineExecutor
+from moe_conformance.registry import requirement_named
+from moe_conformance.runner import Effort, run_requirement
+from moe_conformance.selfcheck import inline_scope
 from moe_conformance.target import Unsupported
 from moe_conformance.targets import transformers as adapter
+from moe_conformance.targets.transformers import routers
 from moe_reference.config import (
     BalanceConfig,
     ExpertsConfig,
@@ -24,7 +30,11 @@ from moe_reference.config import (
     RoutingConfig,
 )
 
-VARIANTS = list(adapter.variants())
+DOCUMENTED = [f"{each.family}-{name}" for each in adapter.FAMILIES for name in each.documented]
+VARIANTS = [name for name in adapter.variants() if name not in DOCUMENTED]
+FIRST = [f"{each.family}-{each.backends[0]}" for each in adapter.FAMILIES]
+"""One variant of each family, for what does not depend on the backend."""
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 UNIT = {
     torch.float64: 2.0**-50,
@@ -44,15 +54,41 @@ DEEPSEEK = RoutingConfig(
     topk_groups=2,
     group_score="top2_sum",
 )
+QWEN = [RoutingConfig(3, renormalize=True), RoutingConfig(3)]
+GROUPED = [
+    DEEPSEEK,
+    dataclasses.replace(DEEPSEEK, num_groups=1, topk_groups=1, group_score="max"),
+    dataclasses.replace(DEEPSEEK, renormalize=False, epsilon=0.0),
+]
+GREEDY = RoutingConfig(3, scale=16.0)
+TABLE = torch.tensor([[0, 1, 2], [3, 7, 5], [6, 4, 2], [1, 3, 5]])
+SQRT = RoutingConfig(3, "sqrtsoftplus", renormalize=True, epsilon=1e-20, scale=1.5)
 ROUTING = {
-    "mixtral": [RoutingConfig(3, renormalize=True)],
-    "qwen3_moe": [RoutingConfig(3, renormalize=True), RoutingConfig(3)],
-    "deepseek_v3": [
-        DEEPSEEK,
-        dataclasses.replace(DEEPSEEK, num_groups=1, topk_groups=1, group_score="max"),
-        dataclasses.replace(DEEPSEEK, renormalize=False, epsilon=0.0),
+    "mixtral": QWEN[:1],
+    "qwen2_moe": QWEN,
+    "qwen3_moe": QWEN,
+    "olmoe": QWEN,
+    "deepseek_v2": [
+        GREEDY,
+        dataclasses.replace(GREEDY, num_groups=4, topk_groups=2, mask_fill="zero"),
     ],
+    "deepseek_v3": GROUPED,
+    "deepseek_v4": [
+        SQRT,
+        dataclasses.replace(SQRT, score="sigmoid"),
+        dataclasses.replace(SQRT, hash_table=TABLE),
+    ],
+    "glm4_moe": GROUPED,
+    "minimax_m2": [RoutingConfig(3, "sigmoid", renormalize=True)],
+    "llama4": [RoutingConfig(k, "sigmoid", order="topk_then_score") for k in (3, 1)],
     "gpt_oss": [RoutingConfig(3, order="topk_then_score")],
+}
+"""Per family; the first is that of its block here."""
+
+SCORES = {
+    "softmax": lambda logits: logits.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "sqrtsoftplus": lambda logits: F.softplus(logits).sqrt(),
 }
 ACTIVATIONS = {
     "silu": F.silu,
@@ -79,6 +115,11 @@ def target(request):
     return adapter.variants()[request.param]()
 
 
+@pytest.fixture(params=FIRST)
+def first(request):
+    return adapter.variants()[request.param]()
+
+
 def _family(target):
     return target.name.removeprefix("transformers/").rpartition("-")[0]
 
@@ -93,21 +134,25 @@ def _map(experts, change):
     return ExpertWeights(*(None if value is None else change(value) for value in values))
 
 
-def _route(logits, config, bias=None):
+def _route(logits, config, bias=None, token_ids=None):
     """[T, E] dense weights in float64, zero where an expert was not chosen."""
     logits = logits.double()
-    scores = logits.softmax(-1) if config.score == "softmax" else logits.sigmoid()
-    keys = scores if bias is None else scores + bias.double()
+    scores = SCORES[config.score](logits)
+    keys = logits if config.order == "topk_then_score" else scores
+    keys = keys if bias is None else keys + bias.double()
     if config.num_groups > 1:
         grouped = keys.unflatten(1, (config.num_groups, -1))
-        groups = grouped.topk(2).values.sum(-1).topk(config.topk_groups).indices
+        pair = config.group_score == "top2_sum"
+        best = grouped.topk(2).values.sum(-1) if pair else grouped.amax(-1)
+        groups = best.topk(config.topk_groups).indices
         closed = torch.ones(grouped.shape[:2], dtype=torch.bool).scatter(1, groups, False)
         keys = grouped.masked_fill(closed[..., None], -torch.inf).flatten(1)
     ids = keys.topk(config.top_k).indices
-    if config.order == "topk_then_score":
+    if config.hash_table is not None:
+        ids = config.hash_table[token_ids]
+    weights = scores.gather(1, ids)
+    if config.order == "topk_then_score" and config.score == "softmax":
         weights = logits.gather(1, ids).softmax(-1)
-    else:
-        weights = scores.gather(1, ids)
     if config.renormalize:
         weights = weights / (weights.sum(-1, keepdim=True) + config.epsilon)
     return torch.zeros_like(logits).scatter(1, ids, weights * config.scale)
@@ -121,6 +166,8 @@ def _expert(x, experts, e, config):
     if config.activation == "swigluoai":
         gate, up = gate.clamp(max=config.limit), up.clamp(-config.limit, config.limit) + 1
         hidden = gate * torch.sigmoid(config.alpha * gate) * up
+    elif config.activation == "swiglu_limit":
+        hidden = F.silu(gate.clamp(max=config.limit)) * up.clamp(-config.limit, config.limit)
     else:
         hidden = ACTIVATIONS[config.activation](gate) * up
     out = hidden @ experts.down[e].T
@@ -131,6 +178,8 @@ def _experts(x, experts, dense, config):
     """Weighted sum over all experts, for dense weights [T, E] in float64."""
     x = x.double()
     experts = _map(experts, torch.Tensor.double)
+    if config.weight_on == "input":
+        return sum(_expert(dense[:, e, None] * x, experts, e, config) for e in range(E))
     return sum(dense[:, e, None] * _expert(x, experts, e, config) for e in range(dense.shape[1]))
 
 
@@ -167,7 +216,15 @@ def _batch(target, dtype, seed=0):
 def _config(target):
     if _family(target) == "gpt_oss":
         return ExpertsConfig("swigluoai", alpha=1.3, limit=1.5)
-    return ExpertsConfig("silu")
+    if _family(target) == "deepseek_v4":
+        return ExpertsConfig("swiglu_limit", limit=1.5)
+    return ExpertsConfig("silu", weight_on="input" if _family(target) == "llama4" else "output")
+
+
+def _bias(target):
+    """A selection bias where the family has one."""
+    [takes] = {each.get("selection_bias") for each in target.capabilities.alternatives("routing")}
+    return _normal(E, seed=32) if True in takes else None
 
 
 def _close(actual, expected, unit, what=""):
@@ -176,14 +233,20 @@ def _close(actual, expected, unit, what=""):
 
 
 def test_variants_are_listed_without_torch_or_transformers(monkeypatch):
+    package = adapter.__name__
+    # Both are put back afterwards: the modules, and what `targets` calls by that name.
+    monkeypatch.setattr(targets, "transformers", adapter)
+    for name in [name for name in sys.modules if name.startswith(package)]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    spec = importlib.util.spec_from_file_location("listed_alone", adapter.__file__)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    assert list(module.variants()) == VARIANTS
-    assert len(VARIANTS) == 12
+    alone = importlib.import_module(package)
+    assert alone is not adapter
+    assert sorted(alone.variants()) == sorted(VARIANTS + DOCUMENTED)
+    assert len(VARIANTS) == 10 * 3 + 1
+    assert len(DOCUMENTED) == 3
+    for name in [name for name in sys.modules if name.startswith(package)]:
+        monkeypatch.delitem(sys.modules, name)
 
 
 @pytest.mark.parametrize("found", ["", "5.19.1"])
@@ -201,7 +264,8 @@ def test_a_missing_or_old_library_is_one_sentence(monkeypatch, found):
 def test_a_target_says_what_it_is(target):
     assert target.name.startswith("transformers/")
     assert target.version == importlib.metadata.version("transformers")
-    loss = ("balance_loss",) if _family(target) != "deepseek_v3" else ()
+    without = ("deepseek_v2", "deepseek_v3", "glm4_moe", "llama4")
+    loss = ("balance_loss",) if _family(target) not in without else ()
     assert type(target).operations() == ("route", *loss, "experts", "layer")
     declared = target.capabilities
     restored = type(declared).from_json(json.loads(json.dumps(declared.to_json())))
@@ -209,47 +273,69 @@ def test_a_target_says_what_it_is(target):
         assert restored.alternatives(area) == declared.alternatives(area)
 
 
-def test_route_agrees_with_the_oracle(target):
-    for dtype in _dtypes(target):
-        for config in ROUTING[_family(target)]:
-            logits = _normal(40, 16, std=2.0).to(dtype)
-            bias = _normal(16, seed=3) if config.score == "sigmoid" else None
-            weights, ids = target.route(logits, config, bias)
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_what_is_documented_only_is_asked_of_the_router_alone(name):
+    target = adapter.variants()[name]()
+    assert type(target).operations() == ("route",)
+    [config] = {each.get("renormalize") for each in target.capabilities.alternatives("routing")}
+    assert config == {"deepseek_v4-norm_topk_prob": (False,)}.get(name, (True,))
+
+
+def _routings(target):
+    """The family's routings, each with what is given along with logits of 40 tokens."""
+    tokens = torch.arange(40) % len(TABLE)
+    for config in ROUTING[_family(target)]:
+        hashed = config.hash_table is not None
+        yield config, None if hashed else _bias(target), tokens if hashed else None
+
+
+def test_route_agrees_with_the_oracle(first):
+    for dtype in _dtypes(first):
+        for config, bias, tokens in _routings(first):
+            logits = _normal(40, E, std=2.0).to(dtype)
+            if config.hash_table is None and dtype.itemsize == 2:
+                # What rounding could exchange is no matter of translation.
+                logits = (logits * 8).round() / 8 + torch.arange(E) / 64
+                logits = logits.to(dtype)
+            weights, ids = first.route(logits, config, bias, tokens)
             assert weights.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
             assert ids.dtype == torch.int64
             # The routers compute in float32 at best.
             unit = max(UNIT[dtype], UNIT[torch.float32])
-            _close(_dense(weights, ids, 16), _route(logits, config, bias), unit, str(dtype))
+            expected = _route(logits, config, bias, tokens)
+            _close(_dense(weights, ids, E), expected, unit, str(dtype))
 
 
-def test_logits_pass_the_identity_to_the_last_bit(target, monkeypatch):
+def test_logits_pass_the_identity_to_the_last_bit(first, monkeypatch):
     seen = []
-    call = adapter._call
-    monkeypatch.setattr(adapter, "_call", lambda *given: seen.append(call(*given)) or seen[-1])
-    config = ROUTING[_family(target)][0]
-    for dtype in _dtypes(target):
-        logits = torch.cat((_normal(8, 8, std=9.0), _normal(8, 8, std=1e-6) + 7)).to(dtype)
+    call = routers.call
+    monkeypatch.setattr(routers, "call", lambda *given: seen.append(call(*given)) or seen[-1])
+    config = ROUTING[_family(first)][0]
+    for dtype in _dtypes(first):
+        logits = torch.cat((_normal(8, E, std=9.0), _normal(8, E, std=1e-6) + 7)).to(dtype)
         logits[0, :4] = torch.tensor([torch.finfo(dtype).max, torch.finfo(dtype).tiny, -0.0, 1.0])
         # DeepseekV3TopkRouter casts float64 to float32 first, so the logits fit float32.
         logits = logits.float().clamp(-3e38, 3e38).to(dtype)
-        target.route(logits, config)
-        assert torch.equal(seen.pop()[0].double(), logits.double())
+        first.route(logits, config)
+        # Llama4Router returns its logits last, the others first.
+        arrived = seen.pop()[-1 if _family(first) == "llama4" else 0]
+        assert torch.equal(arrived.double(), logits.double())
 
 
-def test_route_has_a_gradient(target):
-    for config in ROUTING[_family(target)]:
-        logits = _normal(9, 16, std=2.0).requires_grad_()
-        cotangent = _normal(9, 16, seed=5).double()
-        weights, ids = target.route(logits, config)
-        (_dense(weights, ids, 16) * cotangent).sum().backward()
+def test_route_has_a_gradient(first):
+    cotangent = _normal(40, E, seed=5).double()
+    for config, bias, tokens in _routings(first):
+        logits = _normal(40, E, std=2.0).requires_grad_()
+        weights, ids = first.route(logits, config, bias, tokens)
+        (_dense(weights, ids, E) * cotangent).sum().backward()
         leaf = logits.detach().double().requires_grad_()
-        (_route(leaf, config) * cotangent).sum().backward()
+        (_route(leaf, config, bias, tokens) * cotangent).sum().backward()
         _close(logits.grad, leaf.grad, 2.0**-18)
 
 
 def test_experts_agree_with_the_oracle(target):
     config = _config(target)
-    names = [config.activation] if config.activation == "swigluoai" else list(ACTIVATIONS)
+    names = list(ACTIVATIONS) if config.activation == "silu" else [config.activation]
     for dtype in _dtypes(target):
         for name in names:
             config = dataclasses.replace(config, activation=name)
@@ -263,10 +349,16 @@ def test_a_repeated_expert_counts_twice(target):
     x, experts, weights, ids = _batch(target, torch.float32)
     ids[:, 1] = ids[:, 0]
     out = target.experts(x, experts, weights, ids, _config(target))
-    _close(out, _experts(x, experts, _dense(weights, ids, E), _config(target)), 2.0**-20)
+    expected = sum(
+        _experts(x, experts, _dense(weights[:, [k]], ids[:, [k]], E), _config(target))
+        for k in range(K)
+    )
+    _close(out, expected, 2.0**-20)
 
 
 def _absent(request, target):
+    if target.backend == "dense":
+        pytest.skip("declares no ids that are not here")
     if target.name == "transformers/gpt_oss-eager":
         request.applymarker(NO_SENTINEL)
     x, experts, weights, ids = _batch(target, torch.float32)
@@ -295,6 +387,8 @@ def test_ids_that_are_not_here_contribute_nothing(request, target):
 
 
 def test_an_expert_map_gives_local_rows(request, target):
+    if target.backend == "dense":
+        pytest.skip("declares no expert map")
     if target.name == "transformers/gpt_oss-eager":
         request.applymarker(NO_SENTINEL)
     x, experts, weights, _ = _batch(target, torch.float32)
@@ -310,7 +404,7 @@ def test_experts_have_gradients(target):
     config = dataclasses.replace(_config(target), limit=50.0)
     for dtype in (torch.float32, torch.bfloat16):
         x, experts, weights, ids = _batch(target, dtype)
-        ids %= E - 1  # one expert gets no token
+        ids = _normal(T, E - 1, seed=8).topk(K).indices  # one expert gets no token
         given = [x, weights]
         _map(experts, given.append)
         cotangent = _normal(T, H, seed=6).to(dtype)
@@ -352,64 +446,79 @@ def test_non_contiguous_tensors_are_taken(target):
 
 
 def _layer(target, dtype, shared=None):
-    family = _family(target)
-    deepseek, biased = family == "deepseek_v3", family == "gpt_oss"
+    layer = target.capabilities.alternatives("layer")[-1]
+    biased = True in layer["router_bias"]
     parameters = LayerWeights(
         router=_normal(E, H, seed=30, std=H**-0.5).to(dtype),
         experts=_weights(dtype, E, I, biased),
         router_bias=_normal(E, seed=31).to(dtype) if biased else None,
-        selection_bias=_normal(E, seed=32) if deepseek else None,
+        selection_bias=_bias(target),
         shared=None if shared is None else _weights(dtype, 1, shared, False, seed=33),
     )
+    if shared is not None and True in layer["shared_gate"]:
+        gate = _normal(1, H, seed=36, std=H**-0.5).to(dtype)
+        parameters = dataclasses.replace(parameters, shared_gate=gate)
     config = LayerConfig(
-        ROUTING[family][0],
+        ROUTING[_family(target)][0],
         _config(target),
-        router_dtype=torch.float32 if deepseek else None,
+        router_dtype=None if None in layer["router_dtype"] else torch.float32,
     )
     return _normal(2, 5, H).to(dtype), parameters, config
 
 
+def _takes_shared(target):
+    return True in target.capabilities.alternatives("layer")[-1]["shared"]
+
+
+def _logits(rows, parameters):
+    logits = rows @ parameters.router.double().T
+    bias = parameters.router_bias
+    return logits if bias is None else logits + bias.double()
+
+
+def _block(rows, parameters, dense, config):
+    """The block's output on rows [T, H] in float64, for these dense weights."""
+    expected = _experts(rows, parameters.experts, dense, config.experts)
+    if parameters.shared is None:
+        return expected
+    one = torch.ones(len(rows), 1, dtype=torch.float64)
+    of_shared = dataclasses.replace(config.experts, weight_on="output")
+    shared = _experts(rows, parameters.shared, one, of_shared)
+    if parameters.shared_gate is not None:
+        shared = torch.sigmoid(rows @ parameters.shared_gate.double().T) * shared
+    return expected + shared
+
+
 def test_a_block_agrees_with_the_oracle_stage_by_stage(target):
-    widths = (None, 8, 20) if _family(target) == "deepseek_v3" else (None,)
     for dtype in _dtypes(target):
-        for shared in widths:
+        for shared in (None, 20) if _takes_shared(target) else (None,):
             x, parameters, config = _layer(target, dtype, shared)
             given = target.layer(x, parameters, config, training=True)
             assert given.output.dtype == dtype
+            assert given.output.shape == x.shape
             rows = x.flatten(0, 1).double()
-            logits = rows @ parameters.router.double().T
-            if parameters.router_bias is not None:
-                logits = logits + parameters.router_bias.double()
             dense = _dense(given.weights, given.expert_ids, E)
             unit = max(UNIT[dtype], UNIT[torch.float32])
-            _close(
-                dense, _route(logits, config.routing, parameters.selection_bias), unit, "weights"
-            )
-            expected = _experts(rows, parameters.experts, dense, config.experts)
-            if parameters.shared is not None:
-                one = torch.ones(len(rows), 1, dtype=torch.float64)
-                expected = expected + _experts(rows, parameters.shared, one, config.experts)
+            logits = _logits(rows, parameters)
+            expected = _route(logits, config.routing, parameters.selection_bias)
+            _close(dense, expected, unit, "weights")
+            expected = _block(rows, parameters, dense, config)
             _close(given.output.flatten(0, 1), expected, UNIT[dtype], "output")
 
 
 def test_a_block_has_gradients(target):
-    deepseek = _family(target) == "deepseek_v3"
-    x, parameters, config = _layer(target, torch.float32, 8 if deepseek else None)
+    x, parameters, config = _layer(target, torch.float32, 8 if _takes_shared(target) else None)
     leaves = [x, parameters.router, parameters.experts.gate_up, parameters.experts.down]
-    if deepseek:
+    if parameters.shared is not None:
         leaves += [parameters.shared.gate_up, parameters.shared.down]
+    if parameters.shared_gate is not None:
+        leaves.append(parameters.shared_gate)
     for leaf in leaves:
         leaf.requires_grad_()
     given = target.layer(x, parameters, config, training=True)
     rows = x.flatten(0, 1).double()
-    logits = rows @ parameters.router.double().T
-    if parameters.router_bias is not None:
-        logits = logits + parameters.router_bias.double()
-    dense = _route(logits, config.routing, parameters.selection_bias)
-    expected = _experts(rows, parameters.experts, dense, config.experts)
-    if deepseek:
-        one = torch.ones(len(rows), 1, dtype=torch.float64)
-        expected = expected + _experts(rows, parameters.shared, one, config.experts)
+    dense = _route(_logits(rows, parameters), config.routing, parameters.selection_bias)
+    expected = _block(rows, parameters, dense, config)
     cotangent = _normal(*x.shape, seed=6)
     found = torch.autograd.grad((given.output * cotangent).sum(), leaves)
     wanted = torch.autograd.grad((expected.view(x.shape) * cotangent).sum(), leaves)
@@ -417,9 +526,44 @@ def test_a_block_has_gradients(target):
         _close(actual, want.double(), 2.0**-18)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
-def test_balance_loss_agrees_with_the_oracle(family):
-    target = adapter.variants()[f"{family}-eager"]()
+def test_a_block_looks_experts_up_by_token():
+    target = adapter.variants()["deepseek_v4-eager"]()
+    x, parameters, config = _layer(target, torch.float32)
+    hashed = dataclasses.replace(config, routing=ROUTING["deepseek_v4"][2])
+    parameters = dataclasses.replace(parameters, selection_bias=None)
+    tokens = torch.tensor([[0, 1, 2, 3, 0], [3, 3, 2, 1, 0]])
+    given = target.layer(x, parameters, hashed, tokens)
+    assert torch.equal(given.expert_ids, TABLE[tokens.flatten()])
+    rows = x.flatten(0, 1).double()
+    dense = _route(_logits(rows, parameters), hashed.routing, None, tokens.flatten())
+    _close(given.output.flatten(0, 1), _block(rows, parameters, dense, hashed), 2.0**-20)
+
+
+def test_the_weight_of_minimax_says_what_its_router_computes_in():
+    target = adapter.variants()["minimax_m2-eager"]()
+    x, parameters, config = _layer(target, torch.bfloat16)
+    weights = [
+        target.layer(x, parameters, dataclasses.replace(config, router_dtype=dtype)).weights
+        for dtype in (None, torch.bfloat16, torch.float32)
+    ]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], weights[2])
+
+
+def test_a_chosen_expert_whose_weight_is_zero_is_still_told():
+    target = adapter.variants()["llama4-dense"]()
+    logits = torch.full((1, E), -300.0)
+    logits[0, 5] = -200.0
+    weights, ids = target.route(logits, RoutingConfig(1, "sigmoid", order="topk_then_score"))
+    assert ids.tolist() == [[5]]
+    assert weights.tolist() == [[0.0]]
+
+
+def test_balance_loss_agrees_with_the_oracle(first):
+    if "balance_loss" not in type(first).operations():
+        assert first._balance_loss is None
+        return
+    target = first
     logits = _normal(40, E, std=2.0).requires_grad_()
     ids = logits.topk(2).indices
     mask = _normal(40, seed=2) > 0
@@ -439,15 +583,18 @@ def test_balance_loss_agrees_with_the_oracle(family):
 def test_calls_outside_the_declaration_are_refused(target):
     x, experts, weights, ids = _batch(target, torch.float32)
     config, routing = _config(target), ROUTING[_family(target)][0]
+    other = "output" if config.weight_on == "input" else "input"
     refused = [
-        lambda: target.route(x, dataclasses.replace(routing, score="sqrtsoftplus")),
+        lambda: target.route(x, dataclasses.replace(routing, norm="l2", renormalize=True)),
         lambda: target.route(x.to(torch.float8_e4m3fn), routing),
         lambda: target.experts(
-            x, experts, weights, ids, dataclasses.replace(config, weight_on="input")
+            x, experts, weights, ids, dataclasses.replace(config, weight_on=other)
         ),
-        lambda: target.experts(x, experts, weights, ids, ExpertsConfig("swiglu_limit")),
+        lambda: target.experts(
+            x, experts, weights, ids, dataclasses.replace(config, gated=False, activation="silu")
+        ),
     ]
-    if _family(target) == "deepseek_v3":
+    if target.capabilities.min_experts == 2:
         one = dataclasses.replace(routing, top_k=1, num_groups=1, topk_groups=1)
         refused.append(lambda: target.route(x[:, :1], one))
     if target.backend == "eager":
@@ -458,10 +605,87 @@ def test_calls_outside_the_declaration_are_refused(target):
         refused.append(lambda: target.experts(x.double(), experts, weights, ids, config))
     y, parameters, layer = _layer(target, torch.float32)
     gate = dataclasses.replace(parameters, shared_gate=torch.zeros(1, H))
-    refused.append(lambda: target.layer(y, gate, layer))
+    if _family(target) != "qwen2_moe":
+        refused.append(lambda: target.layer(y, gate, layer))
+    else:
+        shared = dataclasses.replace(parameters, shared=_weights(torch.float32, 1, 8, False))
+        refused.append(lambda: target.layer(y, shared, layer))
+    if target.backend == "dense":
+        refused.append(lambda: target.experts(x, experts, weights, ids - 1, config))
     refused.append(
         lambda: target.layer(y, parameters, dataclasses.replace(layer, shared_scale=2.0))
     )
     for call in refused:
         with pytest.raises(Unsupported, match=target.name):
             call()
+
+
+SERVES = {"route": "GATE-19", "balance_loss": "BALANCE-02", "experts": "EXPERT-10"}
+SERVES["layer"] = "LAYER-01"
+
+
+def _status(target, id, examples=3):
+    executor = InlineExecutor(target)
+    effort = Effort(examples, minimum=1, shrinks=0)
+    return run_requirement(
+        requirement_named(id), inline_scope(executor), executor, effort, seed=0
+    ).status
+
+
+def _raises(*given, **named):
+    raise RuntimeError("planted")
+
+
+@pytest.mark.parametrize("operation", SERVES)
+def test_what_the_library_raises_crashes_the_requirements_it_serves(first, operation, monkeypatch):
+    if operation not in type(first).operations():
+        return
+    asked = {"route": first.router_class, "layer": first.block_class}.get(operation)
+    asked = asked or {"experts": first.experts_class}.get(operation)
+    if asked is None:
+        monkeypatch.setattr(first, "_balance_loss", _raises)
+    else:
+        monkeypatch.setattr(first._classes[asked], "forward", _raises)
+    assert _status(first, SERVES[operation]) == "crash"
+
+
+@pytest.mark.parametrize("backend", ["batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("family", [each.family for each in adapter.FAMILIES if each.backends[1:]])
+def test_the_backend_that_is_named_is_the_one_that_computes(family, backend, monkeypatch):
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    target = adapter.variants()[f"{family}-{backend}"]()
+    monkeypatch.setitem(type(ALL_EXPERTS_FUNCTIONS)._global_mapping, backend, _raises)
+    x, experts, weights, ids = _batch(target, torch.float32)
+    with pytest.raises(RuntimeError, match="planted"):
+        target.experts(x, experts, weights, ids, _config(target))
+    target.backend = "eager"
+    target._modules.clear()
+    target.experts(x, experts, weights, ids, _config(target))
+
+
+EAGER = ("EXPERT-18", "EXPERT-20", "EXPERT-30")
+KNOWN = {
+    **{f"{each.family}-eager": EAGER for each in adapter.FAMILIES if each.backends[1:]},
+    **{
+        f"{each.family}-batched_mm": ("EXPERT-19",)
+        for each in adapter.FAMILIES
+        if each.backends[1:]
+    },
+    "gpt_oss-eager": ("EXPERT-07", "EXPERT-08", "EXPERT-17"),
+    "olmoe-grouped_mm": ("BALANCE-14", "BALANCE-16", "BALANCE-17", "BALANCE-19", "BALANCE-25"),
+    "gpt_oss-batched_mm": ("BALANCE-10", "BALANCE-20", "EXPERT-19"),
+    "deepseek_v4-grouped_mm": ("GATE-08", "GATE-14"),
+    "llama4-dense": ("EXPERT-19",),
+    "deepseek_v2-norm_topk_prob": ("GATE-22",),
+    "deepseek_v4-norm_topk_prob": ("GATE-06",),
+    "deepseek_v4-softmax": ("GATE-01",),
+}
+"""Of what is told on docs/findings.md, some requirements of each."""
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_known_findings_are_still_found(name):
+    target = adapter.variants()[name]()
+    found = {id: _status(target, id, examples=60) for id in KNOWN[name]}
+    assert not {id: status for id, status in found.items() if status not in ("fail", "crash")}

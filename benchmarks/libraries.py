@@ -1,0 +1,113 @@
+"""What the suite says of the libraries that have a target: the records behind the public matrix.
+
+Each library of `benchmarks/libraries.toml` gets an environment under build/libraries, made with
+exactly the commands that stand there, and its targets are checked in it. What is kept of the
+reports is small: one file per library in benchmarks/results/libraries. The site's matrix is made
+of these files, so that it is built without any of the libraries.
+
+    python benchmarks/libraries.py [NAME ...] [--profile smoke] [--seed 0]
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import sysconfig
+import time
+import tomllib
+from pathlib import Path
+
+from moe_conformance.report import read_report, reports_in
+from moe_conformance.summary import summarize
+from record import RESULTS, about, write
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = Path(__file__).parent / "libraries.toml"
+KEPT = RESULTS / "libraries"
+HERE = [str(ROOT / room) for room in ("reference", "optimized", "conformance")]
+
+
+def libraries():
+    """The entries of the table by name."""
+    return {each["name"]: each for each in tomllib.loads(TABLE.read_text())["library"]}
+
+
+def environment(library):
+    """The Python of the library's environment, made if it is not there.
+
+    Most see the packages of this interpreter beside their own, so that torch is there once. One
+    that says `own` shares nothing: its library wants other versions than this project's tools.
+    """
+    folder = ROOT / "build" / "libraries" / library["name"]
+    python = folder / "bin" / "python"
+    done = folder / "done"
+    if done.exists() and done.read_text() == repr(library["install"]):
+        return python
+    subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+    shared = [] if library.get("own") else [sysconfig.get_paths()["purelib"]]
+    packages = folder / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
+    (packages / "moespec-tree.pth").write_text("\n".join([*HERE, *shared]) + "\n")
+    for line in library["install"]:
+        subprocess.run([python, "-m", *line.split()], check=True)
+    done.write_text(repr(library["install"]))
+    return python
+
+
+def would_change(python):
+    """What pip would install or replace beside moespec, if that were installed there."""
+    wheels = ROOT / "build" / "libraries" / "wheel"
+    pip = ["-m", "pip", "--quiet", "--disable-pip-version-check"]
+    build = [sys.executable, *pip, "wheel", "--no-deps", "--no-build-isolation", "-w", wheels, ROOT]
+    subprocess.run(build, check=True)
+    [wheel] = wheels.glob("moespec-*.whl")
+    command = [python, *pip, "install", "--dry-run", "--report", "-", wheel]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {each["metadata"]["name"] for each in json.loads(said)["install"]}
+    return sorted(found - {"moespec"})
+
+
+def check(library, profile, seed):
+    """Run the suite on the library's targets, in its environment; the reports, and what it took."""
+    python = environment(library)
+    folder = ROOT / "build" / "libraries" / f"{library['name']}-report"
+    command = [python, "-m", "moe_conformance", "check", *library["targets"]]
+    command += ["--profile", profile, "--seed", str(seed), "--report", folder]
+    command += library.get("arguments", [])
+    subprocess.run(command, check=False, stdin=subprocess.DEVNULL)
+    return reports_in(read_report(folder / "index.json")), would_change(python)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(libraries()))
+    parser.add_argument("--profile", default="smoke")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    unknown = set(options.names) - set(libraries())
+    if unknown:
+        parser.error(f"expected names of {TABLE.name}, got {', '.join(sorted(unknown))}")
+    for name in options.names or libraries():
+        library = libraries()[name]
+        started = time.monotonic()
+        try:
+            reports, changes = check(library, options.profile, options.seed)
+        except (OSError, ValueError, subprocess.CalledProcessError) as error:
+            print(f"{name}: not run, what is recorded stays as it is: {error}", file=sys.stderr)
+            continue
+        record = {
+            "what": "verdicts of the conformance suite on one library's targets",
+            **about(),
+            "library": name,
+            "version": library["version"],
+            "install": [" ".join(line.split()) for line in library["install"]],
+            "installing_moespec_also_installs": changes,
+            "minutes": round((time.monotonic() - started) / 60, 1),
+            "reports": [summarize(report) for report in reports],
+        }
+        KEPT.mkdir(parents=True, exist_ok=True)
+        print(write(f"libraries/{name}", record))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""What the adapters for transformers do with tensors, modules and configurations."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from moe_reference.config import ExpertWeights
+
+
+def call(module: torch.nn.Module, parameters: dict[str, torch.Tensor], *inputs: Any) -> Any:
+    """The module on the inputs, with these tensors in the place of all its parameters."""
+    from torch.func import functional_call
+
+    return functional_call(module, parameters, inputs, strict=True)
+
+
+def widen(weights: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Routing weights in float32, or float64 where the inputs are."""
+    return weights.double() if like.element_size() == 8 else weights.float()
+
+
+def interleave(gate_up: torch.Tensor) -> torch.Tensor:
+    """Gate and up rows in turn, along dimension 1."""
+    import torch
+
+    return torch.stack(gate_up.chunk(2, dim=1), dim=2).flatten(1, 2)
+
+
+def shared_expert(
+    prefix: str, shared: ExpertWeights | None, x: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """A shared expert as the three linear layers that it is in the library; none has no width."""
+    if shared is None:
+        gate = up = x.new_zeros(0, x.shape[-1])
+        down = x.new_zeros(x.shape[-1], 0)
+    else:
+        gate, up = shared.gate_up[0].chunk(2)
+        down = shared.down[0]
+    # A linear layer's width is that of the given weights.
+    return {
+        f"{prefix}.gate_proj.weight": gate.contiguous(),
+        f"{prefix}.up_proj.weight": up.contiguous(),
+        f"{prefix}.down_proj.weight": down.contiguous(),
+    }
+
+
+def biased(experts: ExpertWeights) -> bool:
+    """Whether there is a bias."""
+    return experts.gate_up_bias is not None or experts.down_bias is not None
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As capabilities have it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def values_of(config: Any) -> dict[str, Any]:
+    """A configuration's fields, with dtypes by name, as capabilities have them."""
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    return {
+        name: dtype_name(value) if type(value).__name__ == "dtype" else value
+        for name, value in values.items()
+    }

@@ -1,0 +1,73 @@
+"""The public matrix: each red cell that was recorded has a finding, and each finding a red cell."""
+
+import json
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from moe_conformance.findings import explanations, read_findings
+from moe_conformance.registry import requirements
+from moe_conformance.report import write_matrix
+from moe_conformance.summary import restored, summarize
+
+ROOT = Path(__file__).parents[2]
+RECORDS = sorted((ROOT / "benchmarks/results/libraries").glob("*.json"))
+RED = ("fail", "crash", "timeout", "inconclusive", "warn")
+
+
+@pytest.fixture(scope="module")
+def known():
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        from pictures.matrix import findings
+    finally:
+        sys.path.pop(0)
+    return findings()
+
+
+def reports_of(path):
+    return json.loads(path.read_text())["reports"]
+
+
+def red_cells(report):
+    return [id for id, status in report["status"].items() if status in RED]
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_every_red_cell_is_explained(path, known):
+    for report in reports_of(path):
+        name = report["target"]["name"]
+        silent = [id for id in red_cells(report) if not explanations(known, name, id)]
+        assert not silent, f"{name}: {', '.join(silent)}"
+
+
+def test_every_finding_is_seen():
+    cells = [
+        (report["target"]["name"], id)
+        for path in RECORDS
+        for report in reports_of(path)
+        for id in red_cells(report)
+    ]
+    for finding in read_findings(ROOT / "docs/data/findings.toml"):
+        assert any(finding.explains(name, id) for name, id in cells), finding.title
+
+
+def test_every_library_of_the_table_was_run():
+    table = tomllib.loads((ROOT / "benchmarks/libraries.toml").read_text())
+    assert {path.stem for path in RECORDS} == {each["name"] for each in table["library"]}
+    for path in RECORDS:
+        record = json.loads(path.read_text())
+        assert not record["commit"].endswith("+"), f"{path.stem}: of no commit"
+        assert record["reports"], path.stem
+
+
+def test_a_summary_has_all_that_the_matrix_shows(tmp_path):
+    [report] = reports_of(ROOT / "benchmarks/results/libraries/reference.json")
+    whole = restored(report)
+    assert len(whole["requirements"]) == len(requirements())
+    for each in whole["requirements"]:
+        each["cases"] = 0
+    again = restored(summarize({**whole, "requirements": whole["requirements"]}))
+    pages = [write_matrix([each], tmp_path).read_text() for each in (whole, again)]
+    assert pages[0] == pages[1]

