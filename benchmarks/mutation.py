@@ -8,7 +8,7 @@ list to be read. Interrupted, the run goes on where it was.
 
     pip install cosmic-ray
     python benchmarks/mutation.py [--module NAME] [--share 0.25] [--cases N] [--jobs N]
-    python benchmarks/mutation.py --again [--cases N] [--jobs N]
+    python benchmarks/mutation.py --again [--module NAME] [--cases N] [--jobs N]
 
 `--again` asks today's suite about the mutants that survived when the record was made.
 """
@@ -217,7 +217,7 @@ def main():
     torch.set_num_threads(1)
     one = functools.partial(measure, cases=options.cases)
     if options.again:
-        return again(one, options.jobs)
+        return again(one, options.jobs, options.module or tuple(OPERATIONS))
     keys = [key for module in options.module or OPERATIONS for key in _texts(module)]
     drawn = random.Random(0).sample(keys, round(len(keys) * options.share))
     keys = [key for key in keys if key in set(drawn)]
@@ -228,10 +228,11 @@ def main():
     tell(about_all, resumed("mutation", keys, one, options.jobs))
 
 
-def again(one, jobs):
+def again(one, jobs, modules):
     """Replace the rows of survivors; what else the record says of itself stays."""
     record = json.loads((RESULTS / "mutation.json").read_text())
-    left = [row["mutant"] for row in record["rows"] if row["by"] is None]
+    survived = [row["mutant"] for row in record["rows"] if row["by"] is None]
+    left = [name for name in survived if name.split(":")[0] in modules]
     found = {row["mutant"]: row for row in resumed("mutation-again", left, one, jobs)}
     rows = [found.get(row["mutant"], row) for row in record["rows"]]
     first = {name: record[name] for name in ("what", "command", "date", "commit", "machine")}
