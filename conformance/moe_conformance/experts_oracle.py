@@ -26,6 +26,11 @@ FUNCTION_ULPS = 4.0
 """Errors of exp, tanh or erf in units of the accumulator: what fast hardware versions document."""
 
 
+Between = Callable[[torch.Tensor, torch.Tensor, int, int], tuple[torch.Tensor, torch.Tensor]]
+"""What is done to an expert's rows before a product. It takes rows, their variance, the expert, and
+0 or 1 for which product; rows and variance come back."""
+
+
 @dataclass(frozen=True)
 class Spread:
     """An expected value with the standard deviation of a legal answer around it.
@@ -49,6 +54,7 @@ def experts_oracle(
     config: ExpertsConfig,
     expert_map: torch.Tensor | None,
     arithmetic: Arithmetic,
+    between: Between | None = None,
 ) -> Spread:
     """The output of `experts` in float64, and how it spreads under the declared arithmetic.
 
@@ -60,6 +66,7 @@ def experts_oracle(
         config: how an expert computes.
         expert_map: [E] or None.
         arithmetic: what is rounded, and where.
+        between: what is done to the rows before each product, if anything is.
     """
     wide = replace_tensors(experts, lambda _, tensor: tensor.double())
     value = reference_experts(x.double(), wide, weights.double(), expert_ids, config, expert_map)
@@ -69,12 +76,13 @@ def experts_oracle(
     terms = torch.zeros_like(value)
     squares = torch.zeros_like(value)
     trace, trace_squared = torch.zeros(tokens).double(), torch.zeros(tokens).double()
+    shared = torch.zeros(tokens).double()
     for expert in range(len(experts.gate_up)):
         token, k = (local == expert).nonzero(as_tuple=True)
         if len(token) == 0:
             continue
         weight = weights[token, k].double()
-        row = expert_spread(x[token].double(), wide, expert, weight, config, arithmetic)
+        row = expert_spread(x[token].double(), wide, expert, weight, config, arithmetic, between)
         factor = weight if config.weight_on == "output" else torch.ones_like(weight)
         weighted = factor[:, None] * row.value
         own = factor.square()[:, None] * row.variance
@@ -85,6 +93,11 @@ def experts_oracle(
         squares.index_add_(0, token, weighted.square())
         trace.index_add_(0, token, factor.square() * row.trace)
         trace_squared.index_add_(0, token, factor.pow(4) * row.trace_squared)
+        shared.scatter_reduce_(0, token, row.shared, "amax")
+    # All of a token's experts see the same rounded x.
+    trace_squared = trace_squared + shared * trace.square()
+    if between is not None:
+        value = terms
     sum_unit = arithmetic.accumulator_unit
     if "combine" in arithmetic.points:
         sum_unit = max(sum_unit, arithmetic.unit)
@@ -95,7 +108,7 @@ def experts_oracle(
     variance = variance + out
     trace = trace + out.sum(-1)
     trace_squared = trace_squared + out.square().sum(-1)
-    if arithmetic.dtype == "float64":
+    if arithmetic.dtype == arithmetic.of_experts.dtype == "float64":
         variance = 2 * variance  # the oracle's own errors are as large
     freedom = 1 / (1 / hidden + trace_squared / trace.square().clamp_min(1e-300))
     sigma = variance.sqrt().clamp_min(FLOOR[arithmetic.dtype])
@@ -111,12 +124,14 @@ class RowSpread:
         variance: [S, H].
         trace: [S], the variance summed over independent errors.
         trace_squared: [S], the sum of its squares.
+        shared: [S], the sum of squared shares of x's elements in the errors that they bring in.
     """
 
     value: torch.Tensor
     variance: torch.Tensor
     trace: torch.Tensor
     trace_squared: torch.Tensor
+    shared: torch.Tensor
 
 
 def expert_spread(
@@ -126,42 +141,82 @@ def expert_spread(
     weight_S: torch.Tensor,
     config: ExpertsConfig,
     arithmetic: Arithmetic,
+    between: Between | None = None,
 ) -> RowSpread:
     """One expert on its rows: value and variance, stage by stage."""
-    unit = arithmetic.accumulator_unit
+    inner = arithmetic.of_experts
+    unit = inner.accumulator_unit
     variance_x = torch.zeros_like(x_SH)
     if config.weight_on == "input":
         x_SH = x_SH * weight_S[:, None]
-        variance_x = (unit * x_SH).square() / 3 + arithmetic.variance(x_SH, "expert_input")
+        variance_x = (max(unit, arithmetic.accumulator_unit) * x_SH).square() / 3
+        variance_x = variance_x + _at_the_edge(x_SH, "expert_input", arithmetic)
+    entering = arithmetic.entering(x_SH)
+    variance_x = variance_x + entering
+    if between is not None:
+        x_SH, variance_x = between(x_SH, variance_x, expert, 0)
     gate_up = experts.gate_up[expert]
     pre, variance_pre = _product(x_SH, variance_x, gate_up, arithmetic)
     if experts.gate_up_bias is not None:
-        variance_pre = variance_pre + arithmetic.variance(pre, "product")
-        pre = pre + experts.gate_up_bias[expert]
+        bias = experts.gate_up_bias[expert]
+        variance_pre = variance_pre + inner.variance(pre, "product") + arithmetic.entering(bias)
+        pre = pre + bias
         variance_pre = variance_pre + (unit * pre).square() / 3
-    variance_pre = variance_pre + arithmetic.variance(pre, "pre_activation")
+    variance_pre = variance_pre + inner.variance(pre, "pre_activation")
 
-    activated, variance_a = _activation_spread(pre, variance_pre, config, arithmetic)
+    activated, variance_a = activation_spread(pre, variance_pre, config, inner)
+    if between is not None:
+        activated, variance_a = between(activated, variance_a, expert, 1)
     down = experts.down[expert]
     out, variance_out = _product(activated, variance_a, down, arithmetic)
     if experts.down_bias is not None:
-        variance_out = variance_out + arithmetic.variance(out, "product")
-        out = out + experts.down_bias[expert]
+        bias = experts.down_bias[expert]
+        variance_out = variance_out + inner.variance(out, "product") + arithmetic.entering(bias)
+        out = out + bias
         variance_out = variance_out + (unit * out).square() / 3
-    rounded = arithmetic.variance(out, "expert_output")
+    rounded = _at_the_edge(out, "expert_output", arithmetic)
     sources = variance_a * down.square().sum(0)
-    return RowSpread(
-        out,
-        variance_out + rounded,
-        sources.sum(-1) + rounded.sum(-1),
-        sources.square().sum(-1) + rounded.square().sum(-1),
-    )
+    trace = sources.sum(-1) + rounded.sum(-1)
+    trace_squared = sources.square().sum(-1) + rounded.square().sum(-1)
+    if between is not None:
+        # Another code moves all that comes after it, and another scale all codes of a row: where
+        # there may be one, a row has one error, and not one for each of I.
+        moved = [
+            (variance > (1e-4 * rows).square().amax(-1, keepdim=True)).any(-1)
+            for rows, variance in ((x_SH, variance_x), (activated, variance_a))
+        ]
+        trace_squared = trace_squared.where(~(moved[0] | moved[1]), trace.square())
+    shared = _shared_errors(entering, gate_up, variance_pre)
+    return RowSpread(out, variance_out + rounded, trace, trace_squared, shared)
+
+
+def _at_the_edge(value: torch.Tensor, point: str, arithmetic: Arithmetic) -> torch.Tensor:
+    """Variance of rounding where rows come in or go out: to either dtype, where there are two."""
+    variance = arithmetic.variance(value, point)
+    if arithmetic.of_experts.dtype != arithmetic.dtype:
+        variance = variance + arithmetic.of_experts.variance(value, point)
+    return variance
+
+
+def _shared_errors(
+    entering_SN: torch.Tensor, gate_up_MN: torch.Tensor, variance_SM: torch.Tensor
+) -> torch.Tensor:
+    """[S]: one over the number of independent errors in a row, as far as they are those of x.
+
+    An element of x that is rounded on its way in moves all pre-activations of the row together: the
+    row has no more errors of this kind than x has elements. They count by what they bring to the
+    pre-activations, and by the largest share of a variance there that is theirs.
+    """
+    brought = entering_SN * gate_up_MN.square().sum(0)
+    total = brought.sum(-1).square().clamp_min(1e-300)
+    share = (entering_SN @ gate_up_MN.square().T / variance_SM.clamp_min(1e-300)).amax(-1)
+    return share.square() * brought.square().sum(-1) / total
 
 
 def _product(
     a_SN: torch.Tensor, variance_SN: torch.Tensor, b_MN: torch.Tensor, arithmetic: Arithmetic
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """a b^T and its variance: what came in, and what accumulating N terms adds.
+    """a b^T and its variance: what came in, what rounding b and accumulating N terms adds.
 
     After i of N terms in a random order the partial sum's square is about i Q / N (1 - i / N)
     + (i / N)^2 S^2, with Q the sum of squared terms times N / N and S the total. Added up over i
@@ -170,17 +225,20 @@ def _product(
     total = a_SN @ b_MN.T
     squares = a_SN.square() @ b_MN.square().T
     carried = variance_SN @ b_MN.square().T
+    if arithmetic.inside is not None:
+        carried = carried + a_SN.square() @ arithmetic.entering(b_MN).T
     count = a_SN.shape[1]
-    unit = arithmetic.accumulator_unit
+    unit = arithmetic.of_experts.accumulator_unit
     added = unit**2 / 3 * (count * (squares / 3 + 2 * total.square() / 3) + squares)
-    if arithmetic.accumulator == "tf32":
+    if arithmetic.of_experts.accumulator == "tf32":
         added = added + 2 * UNIT["tf32"] ** 2 / 3 * squares
     return total, carried + added
 
 
-def _activation_spread(
+def activation_spread(
     pre: torch.Tensor, variance: torch.Tensor, config: ExpertsConfig, arithmetic: Arithmetic
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """What an expert computes between its products, and its variance."""
     leaf = pre.detach().requires_grad_(True)
     with torch.enable_grad():
         branches = leaf.chunk(2, -1) if config.gated else (leaf, torch.ones_like(leaf))

@@ -172,6 +172,31 @@ def impostors(expected: torch.Tensor, scale: float = 1.02) -> Iterator[tuple[str
             yield name, value
 
 
+def telling_scale(
+    expected: torch.Tensor, sigma: torch.Tensor, freedom: torch.Tensor | None = None
+) -> float:
+    """A factor for `impostors` whose product with `expected` no legal answer can be.
+
+    2% off is wrong in float32. In bfloat16 a right answer may be off by as much, and a case is not
+    without force because it lets that pass. So the factor is the smallest of 1.02, 1.04, 1.08, 1.16
+    and 1.32 that takes an element, or with `freedom` a row, beyond the limits for failing. A spread
+    in which a third more is still at home tells nothing apart: there 1.02 remains, which it lets
+    pass, and the case counts as vacuous.
+
+    Args:
+        expected: float64.
+        sigma: as for `close`.
+        freedom: as for `close`.
+    """
+    for power in range(5):
+        scale = 1 + 0.02 * 2**power
+        try:
+            close("scaled", expected * scale, expected, sigma, freedom)
+        except Violation:
+            return scale
+    return 1.02
+
+
 def _same_nonfinite(what: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
     if actual.shape != expected.shape:
         raise Violation(

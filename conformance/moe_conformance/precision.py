@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -40,15 +40,28 @@ class Arithmetic:
         dtype: of the inputs and the output.
         accumulator: what products are summed in, never narrower than declared.
         points: the declared rounding points.
+        inside: what the experts compute in, where that is declared: rows and parameters are
+            rounded to its dtype on their way in, and results up to the experts' outputs at its
+            points.
     """
 
     dtype: str
     accumulator: str
     points: frozenset[str]
+    inside: Arithmetic | None = None
 
     @classmethod
     def of(cls, capabilities: Capabilities, dtype: str) -> Arithmetic:
-        """The declared arithmetic for inputs of `dtype`; float64 inputs stay in float64."""
+        """The declared arithmetic for inputs of `dtype`; float64 inputs stay in float64.
+
+        Experts stay in float64 too, unless they are declared to compute in another dtype.
+        """
+        own = cls._in(capabilities, dtype)
+        inside = capabilities.experts_dtype
+        return own if inside is None else replace(own, inside=cls._in(capabilities, inside))
+
+    @classmethod
+    def _in(cls, capabilities: Capabilities, dtype: str) -> Arithmetic:
         accumulator = capabilities.accumulator
         if dtype == "float64":
             return cls(dtype, "float64", frozenset())
@@ -57,6 +70,16 @@ class Arithmetic:
         if dtype == "float32" and accumulator in ("float16", "bfloat16"):
             accumulator = "float32"
         return cls(dtype, accumulator, frozenset(capabilities.rounding_points))
+
+    @property
+    def of_experts(self) -> Arithmetic:
+        """What the experts compute in."""
+        return self.inside or self
+
+    @property
+    def outside(self) -> Arithmetic:
+        """The same for what is no routed expert."""
+        return replace(self, inside=None)
 
     @property
     def unit(self) -> float:
@@ -77,3 +100,10 @@ class Arithmetic:
         if point is not None and point not in self.points:
             return torch.zeros_like(value)
         return (self.unit * value).square() / 3 + TINY[self.dtype] ** 2 / 3
+
+    def entering(self, value: torch.Tensor) -> torch.Tensor:
+        """Variance of rounding `value` to the experts' dtype, 0 where that dtype has the value."""
+        if self.inside is None:
+            return torch.zeros_like(value)
+        rounded = value.to(getattr(torch, self.inside.dtype)).to(value.dtype)
+        return self.inside.variance(value).masked_fill(rounded == value, 0.0)

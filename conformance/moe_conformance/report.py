@@ -42,7 +42,7 @@ AXES: dict[str, Mapping[str, Sequence[Any]]] = {
     "route": routing.UNIVERSE,
     "experts": experts.UNIVERSE,
     "align": dict.fromkeys(("drop_invalid", "expert_map", "invalid_ids"), (False, True)),
-    "drop_to_capacity": {"policy": ("position", "probs")},
+    "drop_to_capacity": {"policy": ("position", "probs"), "signed_weights": (False, True)},
     "balance_loss": {n: v for n, v in load_balancing.UNIVERSE.items() if n != "centred"},
     "update_bias": {"centred": (False, True)},
     "expert_parallel": expert_parallel.UNIVERSE,
@@ -129,7 +129,7 @@ def breadth(
 
     A cell is one operation, one dtype and one value of one configuration field. The fields are
     added up, not multiplied: an operation with fields of 3 and 2 values has 5 cells per dtype.
-    `route`, `experts` and `align` have the fields and values of `AXES`; every other operation has
+    Operations in `AXES` have the fields and values that it lists; every other operation has
     one cell per dtype. The dtypes are those of x and the logits (`DTYPES`), but for `align` and
     `align_batched`, which only see ids, those of ids; `assign_experts` takes plain numbers and has
     a single cell.

@@ -36,6 +36,9 @@ OPERATIONS: tuple[str, ...] = (
 
 DTYPES: tuple[str, ...] = ("float32", "bfloat16", "float16", "float64")
 
+EXPERTS_DTYPES: tuple[str, ...] = ("float32", "bfloat16", "float64")
+"""What experts may compute in whatever x is: a dtype that has room for what others hold."""
+
 FORMATS: tuple[str, ...] = (
     "uint4b8",
     "uint8b128",
@@ -102,15 +105,23 @@ class Capabilities:
         experts: the same for `ExpertsConfig`, and for `bias` (with and without),
             `expert_map` (with and without) and `invalid_ids` (ids that mean *not here*).
         layer: the same for `LayerConfig`, and for `shared` and `shared_gate` (with and without).
-        align: the same for `drop_invalid`, `expert_map`, `invalid_ids`.
+        align: the same for `drop_invalid`, `expert_map`, `invalid_ids` (also of `dispatch` and
+            `drop_to_capacity`).
         balance: the same for `BalanceConfig`, for `padding_mask` and `tokens_per_expert` of the
             losses (with and without), for `centred` of `update_bias`, and for `ids`: ("chosen",)
             where the loss selects again from the logits and takes no other ids.
-        capacity: the same for `policy` of `drop_to_capacity`.
-        expert_parallel: the same for `placement` (with and without) and `part_of_world` (groups
-            that are not all processes) of `expert_parallel`.
+        capacity: the same for `policy` of `drop_to_capacity`, and for `signed_weights` (with
+            weights below 0 among them, and without).
+        expert_parallel: the same for `placement` (with and without), `part_of_world` (groups that
+            are not all processes) and `shares` of `expert_parallel`: how many experts ranks have,
+            of "even" (as many on each), "uneven" and "fewer" (fewer experts than ranks).
         router_dtype: what the router computes in, whatever its inputs are; None is the rule:
             float32, or float64 where the logits are float64.
+        experts_dtype: what the routed experts compute in, whatever x is; None is x's own dtype.
+            x (or x times its weight) and the experts' parameters are rounded to it on their way
+            in, products and what follows at the declared rounding points up to `expert_output`.
+            Routing weights on the output, the sum over K and the shared expert have x's dtype.
+            Not "float16", whose range is smaller than that of the numbers drawn for other dtypes.
         min_experts: smallest E.
         max_experts: largest E; None has no limit.
         max_top_k: largest K; None has no limit.
@@ -124,6 +135,10 @@ class Capabilities:
             e4m3 (tensor, channel, block).
         gradients: operations whose outputs carry gradients.
         ties: "lowest" (the lowest expert id wins) or "free".
+        repeated_ids: a row of `expert_ids` may name an expert twice, in every operation that takes
+            them. False where routes are a map [T, E] with one place for each.
+        appended_rows: `combine` takes rows of the slot T·K, which belong to nobody. False where
+            `dispatch` appends none.
         strides: non-contiguous inputs are taken.
         mixed_dtypes: expert weights may have another dtype than x.
         finite_only: NaN and infinity are refused.
@@ -148,6 +163,7 @@ class Capabilities:
     capacity: Choices | Sequence[Choices] = field(default_factory=dict)
     expert_parallel: Choices | Sequence[Choices] = field(default_factory=dict)
     router_dtype: str | None = None
+    experts_dtype: str | None = None
     min_experts: int = 1
     max_experts: int | None = None
     max_top_k: int | None = None
@@ -159,6 +175,8 @@ class Capabilities:
     quantization: Choices | Sequence[Choices] = field(default_factory=dict)
     gradients: tuple[str, ...] = ()
     ties: str = "free"
+    repeated_ids: bool = True
+    appended_rows: bool = True
     strides: bool = True
     mixed_dtypes: bool = True
     finite_only: bool = False
@@ -180,6 +198,7 @@ class Capabilities:
         _check_known("ties", (self.ties,), ("lowest", "free"))
         _check_known("logits_through", (self.logits_through,), ("direct", "identity"))
         _check_known("router_dtype", (self.router_dtype or "float32",), DTYPES)
+        _check_known("experts_dtype", (self.experts_dtype or "float32",), EXPERTS_DTYPES)
 
     def alternatives(self, area: str) -> list[dict[str, tuple[Any, ...]]]:
         """The declared choices of an area, such as `routing`, as a list."""

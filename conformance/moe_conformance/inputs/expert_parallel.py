@@ -17,14 +17,18 @@ from moe_conformance.codec import replace_tensors, walk
 from moe_conformance.inputs.experts import build_experts, expert_inputs
 from moe_conformance.inputs.given import Content, Given, Inputs, Plan, Plans, Scope, choice
 
-UNIVERSE: dict[str, tuple[Any, ...]] = {"placement": (False, True), "part_of_world": (False, True)}
-"""Every value that the suite draws beside those of `experts`."""
-
 COUNTS = ("equal", "unequal", "one idle", "one busy")
 """Tokens of the ranks: as many on each; not as many; none on one of them; none on all but one."""
 
 SHARES = ("even", "uneven", "fewer")
 """Experts of the ranks: as many on each; one more on some; fewer experts than ranks."""
+
+UNIVERSE: dict[str, tuple[Any, ...]] = {
+    "placement": (False, True),
+    "part_of_world": (False, True),
+    "shares": SHARES,
+}
+"""Every value that the suite draws beside those of `experts`."""
 
 COPIES = ("in a row", "in a row", "dealt out")
 """Ranks of the physical experts: blocks of consecutive ones, as `place_experts` gives them; or one
@@ -58,13 +62,18 @@ def on_ranks(
     def plans(scope: Scope) -> Plans | None:
         drawn = base.plans(_without_maps(scope))
         least = 3 if part_of_world else 1
-        sizes = [size for size in scope.world_sizes if size >= least]
         allowed = {name: _allowed(scope, name) for name in UNIVERSE}
+        cuts = tuple(each for each in shares if each in allowed["shares"])
         with_copies = tuple(each for each in copies if each in allowed["placement"])
-        possible = sizes and with_copies and part_of_world in allowed["part_of_world"]
+        sizes = [
+            size
+            for size in scope.world_sizes
+            if size >= least and _least_experts(size, cuts) <= _most_experts(scope)
+        ]
+        possible = sizes and cuts and with_copies and part_of_world in allowed["part_of_world"]
         if drawn is None or not possible:
             return None
-        return _plans(drawn, sizes, scope, counts, shares, with_copies, to_one_rank, part_of_world)
+        return _plans(drawn, sizes, scope, counts, cuts, with_copies, to_one_rank, part_of_world)
 
     return Given(plans, build_on_ranks)
 
@@ -73,6 +82,30 @@ def _allowed(scope: Scope, name: str) -> set[Any]:
     """What is declared of `expert_parallel` by that name, in any of the alternatives."""
     listed = scope.capabilities.alternatives("expert_parallel")
     return {value for choice in listed for value in choice.get(name, UNIVERSE[name])}
+
+
+def _most_experts(scope: Scope) -> int:
+    return scope.capabilities.max_experts or 10**6
+
+
+def _least_experts(ranks: int, shares: tuple[str, ...]) -> int:
+    """With fewer experts the ranks could not have any of these shares."""
+    if "fewer" in shares:
+        return 1
+    return ranks if "even" in shares else ranks + 1
+
+
+def _experts_of(share: str, experts: int, ranks: int, shares: tuple[str, ...], most: int) -> int:
+    """About so many experts, of which ranks have such a share."""
+    if share == "even":
+        return max(1, min(-(-experts // ranks), most // ranks)) * ranks
+    if share == "fewer" and ranks > 1:
+        return 1 + experts % (ranks - 1)
+    if experts < ranks and "fewer" not in shares:
+        experts += ranks
+    if experts % ranks == 0:
+        experts += 1 if experts < most else -1
+    return experts
 
 
 def _without_maps(scope: Scope) -> Scope:
@@ -103,16 +136,11 @@ def _plans(
     if part_of_world:
         members = draw(choice(_parts(world_size)))
     ranks = len(members)
-    most = scope.capabilities.max_experts or 10**6
-    experts = plan["experts"]
-    share = draw(choice(shares))
-    if share == "even":
-        experts = max(1, min(-(-experts // ranks), most // ranks)) * ranks
-    elif share == "fewer" and ranks > 1:
-        experts = 1 + experts % (ranks - 1)
-    elif experts % ranks == 0:
-        experts += 1 if experts < most else -1
+    most = _most_experts(scope)
+    experts = _experts_of(draw(choice(shares)), plan["experts"], ranks, shares, most)
     experts = max(1, min(experts, most))
+    # Folded onto one rank's experts ids repeat; where they may not, each token has one.
+    most_k = 1 if to_one_rank and not scope.capabilities.repeated_ids else experts
     physical = None
     if draw(choice(copies)):
         more = draw(st.integers(1, 2 * ranks))
@@ -127,7 +155,7 @@ def _plans(
         "counts": _counts(draw, draw(choice(counts)), ranks),
         "experts": experts,
         "local": experts,
-        "top_k": min(plan["top_k"], experts),
+        "top_k": min(plan["top_k"], most_k),
         "physical": physical,
         "copies": draw(choice(COPIES)) if physical else None,
         "to_one_rank": to_one_rank,

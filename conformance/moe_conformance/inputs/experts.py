@@ -20,6 +20,7 @@ from moe_conformance.inputs.given import (
     Plans,
     Scope,
     choice,
+    loads_inside,
     seeds,
     sizes,
     torch_dtype,
@@ -114,7 +115,8 @@ def _plans(
         choices[name] = values
     capabilities = scope.capabilities
     exact = content == "exact"
-    if not scope.dtypes or (mixed and not capabilities.mixed_dtypes):
+    loads = loads_inside(scope, loads)
+    if not scope.dtypes or not loads or (mixed and not capabilities.mixed_dtypes):
         return None
     small = scope.interpreted
     hidden = multiples(48 if small else 80, capabilities.hidden_multiple)

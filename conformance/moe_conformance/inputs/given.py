@@ -146,6 +146,18 @@ def torch_dtype(name: str) -> torch.dtype:
     return found
 
 
+def loads_inside(scope: Scope, loads: tuple[str, ...]) -> tuple[str, ...]:
+    """The loads that the declaration allows: `duplicates` repeats ids within a row."""
+    if scope.capabilities.repeated_ids:
+        return loads
+    return tuple(load for load in loads if load != "duplicates")
+
+
+def distinct_rows(scope: Scope) -> Plan:
+    """What a plan holds where the ids of a row have to differ."""
+    return {} if scope.capabilities.repeated_ids else {"distinct": True}
+
+
 def deterministic(given: Given) -> Given:
     """The same inputs, for targets that are declared deterministic."""
     return Given(

@@ -22,6 +22,8 @@ from moe_conformance.inputs.given import (
     Plans,
     Scope,
     choice,
+    distinct_rows,
+    loads_inside,
     seeds,
     sizes,
     torch_dtype,
@@ -211,6 +213,7 @@ def _balance_plans(
     lengths = declared.get("sequence_length", (None, "any"))
     if least["top_k"] > (capabilities.max_top_k or least["top_k"]):
         return None
+    routings = loads_inside(scope, routings)
     routings = tuple(name for name in routings if name in declared.get("ids", (name,)))
     fewest = max(least["experts"], capabilities.min_experts)
     most = _most_experts(scope, max(least["most_experts"], fewest))
@@ -257,6 +260,7 @@ def _balance_plans(
             "counts": draw(choice(kinds)) if choices["tokens_per_expert"][0] else None,
             "layout": draw(choice(layouts(scope))),
             "seed": draw(seeds()),
+            **distinct_rows(scope),
         }
 
     return plan()
@@ -441,18 +445,21 @@ def fill_ids(
     """Expert ids [T, K] of a plan's routing, with the invalid ones that it asks for."""
     tokens, experts = logits.shape
     top_k, dtype = plan["top_k"], ID_DTYPES[plan["ids"]]
+    distinct = plan.get("distinct", False)
     if plan["routing"] == "chosen":
         ids = logits.double().sort(dim=-1, descending=True, stable=True).indices[:, :top_k].clone()
     else:
-        ids = spread(content, plan["routing"], tokens, experts, top_k, 16).clone()
+        ids = spread(content, plan["routing"], tokens, experts, top_k, 16, distinct=distinct)
+        ids = ids.clone()
     if plan["invalid"]:
         bad = torch.tensor((*INVALID, experts, experts + 1, 2 * experts))
         where = content.uniform(0, 1, tokens, top_k) < 0.3
         where.view(-1)[int(content.integers(0, tokens * top_k - 1, 1))] = True
         ids = bad[content.integers(0, len(bad) - 1, tokens, top_k)].where(where, ids)
     if mask is not None and bool((~mask).any()):
-        # All padding is sent to one expert.
-        ids[~mask] = logits[~mask].double().argmax(-1, keepdim=True)
+        # All padding is sent to one expert, or to that one and the same others.
+        best = logits[~mask].double().sort(dim=-1, descending=True, stable=True).indices
+        ids[~mask] = best[:, :top_k] if distinct else best[:, :1]
     return ids.to(dtype)
 
 
@@ -518,6 +525,7 @@ def biases(
     *,
     loads: tuple[str, ...] = LOADS,
     centred: bool | None = None,
+    simplest: bool = False,
     least_experts: int = 1,
     experts: tuple[int, ...] | None = None,
     rates: tuple[float, ...] = RATES,
@@ -528,6 +536,7 @@ def biases(
     Args:
         loads: how tokens spread over experts.
         centred: with the step's mean taken away, without, or (None) either.
+        simplest: without it only, where the target takes that.
         least_experts: smallest number of experts.
         experts: numbers of experts to draw from, or None for any.
         rates: sizes of a step.
@@ -542,6 +551,7 @@ def biases(
             for value in declared.get("centred", (False, True))
         }
         wanted = tuple(v for v in (False, True) if v in allowed and centred in (None, v))
+        wanted = wanted[:1] if simplest else wanted
         fewest = max(least_experts, capabilities.min_experts)
         most = capabilities.max_experts or (experts or EXPERTS)[-1]
         listed = [n for n in experts or () if fewest <= n <= most]

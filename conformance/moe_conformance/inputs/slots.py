@@ -20,10 +20,13 @@ from moe_conformance.inputs.given import (
     Plans,
     Scope,
     choice,
+    distinct_rows,
+    loads_inside,
     seeds,
     sizes,
     torch_dtype,
 )
+from moe_conformance.target import Capabilities
 from moe_conformance.worker import LAYOUTS
 
 BLOCK_SIZES = (1, 2, 4, 7, 8, 16, 32, 48, 64, 128, 256)
@@ -71,7 +74,8 @@ WIDE = tuple(size + off for size in (64, 128, 256, 512) for off in (-1, 0, 1))
 
 LOADS = ("uniform", "skewed", "half empty", "one expert", "duplicates", "full blocks", "one over")
 """How slots spread over experts. `one expert` gives all of them to the same, `duplicates` repeats
-experts within a row, `full blocks` gives experts whole blocks, `one over` a slot more than that."""
+experts within a row, `full blocks` gives experts whole blocks, `one over` a slot more than that.
+Where the ids of a row have to differ, `one expert` gives all tokens the same K experts."""
 
 INVALID = ("some", "tokens", "all")
 """Which ids mean *not here*: some of them, all of some tokens, all."""
@@ -135,6 +139,7 @@ def slots(
         if (moved and not scope.capabilities.strides) or (long and scope.interpreted):
             return None
         sized = _block_sizes(scope, *blocks)
+        taken = loads_inside(scope, loads)
         made = []
         for declared in scope.capabilities.alternatives("align"):
             choices = {
@@ -142,10 +147,10 @@ def slots(
                 "expert_map": _allowed(declared, "expert_map", mapped),
                 "drop_invalid": _allowed(declared, "drop_invalid", dropped),
             }
-            if sized and all(choices.values()):
+            if sized and taken and all(choices.values()):
                 least = max(least_experts, least_k)
                 made.append(
-                    _align_plans(scope, choices, loads, sized, (least, least_k), moved, long)
+                    _align_plans(scope, choices, taken, sized, (least, least_k), moved, long)
                 )
         possible = [each for each in made if each is not None]
         return st.one_of(possible) if possible else None
@@ -233,6 +238,7 @@ def _draw_ids(
         "load": draw(choice(loads)),
         "invalid": draw(_OFTEN) if draw(choice(invalid)) else None,
         "ids": draw(choice(capabilities.id_dtypes)),
+        **distinct_rows(scope),
     }
 
 
@@ -278,7 +284,8 @@ def build_slots(plan: Plan) -> Inputs:
 def fill_ids(content: Content, plan: Plan, block_size: int = 16) -> torch.Tensor:
     """Expert ids [T, K] of a plan's load, with the invalid ones that it asks for."""
     tokens, experts, top_k = plan["tokens"], plan["experts"], plan["top_k"]
-    ids = spread(content, plan["load"], tokens, experts, top_k, block_size)
+    distinct = plan.get("distinct", False)
+    ids = spread(content, plan["load"], tokens, experts, top_k, block_size, distinct=distinct)
     dtype = ID_DTYPES[plan["ids"]]
     if plan["invalid"] is not None:
         shape = (tokens, top_k)
@@ -312,9 +319,18 @@ def _not_here(content: Content, which: str, tokens: int, top_k: int) -> torch.Te
 
 
 def spread(
-    content: Content, load: str, tokens: int, experts: int, top_k: int, block_size: int
+    content: Content,
+    load: str,
+    tokens: int,
+    experts: int,
+    top_k: int,
+    block_size: int,
+    *,
+    distinct: bool = False,
 ) -> torch.Tensor:
-    """Valid expert ids [T, K], int64, with one of the `LOADS`."""
+    """Valid expert ids [T, K], int64, with one of the `LOADS`; `distinct` ones within a row."""
+    if distinct and load in ("one expert", "full blocks", "one over"):
+        return _spread_distinct(content, load, tokens, experts, top_k, block_size)
     if load == "one expert":
         return content.integers(0, experts - 1, 1, 1).repeat(tokens, top_k)
     if load == "duplicates":
@@ -341,6 +357,33 @@ def spread(
         noise = -(-content.uniform(1e-9, 1, tokens, experts).log()).log()
         return (popularity + noise).argsort(-1, descending=True)[:, :top_k]
     return content.distinct(tokens, experts, top_k)
+
+
+def _spread_distinct(
+    content: Content, load: str, tokens: int, experts: int, top_k: int, block_size: int
+) -> torch.Tensor:
+    """Loads in which no expert has more slots than there are tokens."""
+    order = content.permutation(experts)
+    if load == "one expert":
+        return order[:top_k].repeat(tokens, 1)
+    total, over = tokens * top_k, int(load == "one over")
+    # The largest count of whole blocks, and a slot more, that T has room for.
+    largest = (tokens - over) // block_size * block_size + over or tokens
+    blocks = content.integers(1, 2, experts) if over else -(-total // (experts * block_size))
+    counts = (torch.zeros_like(order) + blocks * block_size + over).clamp_max(largest)
+    counts = _first_of(counts, total)
+    # What is left over goes to experts that have room, past whole blocks only if it must.
+    for room in (largest, tokens):
+        counts += _first_of(room - counts, total - int(counts.sum()))
+    # Equal ids are less than T apart, and so in different rows of what is filled by columns.
+    ids = order.repeat_interleave(counts).reshape(top_k, tokens).T[content.permutation(tokens)]
+    return ids.gather(1, content.distinct(tokens, top_k, top_k))
+
+
+def _first_of(counts: torch.Tensor, total: int) -> torch.Tensor:
+    """The same counts, but none beyond a sum of `total`."""
+    before = counts.cumsum(0) - counts
+    return (total - before).clamp_min(0).minimum(counts)
 
 
 def batched(
@@ -456,16 +499,18 @@ def rows(
     """
 
     def plans(scope: Scope) -> Plans | None:
-        wanted = _not_here_choices(scope, invalid)
+        wanted, taken = _not_here_choices(scope, invalid), loads_inside(scope, loads)
         if not scope.dtypes or not wanted or (moved and not scope.capabilities.strides):
             return None
         if not _enough_experts(scope, least_experts, least_k) or (long and scope.interpreted):
+            return None
+        if not taken:
             return None
         least = max(least_experts, least_k)
 
         @st.composite
         def plan(draw: st.DrawFn) -> Plan:
-            drawn = _draw_ids(draw, scope, loads, wanted, least, least_k, long=long)
+            drawn = _draw_ids(draw, scope, taken, wanted, least, least_k, long=long)
             slots = drawn["tokens"] * drawn["top_k"]
             return {**drawn, **_draw_rows(draw, scope, content, moved, slots)}
 
@@ -565,6 +610,8 @@ def scattered(
             return None
         if not _enough_experts(scope, 1, least_k) or (long and scope.interpreted):
             return None
+        if appended and not scope.capabilities.appended_rows:
+            return None
         most = max(least_k, min(scope.capabilities.max_top_k or 16, 16))
 
         @st.composite
@@ -626,28 +673,26 @@ def capacities(
     def plans(scope: Scope) -> Plans | None:
         if moved and not scope.capabilities.strides:
             return None
-        wanted = _not_here_choices(scope, invalid)
-        declared = [
-            policy
-            for choice in scope.capabilities.alternatives("capacity")
-            for policy in choice.get("policy", policies)
-        ]
-        allowed = tuple(policy for policy in policies if policy in declared)
-        if not wanted or not scope.dtypes or not allowed:
+        wanted, taken = _not_here_choices(scope, invalid), loads_inside(scope, loads)
+        ranges = {policy: _ranges(scope.capabilities, policy) for policy in policies}
+        allowed = tuple(policy for policy in policies if ranges[policy])
+        if not wanted or not taken or not scope.dtypes or not allowed:
             return None
         dtypes = tuple(dict.fromkeys(("float32", *scope.dtypes)))
 
         @st.composite
         def plan(draw: st.DrawFn) -> Plan:
-            drawn = _draw_ids(draw, scope, loads, wanted, 2 if tight else 1, 1)
+            drawn = _draw_ids(draw, scope, taken, wanted, 2 if tight else 1, 1)
             total = drawn["tokens"] * drawn["top_k"]
             mean = -(-total // drawn["experts"])
             some = st.one_of(st.integers(0, 2 * mean), st.just(mean), st.just(total + 1))
+            capacity = draw(st.integers(1, max(1, mean // 2)) if tight else some)
+            policy = draw(choice(allowed))
             return {
                 **drawn,
-                "capacity": draw(st.integers(1, max(1, mean // 2)) if tight else some),
-                "policy": draw(choice(allowed)),
-                "range": draw(choice(RANGES)),
+                "capacity": capacity,
+                "policy": policy,
+                "range": draw(choice(ranges[policy])),
                 "dtype": draw(choice(dtypes)),
                 "layout": draw(choice(GIVEN_LAYOUTS)) if moved else "contiguous",
                 "seed": draw(seeds()),
@@ -656,6 +701,21 @@ def capacities(
         return plan()
 
     return Given(plans, build_capacities)
+
+
+def signed_weights(capabilities: Capabilities, policy: str) -> set[bool]:
+    """Whether a policy takes weights with some below 0 (True), and without (False)."""
+    return {
+        value
+        for declared in capabilities.alternatives("capacity")
+        if policy in declared.get("policy", (policy,))
+        for value in declared.get("signed_weights", (False, True))
+    }
+
+
+def _ranges(capabilities: Capabilities, policy: str) -> tuple[str, ...]:
+    taken = signed_weights(capabilities, policy)
+    return tuple(name for name in RANGES if (name == "signed") in taken)
 
 
 def build_capacities(plan: Plan) -> Inputs:

@@ -31,6 +31,7 @@ from moe_conformance.inputs.slots import (
     capacities,
     rows,
     scattered,
+    signed_weights,
 )
 from moe_conformance.judge import Violation, equal, has_form, impostors, within
 from moe_conformance.precision import TINY, UNIT
@@ -245,7 +246,7 @@ def counts_are_slots_per_expert(case: Case) -> None:
     MUST,
     "dispatch",
     "Every slot whose id is valid MUST be in `slots` exactly once; further rows may be appended "
-    "and carry T·K.",
+    "and carry T·K, but by a target that declares that it appends none.",
     reason="`slots` is the way back: a slot that is missing or stands twice is a pair that is lost "
     "or added twice.",
     sources=(
@@ -256,15 +257,19 @@ def counts_are_slots_per_expert(case: Case) -> None:
     references=DISPATCH,
 )
 def every_slot_has_one_row(case: Case) -> None:
-    """Each valid slot once, nothing outside of 0 … T·K, and T·K at the end only."""
+    """Each valid slot once, nothing outside of 0 … T·K, and T·K at the end only, or nowhere."""
     found, _ = _dispatch(case)
     owner, total = found.owner, len(found.owner)
+    appends = case.scope.capabilities.appended_rows
 
     def rule(slots: torch.Tensor) -> None:
         outside = (slots < 0) | (slots > total)
         known = (slots >= 0) & (slots < total)
         early = ~known & ~outside & (known.flip(0).cumsum(0).flip(0) > 0)
-        for name, wrong in (("a slot or T·K", outside), ("no slot after an appended row", early)):
+        checks = [("a slot or T·K", outside), ("no slot after an appended row", early)]
+        if not appends:
+            checks.append(("no appended row, the slot of which is T·K", slots == total))
+        for name, wrong in checks:
             if bool(wrong.any()):
                 place = int(wrong.nonzero()[0])
                 raise Violation(
@@ -1009,9 +1014,14 @@ def the_first_pairs_stay(case: Case) -> None:
     kinds=2,
 )
 def the_largest_weights_stay(case: Case) -> None:
-    """The same pairs with weights as drawn, below zero, on both sides of it, and above one."""
+    """The same pairs with weights as drawn, below zero, on both sides of it, and above one.
+
+    Without those that have a sign, where the target takes none.
+    """
     drawn = case["weights"]
-    for given in (drawn, -drawn, drawn - drawn.mean(), 4 * drawn):
+    signs = signed_weights(case.scope.capabilities, "probs")
+    signed = (-drawn, drawn - drawn.mean()) if True in signs else ()
+    for given in (drawn, *signed, 4 * drawn):
         found, keys = _drop(case, weights=given), given.double()
 
         def rule(ids: torch.Tensor, found: Kept = found, keys: torch.Tensor = keys) -> None:

@@ -27,9 +27,9 @@ from moe_conformance.judge import (
     equal,
     has_form,
     impostors,
+    telling_scale,
     within,
 )
-from moe_conformance.precision import Arithmetic
 from moe_conformance.registry import MUST, requirement
 from moe_conformance.requirements.experts import (
     arithmetic_of,
@@ -75,7 +75,7 @@ def oracle_of(case: Case, **changed: Any) -> Spread:
     points = declared.points
     if declared.dtype != "float64":
         points = points | {"expert_input", "expert_output"}
-    arithmetic = Arithmetic(declared.dtype, declared.accumulator, points)
+    arithmetic = dataclasses.replace(declared, points=points)
     return experts_oracle(**given, arithmetic=arithmetic)
 
 
@@ -108,12 +108,20 @@ def close_on_ranks(spread: Spread, counts: Sequence[int]) -> Callable[[Tensors],
     return rule
 
 
+def scale_of(spread: Spread) -> float:
+    """The factor that no legal output is off by."""
+    return telling_scale(spread.value, spread.sigma, spread.freedom)
+
+
 def wrong_outputs(
-    case: Case, expected: torch.Tensor, others: dict[str, torch.Tensor] | None = None
+    case: Case,
+    expected: torch.Tensor,
+    others: dict[str, torch.Tensor] | None = None,
+    scale: float = 1.25,
 ) -> Iterator[tuple[str, Tensors]]:
     """Outputs that any check has to refuse, cut into those of the ranks."""
     counts = counts_of(case)
-    for name, value in impostors(expected, 1.25):
+    for name, value in impostors(expected, scale):
         yield name, list(value.split(counts))
     for name, value in (others or {}).items():
         if not torch.equal(value.nan_to_num(), expected.nan_to_num()):
@@ -128,7 +136,9 @@ def judge_outputs(
     spread = oracle_of(case)
     outputs = outputs_of(answer, case["ranks"])
     case.judge(
-        close_on_ranks(spread, counts_of(case)), outputs, wrong_outputs(case, spread.value, others)
+        close_on_ranks(spread, counts_of(case)),
+        outputs,
+        wrong_outputs(case, spread.value, others, scale_of(spread)),
     )
 
 
@@ -612,7 +622,10 @@ def a_second_call_is_right(case: Case) -> None:
     second(case)
     answers = case.session([first, case.planned(OPERATION, **arguments(case))])
     outputs = outputs_of(answers[0], first_ranks)
-    wrong = [(name, list(value.split(counts))) for name, value in impostors(expected.value, 1.25)]
+    wrong = [
+        (name, list(value.split(counts)))
+        for name, value in impostors(expected.value, scale_of(expected))
+    ]
     case.judge(close_on_ranks(expected, counts), outputs, wrong)
     judge_outputs(case, answers[1])
 

@@ -24,6 +24,7 @@ from moe_conformance.judge import (
     equals,
     has_form,
     impostors,
+    telling_scale,
     within,
 )
 from moe_conformance.precision import UNIT, Arithmetic
@@ -77,13 +78,18 @@ def rule_of(spread: Spread, what: str = "output") -> Callable[[torch.Tensor], Cl
     return lambda answer: close(what, answer, spread.value, spread.sigma, spread.freedom)
 
 
+def wrong_outputs(spread: Spread) -> Iterator[tuple[str, torch.Tensor]]:
+    """Outputs that any check has to refuse."""
+    return impostors(spread.value, telling_scale(spread.value, spread.sigma, spread.freedom))
+
+
 def judge_output(
     case: Case, output: torch.Tensor, spread: Spread, others: dict[str, torch.Tensor] | None = None
 ) -> None:
     """Judge an output, with the usual impostors and some of the property's own."""
 
     def wrong() -> Iterator[tuple[str, torch.Tensor]]:
-        yield from impostors(spread.value)
+        yield from wrong_outputs(spread)
         for name, value in (others or {}).items():
             if not torch.equal(value, spread.value):
                 yield name, value
@@ -513,17 +519,21 @@ def expected_gradients(
     inner, top_k = given["experts"].down.shape[-1], given["weights"].shape[1]
     terms = 4 * (hidden + inner + tokens * top_k)
     u = max(arithmetic.accumulator_unit, UNIT["tf32"] if arithmetic.accumulator == "tf32" else 0.0)
+    inner = arithmetic.of_experts
+    u = max(u, inner.accumulator_unit, UNIT["tf32"] if inner.accumulator == "tf32" else 0.0)
     stages = 8  # rounded results between an input and its gradient, forward and back
+    if arithmetic.inside is not None:
+        stages += 4  # x, both matrices and the cotangent, on their way in
     sizes = functools.cache(functools.partial(_gradient_sizes, given))
     bound = {}
     for path in paths:
         # A gradient has the dtype of what it belongs to, and may be summed in it.
         own = str(_dtype(given, path)).removeprefix("torch.")
-        unit = max(arithmetic.unit, UNIT[own])
+        unit = max(arithmetic.unit, UNIT[own], inner.unit)
         relative = terms * u + stages * max(u, unit) + unit
         bound[path] = relative * sizes(relative)[path] + 2 * relative * expected[path].abs()
         bound[path] = bound[path] + 1e-30
-        if {arithmetic.dtype, own} & {"float16", "bfloat16"}:
+        if {arithmetic.dtype, own, inner.dtype} & {"float16", "bfloat16"}:
             bound[path] = bound[path] + 2.0**-24 * stages
     return expected, bound
 
@@ -636,17 +646,23 @@ def _near_kink(
     references=("experts.experts",),
 )  # fmt: skip
 def nothing_routed_gives_zero_gradients(case: Case) -> None:
-    """Every pair goes to expert 0, so all others must have gradients of exactly zero."""
+    """Every pair goes to expert 0, so all others must have gradients of exactly zero.
+
+    Where the ids of a row have to differ, every token goes to the first K.
+    """
     ids = torch.zeros_like(case["expert_ids"])
+    if not case.scope.capabilities.repeated_ids:
+        ids = ids + torch.arange(ids.shape[1]).to(ids)
+    used = 1 + int(ids.max())
     found = _gradients(case, arguments(case, expert_ids=ids))
-    if len(case["experts"].gate_up) == 1:
-        case.vacuous.append("one expert cannot be empty")
+    if len(case["experts"].gate_up) == used:
+        case.vacuous.append("one expert cannot be empty" if used == 1 else "no expert is empty")
     for path in ("experts.gate_up", "experts.down"):
         gradient = found[path]
         if gradient is None:
             raise Violation(f"gradient of {path}: expected a tensor, got None")
-        idle = gradient[1:]
-        rule = equals(f"gradient of {path}, from expert 1 on", torch.zeros_like(idle))
+        idle = gradient[used:]
+        rule = equals(f"gradient of {path}, from expert {used} on", torch.zeros_like(idle))
         case.judge(rule, idle, [("ones", torch.ones(max(1, len(idle)), *idle.shape[1:]))])
 
 
@@ -738,7 +754,7 @@ def batched_rows_are_each_experts_own(case: Case) -> None:
         return close("output", rows, spread.value, spread.sigma, spread.freedom)
 
     case.note("an expert without rows", bool((case["tokens_per_expert"] == 0).any()))
-    case.judge(rule, flat, impostors(spread.value))
+    case.judge(rule, flat, wrong_outputs(spread))
 
 
 def _batch(case: Case, **changed: Any) -> dict[str, Any]:
@@ -1056,7 +1072,7 @@ def a_batch_in_the_same_storage_is_another_batch(case: Case) -> None:
         return close("the second answer", flat, spread.value, spread.sigma, spread.freedom)
 
     answer = output_of(answers[1], x)
-    wrong = [(name, (value, again)) for name, value in impostors(spread.value)]
+    wrong = [(name, (value, again)) for name, value in wrong_outputs(spread)]
     case.judge(rule, (answer, again), [*wrong, ("written over", (answer, again + 1))])
 
 
@@ -1164,7 +1180,7 @@ def weights_of_a_batch_have_a_dtype_of_their_own(case: Case) -> None:
     spread = experts_oracle(**_as_pairs(case), arithmetic=arithmetic_of(case, case["x"]))
     case.note("another dtype than x", case["experts"].down.dtype is not case["x"].dtype)
     flat = output.reshape(spread.value.shape)
-    case.judge(rule_of(spread), flat, impostors(spread.value))
+    case.judge(rule_of(spread), flat, wrong_outputs(spread))
 
 
 @requirement(

@@ -16,7 +16,16 @@ from moe_conformance.codec import replace_tensors, walk
 from moe_conformance.experts_oracle import Spread, expert_spread, experts_oracle
 from moe_conformance.inputs.given import Content, Given, Scope
 from moe_conformance.inputs.layer import layer_inputs
-from moe_conformance.judge import Closeness, Violation, close, equal, has_form, impostors, within
+from moe_conformance.judge import (
+    Closeness,
+    Violation,
+    close,
+    equal,
+    has_form,
+    impostors,
+    telling_scale,
+    within,
+)
 from moe_conformance.precision import FLOOR, TINY, UNIT, Arithmetic
 from moe_conformance.registry import MUST, SHOULD, requirement
 from moe_conformance.routing_oracle import C, RoutingOracle
@@ -155,7 +164,7 @@ def _expected(
         ).value.abs()
         variance = variance + (relative * (size + value.abs())).square()
     if parameters.shared is not None:
-        shared, shared_variance = _shared(x, parameters, config, arithmetic)
+        shared, shared_variance = _shared(x, parameters, config, arithmetic.outside)
         value = value + shared
         variance = variance + shared_variance + arithmetic.variance(value)
     shape = case["x"].shape
@@ -216,7 +225,8 @@ def _judge(
     def wrong() -> Iterator[tuple[str, torch.Tensor]]:
         if not bool(kept.any()):
             return
-        for name, value in impostors(spread.value[kept]):
+        scale = telling_scale(spread.value[kept], spread.sigma[kept], spread.freedom[kept])
+        for name, value in impostors(spread.value[kept], scale):
             whole = spread.value.clone()
             whole[kept] = value
             yield name, whole
@@ -503,6 +513,8 @@ def _wide_only(given: Given) -> Given:
         kept = tuple(dtype for dtype in scope.dtypes if dtype in WIDE)
         if capabilities.accumulator in NARROW:
             kept = tuple(dtype for dtype in kept if dtype == "float64")
+        if capabilities.experts_dtype in NARROW:
+            kept = ()
         if "layer" not in capabilities.gradients or not kept:
             return None
         return given.plans(dataclasses.replace(scope, dtypes=kept))
@@ -517,10 +529,10 @@ def _leaves(parameters: LayerWeights) -> list[str]:
 
 
 def _evaluated(case: Case) -> tuple[str, ...]:
-    """What a gradient is computed in: the dtype of x, and the router's where it is declared."""
-    router = case.scope.capabilities.router_dtype
+    """What a gradient is computed in: x's dtype, and the router's and experts' where declared."""
+    declared = case.scope.capabilities
     own = str(case["x"].dtype).removeprefix("torch.")
-    return (own, router) if router in SLACK else (own,)
+    return (own, *(d for d in (declared.router_dtype, declared.experts_dtype) if d in SLACK))
 
 
 def _cotangent(x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,163 @@
+"""The megatron-core targets: what they call, what they conform on, what they are known to fail."""
+
+import importlib.metadata
+
+import pytest
+import torch
+
+pytest.importorskip("megatron.core", exc_type=ImportError)
+
+from moe_conformance.executor import InlineExecutor
+from moe_conformance.registry import requirements
+from moe_conformance.runner import Effort, run_requirement
+from moe_conformance.selfcheck import inline_scope
+from moe_conformance.target import Unsupported
+from moe_conformance.targets.megatron import Megatron, MegatronBias
+from moe_reference.config import BalanceConfig, RoutingConfig
+from moe_reference.dispatch import combine, dispatch
+from moe_reference.gating import route
+from moe_reference.load_balancing import balance_loss
+
+FEW = Effort(examples=2, minimum=1, shrinks=0)
+RARE = Effort(examples=30, minimum=1, shrinks=0)
+ONCE = Effort(examples=1, minimum=1, shrinks=0)
+
+# Found by nearly every case that is drawn for them.
+KNOWN = {
+    Megatron: (
+        *("BALANCE-14", "BALANCE-15", "BALANCE-16", "BALANCE-17", "BALANCE-25", "BALANCE-27"),
+        *("BALANCE-30", "BALANCE-31", "BALANCE-33", "BALANCE-35", "BALANCE-47"),
+        *("DISPATCH-23", "DISPATCH-31", "GATE-08", "GATE-09", "GATE-19"),
+    ),
+    MegatronBias: ("BALANCE-38", "BALANCE-43"),
+}
+
+CONFORMS = {
+    Megatron: (
+        *("BALANCE-01", "BALANCE-12", "BALANCE-18", "BALANCE-26", "BALANCE-46", "BALANCE-49"),
+        *("BALANCE-28", "DISPATCH-11", "DISPATCH-12", "DISPATCH-20", "DISPATCH-28"),
+        *("DISPATCH-32", "DISPATCH-37", "DISPATCH-26", "DISPATCH-44"),
+        *("GATE-01", "GATE-05", "GATE-10", "GATE-11", "GATE-12", "GATE-18"),
+    ),
+    MegatronBias: ("BALANCE-36", "BALANCE-37", "BALANCE-41", "BALANCE-42", "BALANCE-55"),
+}
+
+# The library's functions, and the operation that each one serves.
+CALLED = {
+    "topk_routing_with_score_function": "route",
+    "compute_routing_scores_for_aux_loss": "balance_loss",
+    "get_tokens_per_expert_and_token_count": "balance_loss",
+    "switch_load_balancing_loss_func": "balance_loss",
+    "z_loss_func": "z_loss",
+    "permute": "dispatch",
+    "unpermute": "combine",
+    "apply_router_token_dropping": "drop_to_capacity",
+    "get_updated_expert_bias": "update_bias",
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def targets():
+    return {made: made() for made in KNOWN}
+
+
+def status(target, id, effort):
+    [requirement] = [each for each in requirements() if each.id == id]
+    executor = InlineExecutor(target)
+    return run_requirement(requirement, inline_scope(executor), executor, effort, seed=0).status
+
+
+@pytest.mark.parametrize(("made", "id"), [(m, id) for m, ids in KNOWN.items() for id in ids])
+def test_what_is_known_is_found(targets, made, id):
+    assert status(targets[made], id, RARE) in ("fail", "crash")
+
+
+@pytest.mark.parametrize(("made", "id"), [(m, id) for m, ids in CONFORMS.items() for id in ids])
+def test_the_rest_conforms(targets, made, id):
+    assert status(targets[made], id, FEW) == "pass"
+
+
+@pytest.mark.parametrize("function", CALLED)
+def test_every_answer_is_the_library_s(targets, monkeypatch, function):
+    operation = CALLED[function]
+    made = MegatronBias if operation == "update_bias" else Megatron
+    target = targets[made]
+
+    def broken(*args, **named):
+        raise OSError("broken")
+
+    monkeypatch.setattr(target._utils, function, broken)
+    served = [each.id for each in requirements() if each.operation == operation]
+    found = {id: status(target, id, ONCE) for id in served}
+    if function in ("get_tokens_per_expert_and_token_count", "switch_load_balancing_loss_func"):
+        # The loss over sequences has them from another module: see below.
+        assert "crash" in found.values()
+    else:
+        assert not {"pass", "observed"} & set(found.values()), found
+
+
+def test_the_loss_over_sequences_is_the_router_s(targets, monkeypatch):
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    config = BalanceConfig("deepseek_sequence", sequence_length=4)
+    logits = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+    ids = logits.topk(2).indices
+    found = targets[Megatron].balance_loss(logits, ids, config)
+    torch.testing.assert_close(found, balance_loss(logits, ids, config))
+
+    def broken(*args, **named):
+        raise OSError("broken")
+
+    monkeypatch.setattr(TopKRouter, "_apply_seq_aux_loss", broken)
+    with pytest.raises(OSError, match="broken"):
+        targets[Megatron].balance_loss(logits, ids, config)
+
+
+def test_the_group_score_is_the_one_with_its_name(targets):
+    logits = torch.randn(50, 24, generator=torch.Generator().manual_seed(0))
+    for top_k, topk_groups in ((2, 2), (4, 2), (6, 2), (7, 2), (6, 3)):
+        config = RoutingConfig(
+            top_k, num_groups=4, topk_groups=topk_groups, group_score="topk_share_sum"
+        )
+        _, ids = targets[Megatron].route(logits, config)
+        assert torch.equal(ids, route(logits, config)[1].sort().values)
+
+
+def test_rows_go_there_and_back(targets):
+    target, random = targets[Megatron], torch.Generator().manual_seed(0)
+    x, ids = torch.randn(9, 3, generator=random), torch.rand(9, 6, generator=random).topk(3).indices
+    ids[2, 1], ids[4, 0] = -1, 6
+    weights = torch.rand(9, 3, generator=random)
+    for actual, wanted in zip(target.dispatch(x, ids, 6), dispatch(x, ids, 6), strict=True):
+        assert torch.equal(actual, wanted.to(actual.dtype))
+    rows, _, slots = target.dispatch(x, ids, 6)
+    shuffled = torch.randperm(len(slots), generator=random)
+    torch.testing.assert_close(
+        target.combine(rows[shuffled], slots[shuffled], weights), combine(rows, slots, weights)
+    )
+
+
+def test_a_row_that_names_an_expert_twice_is_refused(targets):
+    with pytest.raises(Unsupported, match="twice"):
+        targets[Megatron].dispatch(torch.zeros(1, 1), torch.tensor([[0, 0]]), 2)
+
+
+@pytest.mark.parametrize("found", ["", "0.15.3"])
+@pytest.mark.parametrize("made", KNOWN)
+def test_a_missing_or_old_library_is_one_sentence(monkeypatch, made, found):
+    def version(name):
+        if not found:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(ImportError, match=f"megatron.* 0.16, found {found or 'none'}: pip install"):
+        made()
