@@ -137,7 +137,8 @@ def breadth(
     Declared are the cells of provided operations with declared dtypes and allowed values. A field
     that is not named allows every value. With several alternatives a value is allowed where any of
     them allows it. A value that only the target declares counts as one of ours, up to as many as we
-    have. Limits on sizes, multiples, world sizes and formats have no cells.
+    have. Limits on sizes, multiples, world sizes and formats, and what is declared by one bool,
+    have no cells.
 
     Args:
         capabilities: the declaration.
@@ -406,7 +407,8 @@ def last_line(report: Report, directory: Path | None = None) -> str:
     name, spread = report["target"]["name"], report["breadth"]
     waived = report["counts"].get("waived", 0)
     line = (
-        f"{name}: {words(report['verdict'])}{f' ({waived} waived)' if waived else ''}; breadth: "
+        f"{name}: {words(report['verdict'])}{f' ({waived} waived)' if waived else ''}"
+        f"{', interpreted' if report['target']['capabilities']['interpreted'] else ''}; breadth: "
         f"{spread['operations']['provided']}/{spread['operations']['all']} operations, "
         f"{spread['cells']['declared']}/{spread['cells']['all']} cells, "
         f"{spread['requirements_run']}/{spread['requirements_in_all']} requirements run"
