@@ -4,6 +4,7 @@ PYTHON ?= python3
 # A GPU box has a torch of its own: `make gpu` needs neither .venv nor a network.
 GPU_PYTHON ?= python3
 OUT ?= benchmarks/results
+FAMILIES ?= mixtral qwen3_moe deepseek_v3 gpt_oss
 BIN := .venv/bin
 STAMP := .venv/.moespec-setup
 
@@ -23,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt .ci/setup_venv.py
 	@touch $(STAMP)
 
 conformance: setup ## check this project's kernels and the layers of Hugging Face transformers
-	@$(BIN)/moespec check optimized transformers
+	@$(BIN)/moespec check optimized $(FAMILIES:%=transformers/%-grouped_mm)
 
 # One test process per core; threads of torch within each would only wait for each other.
 test: setup ## run the test suite

@@ -20,6 +20,8 @@ A marker is an HTML comment on a line of its own or inside a table cell:
 - `findings: libraries` - docs/data/findings.toml, library by library; also `sigmoid`, what
   benchmarks/uneven.py recorded
 - `matrix: verdicts` - what benchmarks/libraries.py recorded; see docs/pictures/matrix.py for more
+- `mutants: survivors` - what benchmarks/mutation.py recorded, with docs/data/mutants.toml; also
+  `environment`
 - `help: check` - what `moespec check --help` prints
 - `faults: rows` - what benchmarks/faults.py recorded; also `environment`, `operations`
 - `scale: links` - what benchmarks/scale_model.py recorded; also `environment`, `times`,
@@ -42,6 +44,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from collections import Counter
 from dataclasses import MISSING, fields
 from functools import cache
 from importlib import import_module
@@ -64,7 +67,7 @@ from typer.testing import CliRunner
 DOCS = Path(__file__).parent
 MARKER = re.compile(r"<!-- (requirements|requirements table|operations table|concepts table|presets"
                     r"|families|seen|document|documents table|documents|equivalences|calibration"
-                    r"|findings|faults|matrix|performance|picture|help|scale|terminal)"
+                    r"|findings|faults|matrix|mutants|performance|picture|help|scale|terminal)"
                     r"(?:: (.*?))? -->")  # fmt: skip
 LOADERS = re.compile(r"<!-- Load mathjax -->.*?<!-- End of mermaid configuration -->", re.DOTALL)
 THREAD = re.compile(r"([\w./-]+) ?(#\d+)")
@@ -192,6 +195,8 @@ def _fill(kind, argument, file):
         return _faults(argument, file)
     if kind == "scale":
         return _scale(argument)
+    if kind == "mutants":
+        return _mutants(argument)
     if kind == "matrix":
         return import_module("pictures.matrix").part(argument)
     if kind == "performance":
@@ -260,6 +265,28 @@ def _faults(part, file):
         for row in rows
     ]  # fmt: skip
     return _table(["fault", "caught by", "seeds", "shows on", "cases until then"], made)
+
+
+def _mutants(part):
+    record = json.loads((DOCS.parent / "benchmarks/results/mutation.json").read_text())
+    if part == "environment":
+        machine = record["machine"]
+        again = f", then `{record['again']['command']}`" if "again" in record else ""
+        return (
+            f"`{record['command']}`{again} on {record['date']}, commit "
+            f"`{record['commit'][:10]}`, torch {machine['torch']}, Python {machine['python']}: "
+            f"{record['mutants']} mutants drawn, {record['survived']} survived."
+        )
+    survivors = [row for row in record["rows"] if row["by"] is None]
+    places = Counter(f"{row['mutant'].split(':')[0]}:{row['line'].split(':')[0]}"
+                     for row in survivors)  # fmt: skip
+    rows = [
+        [", ".join(f"`{place}`" for place in each["places"] if place in places),
+         str(sum(places[place] for place in each["places"])), each["kind"], each["why"]]
+        for each in tomllib.loads((DOCS / "data" / "mutants.toml").read_text())["line"]
+        if any(place in places for place in each["places"])
+    ]  # fmt: skip
+    return _table(["module and line", "mutants", "kind", "why nothing notices"], rows)
 
 
 def _findings(part, file):

@@ -131,8 +131,9 @@ class Capabilities:
         world_sizes: numbers of ranks that `expert_parallel` runs on; () runs on any.
         formats: quantised formats, of `FORMATS`.
         quantization: the same as `experts` for `group_size` (-1 is one group), `scale_dtype`,
-            `g_idx` and `padding` (with and without) of packed tensors, and for `granularity` of
-            e4m3 (tensor, channel, block).
+            `g_idx` and `padding` (with and without) of packed tensors, for `granularity` of e4m3
+            (tensor, channel, block), and for `activation_format` (None, int8, e4m3, e4m3_block,
+            Q8_1) and `activation_scales` (with and without).
         gradients: operations whose outputs carry gradients.
         ties: "lowest" (the lowest expert id wins) or "free".
         repeated_ids: a row of `expert_ids` may name an expert twice, in every operation that takes

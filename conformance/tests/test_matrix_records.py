@@ -62,6 +62,19 @@ def test_every_library_of_the_table_was_run():
         assert record["reports"], path.stem
 
 
+def test_every_mutant_that_survives_is_explained():
+    record = json.loads((ROOT / "benchmarks/results/mutation.json").read_text())
+    lines = tomllib.loads((ROOT / "docs/data/mutants.toml").read_text())["line"]
+    explained = [place for each in lines for place in each["places"]]
+    assert len(set(explained)) == len(explained)
+    survivors = {
+        f"{row['mutant'].split(':')[0]}:{row['line'].split(':')[0]}"
+        for row in record["rows"]
+        if row["by"] is None
+    }
+    assert survivors == set(explained)
+
+
 def test_a_summary_has_all_that_the_matrix_shows(tmp_path):
     [report] = reports_of(ROOT / "benchmarks/results/libraries/reference.json")
     whole = restored(report)

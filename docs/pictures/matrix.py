@@ -145,6 +145,8 @@ def _experts():
             [
                 f"`{target['name']}`",
                 ", ".join(capabilities["dtypes"]),
+                # Records from before there was such a field have none.
+                capabilities.get("experts_dtype") or "x's dtype",
                 _values(capabilities, "experts", "activation"),
                 _values(capabilities, "experts", "gated"),
                 _values(capabilities, "experts", "bias"),
@@ -154,8 +156,8 @@ def _experts():
                 "yes" if "experts" in capabilities["gradients"] else "no",
             ]
         )
-    head = ["target", "dtypes", "activations", "gated", "biases", "weight on", "adds up in"]
-    return _table([*head, "rounds at", "gradients"], _grouped(made))
+    head = ["target", "dtypes", "computed in", "activations", "gated", "biases", "weight on"]
+    return _table([*head, "adds up in", "rounds at", "gradients"], _grouped(made))
 
 
 def _environments():
