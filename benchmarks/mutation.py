@@ -213,11 +213,12 @@ def main():
     parser.add_argument("--cases", type=int, default=30)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--again", action="store_true", help="only what survived")
+    parser.add_argument("--line", type=int, help="with --again: only mutants of this line")
     options = parser.parse_args()
     torch.set_num_threads(1)
     one = functools.partial(measure, cases=options.cases)
     if options.again:
-        return again(one, options.jobs, options.module or tuple(OPERATIONS))
+        return again(one, options.jobs, options.module or tuple(OPERATIONS), options.line)
     keys = [key for module in options.module or OPERATIONS for key in _texts(module)]
     drawn = random.Random(0).sample(keys, round(len(keys) * options.share))
     keys = [key for key in keys if key in set(drawn)]
@@ -228,11 +229,14 @@ def main():
     tell(about_all, resumed("mutation", keys, one, options.jobs))
 
 
-def again(one, jobs, modules):
+def again(one, jobs, modules, line):
     """Replace the rows of survivors; what else the record says of itself stays."""
     record = json.loads((RESULTS / "mutation.json").read_text())
-    survived = [row["mutant"] for row in record["rows"] if row["by"] is None]
-    left = [name for name in survived if name.split(":")[0] in modules]
+    survived = [row for row in record["rows"] if row["by"] is None]
+    if line is not None:
+        survived = [row for row in survived if row["line"].startswith(f"{line}:")]
+    names = [row["mutant"] for row in survived]
+    left = [name for name in names if name.split(":")[0] in modules]
     found = {row["mutant"]: row for row in resumed("mutation-again", left, one, jobs)}
     rows = [found.get(row["mutant"], row) for row in record["rows"]]
     first = {name: record[name] for name in ("what", "command", "date", "commit", "machine")}

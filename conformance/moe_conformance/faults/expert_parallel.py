@@ -515,6 +515,20 @@ class IdsBeyondTheLastAreTheLast(OnRanks):
         return {"expert_ids": ids, "weights": given["weights"].nan_to_num(1.0, 1.0, 1.0)}
 
 
+@fault("padding-has-a-copy", catches=("EP-09",))
+class PaddingHasACopy(OnRanks):
+    """With a placement, ids that are nowhere get the first physical expert."""
+
+    def prepare(self, ranks: ProcessRanks, **given: Any) -> dict[str, Any]:
+        """See the contract."""
+        ids, experts = given["expert_ids"], given["num_experts"]
+        if given.get("placement") is None:
+            return {}
+        nowhere = (ids < 0) | (ids >= experts)
+        weights = given["weights"].nan_to_num(1.0, 1.0, 1.0)
+        return {"expert_ids": ids.masked_fill(nowhere, 0), "weights": weights}
+
+
 @fault("ids-travel-as-int32", catches=("EP-09",))
 class IdsTravelAsInt32(OnRanks):
     """The upper half of an int64 id is cut off."""
