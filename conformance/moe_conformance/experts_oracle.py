@@ -94,8 +94,9 @@ def experts_oracle(
         trace.index_add_(0, token, factor.square() * row.trace)
         trace_squared.index_add_(0, token, factor.pow(4) * row.trace_squared)
         shared.scatter_reduce_(0, token, row.shared, "amax")
-    # All of a token's experts see the same rounded x.
-    trace_squared = trace_squared + shared * trace.square()
+    if arithmetic.inside is not None:
+        # All of a token's experts see the same rounded x.
+        trace_squared = trace_squared + shared * trace.square()
     if between is not None:
         value = terms
     sum_unit = arithmetic.accumulator_unit
@@ -186,7 +187,9 @@ def expert_spread(
             for rows, variance in ((x_SH, variance_x), (activated, variance_a))
         ]
         trace_squared = trace_squared.where(~(moved[0] | moved[1]), trace.square())
-    shared = _shared_errors(entering, gate_up, variance_pre)
+    shared = torch.zeros_like(trace)
+    if arithmetic.inside is not None:
+        shared = _shared_errors(entering, gate_up, variance_pre)
     return RowSpread(out, variance_out + rounded, trace, trace_squared, shared)
 
 

@@ -40,7 +40,10 @@ GATING = ("GATE-01", "GATE-04", "GATE-18", "GATE-23", "GATE-24")
 CONFORMS = {
     DeepSpeedTop1: (*BALANCE, *GATING, "GATE-19", "DISPATCH-21", "DISPATCH-22", "DISPATCH-33"),
     DeepSpeedTop2: (*BALANCE, *GATING, "GATE-07", "GATE-19", "BALANCE-07"),
-    DeepSpeedTopK: (*BALANCE, *GATING, "GATE-07", "GATE-15", "GATE-19", "BALANCE-45"),
+    DeepSpeedTopK: (
+        *(*BALANCE, *GATING, "GATE-07", "GATE-15", "GATE-19", "BALANCE-45"),
+        *("DISPATCH-21", "DISPATCH-22", "DISPATCH-23", "DISPATCH-33", "DISPATCH-41", "DISPATCH-44"),
+    ),
     DeepSpeedCombine: (*GATING, "GATE-07"),
 }
 

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from moe_conformance import rank_group, ranks, worker
@@ -166,6 +167,56 @@ def test_faults_are_caught_on_real_ranks_too(name, id, statuses, said, executor,
     pids = pids_of(made)
     made.close()
     assert not any(map(alive, pids))
+
+
+def drawn_experts(expert_parallel, shares=None, world_sizes=(2, 3, 4), **declared):
+    """What is drawn inside a declaration: pairs of ranks and experts."""
+    capabilities = Capabilities(expert_parallel=expert_parallel, **declared)
+    scope = Scope(capabilities, ("expert_parallel",), world_sizes=world_sizes)
+    plans = (on_ranks() if shares is None else on_ranks(shares=shares)).plans(scope)
+    found = set()
+    if plans is None:
+        return found
+
+    @hypothesis.seed(0)
+    @hypothesis.settings(
+        max_examples=60,
+        database=None,
+        deadline=None,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(plans)
+    def draw(plan):
+        found.add((len(plan["members"]), plan["experts"]))
+
+    draw()
+    return found
+
+
+def test_shares_that_are_not_declared_are_not_drawn():
+    every = drawn_experts({})
+    assert every == drawn_experts({"shares": ("even", "uneven", "fewer")})
+    assert any(experts % ranks and experts > ranks for ranks, experts in every)
+    assert any(experts < ranks for ranks, experts in every)
+    even = drawn_experts({"shares": ("even",)})
+    assert {ranks for ranks, _ in even} == {2, 3, 4}
+    assert not any(experts % ranks for ranks, experts in even)
+    uneven = drawn_experts({"shares": ("even", "uneven")})
+    assert any(experts % ranks for ranks, experts in uneven)
+    assert all(experts >= ranks for ranks, experts in uneven)
+    assert all(0 < e < r or r == 1 for r, e in drawn_experts({"shares": ("fewer",)}))
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 4, 5])
+def test_few_experts_go_to_few_ranks_where_shares_are_even(most):
+    even = drawn_experts({"shares": ("even",)}, max_experts=most)
+    assert {ranks for ranks, _ in even} == {ranks for ranks in (2, 3, 4) if ranks <= most}
+    assert all(experts % ranks == 0 and experts <= most for ranks, experts in even)
+
+
+def test_what_asks_for_other_shares_is_not_asked():
+    assert not drawn_experts({"shares": ("even",)}, shares=("uneven", "fewer"))
 
 
 def test_there_are_enough_faults():

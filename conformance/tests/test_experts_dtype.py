@@ -20,10 +20,10 @@ INSIDE = (
     "expert_output",
 )  # fmt: skip
 COMPUTED = ("experts", "experts_batched", "layer", "expert_parallel")
-CASES = 40
+MANY, SOME = 40, 6
 ASKED = [each.id for each in requirements() if each.operation in COMPUTED[:3] and not each.also]
-ON_RANKS = "EP-01 EP-02 EP-03 EP-04 EP-07 EP-12".split()
-RIGHT = ("pass", "unsupported")
+ON_RANKS = ["EP-01", "EP-02", "EP-03", "EP-04", "EP-07", "EP-12"]
+ACCUSED = ("fail", "crash", "timeout", "marginal", "warn")
 
 
 def in_bfloat16(rows, one, config):
@@ -111,15 +111,14 @@ def run(target, id, examples=8, seed=0, shrinks=0):
 
 @pytest.mark.parametrize("id", [*ASKED, *ON_RANKS])
 def test_what_is_declared_is_never_accused(id):
-    seed = ASKED.index(id) if id in ASKED else 1
-    result = run(changed(), id, CASES, seed)
-    assert result.status in RIGHT, result.message
+    result = run(changed(), id, SOME, seed=ASKED.index(id) if id in ASKED else 1)
+    assert result.status not in ACCUSED, result.message
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("id", ["EXPERT-01", "EXPERT-05", "EXPERT-11", "EXPERT-15", "LAYER-01"])
-def test_nor_with_other_seeds(id, seed):
-    result = run(changed(), id, CASES, seed)
+def test_nor_in_many_cases(id, seed):
+    result = run(changed(), id, MANY, seed)
     assert result.status == "pass", result.message
     assert result.worst < PASS_Z
 
@@ -139,7 +138,7 @@ def test_the_same_without_the_declaration_is(id):
 @pytest.mark.parametrize("one_expert", [too_large, exchanged])
 @pytest.mark.parametrize("id", ["EXPERT-01", "EXPERT-15", "LAYER-01", "EP-01"])
 def test_a_fault_behind_the_declaration_is_found(id, one_expert):
-    assert run(changed(one_expert, dtypes=("float32",)), id, CASES).status == "fail"
+    assert run(changed(one_expert, dtypes=("float32",)), id, MANY).status == "fail"
 
 
 def test_results_inside_are_held_to_the_dtype_inside():
@@ -151,7 +150,7 @@ def test_results_inside_are_held_to_the_dtype_inside():
 @pytest.mark.parametrize("id", ["EXPERT-01", "EXPERT-05", "EXPERT-11", "LAYER-01", "LAYER-10"])
 def test_experts_may_be_wider_or_narrower(id):
     target = changed(in_float32, experts_dtype="float32")
-    assert run(target, id, CASES).status == "pass"
+    assert run(target, id, SOME).status == "pass"
 
 
 def test_float64_is_no_better_than_its_experts():

@@ -36,11 +36,15 @@ CONFORMS = {
     Megatron: (
         *("BALANCE-01", "BALANCE-12", "BALANCE-18", "BALANCE-26", "BALANCE-46", "BALANCE-49"),
         *("BALANCE-28", "DISPATCH-11", "DISPATCH-12", "DISPATCH-20", "DISPATCH-28"),
-        *("DISPATCH-32", "DISPATCH-37", "DISPATCH-26", "DISPATCH-44"),
+        *("DISPATCH-01", "DISPATCH-03", "DISPATCH-21", "DISPATCH-24", "DISPATCH-25"),
+        *("DISPATCH-32", "DISPATCH-26", "DISPATCH-44"),
         *("GATE-01", "GATE-05", "GATE-10", "GATE-11", "GATE-12", "GATE-18"),
     ),
     MegatronBias: ("BALANCE-36", "BALANCE-37", "BALANCE-41", "BALANCE-42", "BALANCE-55"),
 }
+
+# A row never names an expert twice, and no row belongs to nobody.
+NOT_ASKED = ("BALANCE-05", "DISPATCH-07", "DISPATCH-37")
 
 # The library's functions, and the operation that each one serves.
 CALLED = {
@@ -145,9 +149,16 @@ def test_rows_go_there_and_back(targets):
     )
 
 
-def test_a_row_that_names_an_expert_twice_is_refused(targets):
+@pytest.mark.parametrize("id", NOT_ASKED)
+def test_what_a_map_cannot_hold_is_not_asked(targets, id):
+    assert status(targets[Megatron], id, ONCE) == "unsupported"
+
+
+def test_what_a_map_cannot_hold_is_refused(targets):
     with pytest.raises(Unsupported, match="twice"):
         targets[Megatron].dispatch(torch.zeros(1, 1), torch.tensor([[0, 0]]), 2)
+    with pytest.raises(Unsupported, match="no pair"):
+        targets[Megatron].combine(torch.zeros(1, 1), torch.tensor([2]), torch.ones(1, 2))
 
 
 @pytest.mark.parametrize("found", ["", "0.15.3"])

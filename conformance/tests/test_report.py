@@ -293,6 +293,10 @@ def test_breadth_adds_up_fields_and_counts_what_is_declared():
     assert cells["align"] == {"declared": 12, "all": 12}
     assert cells["assign_experts"] == {"declared": 1, "all": 1}
     assert cells["layer"] == {"declared": 0, "all": 4}
+    capacity = {"policy": ("probs",), "signed_weights": (False,)}
+    dropping = reports.breadth(Capabilities(capacity=capacity), ("drop_to_capacity",), [])
+    cells = dropping["cells"]["by_operation"]
+    assert cells["drop_to_capacity"] == {"declared": 2, "all": 16}
 
 
 def test_requirements_run_are_those_with_a_case(report):

@@ -35,6 +35,8 @@ TOP1 = Capabilities(
     # Routes are what the gate chose: nothing is absent.
     align={"invalid_ids": (False,)},
     capacity={"policy": ("position",)},
+    # `drop_to_capacity` gives the gate a row of logits over experts.
+    repeated_ids=False,
     max_top_k=1,
     gradients=("route", "balance_loss"),
 )

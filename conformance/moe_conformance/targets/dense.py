@@ -87,11 +87,10 @@ def by_place(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The order of rows by their place among a token's K, then by token; which places have one.
 
-    Rows of no slot are left out of the order.
-
     Raises:
         TypeError: slots are no integers.
         ValueError: rows are not [S, H], or there is not one slot for each.
+        Unsupported: a row's slot is T·K.
     """
     if rows.ndim != 2:
         raise ValueError(f"rows: expected [S, H], got {list(rows.shape)}")
@@ -99,10 +98,11 @@ def by_place(
         raise TypeError(f"slots: expected integers, got {slots.dtype}")
     if slots.shape != rows.shape[:1]:
         raise ValueError(f"slots: expected one for each row, got {list(slots.shape)}")
+    if bool((slots >= tokens * top_k).any()):
+        raise Unsupported("a row belongs to no pair: a map has no place for it")
     slots = slots.long()
     order = (slots % top_k * tokens + slots // top_k).argsort()
-    order = order[slots[order] < tokens * top_k]
-    present = slots.new_zeros(tokens * top_k).scatter(0, slots[order], 1)
+    present = slots.new_zeros(tokens * top_k).scatter(0, slots, 1)
     return order, present.bool().view(tokens, top_k)
 
 

@@ -124,17 +124,17 @@ class Megatron(Target):
         refuse_others(self, "balance", asked)
         num_experts, top_k = logits.shape[-1], expert_ids.shape[-1]
         padding = None if padding_mask is None else ~padding_mask
-        over_sequences = config.loss == "deepseek_sequence"
-        if over_sequences:
+        length = config.sequence_length if config.loss == "deepseek_sequence" else None
+        if length is not None:
             if tokens_per_expert is not None:
                 raise Unsupported(f"{self.name}: the loss over sequences has counts of its own")
-            logits = by_position(logits, config.sequence_length)
-            padding = None if padding is None else by_position(padding, config.sequence_length)
+            logits = by_position(logits, length)
+            padding = None if padding is None else by_position(padding, length)
         routing_map, scores = self._utils.compute_routing_scores_for_aux_loss(
             logits, top_k, config.score, padding_mask=padding
         )
-        if over_sequences:
-            loss = sequence_loss(routing_map, scores, top_k, config.sequence_length, padding)
+        if length is not None:
+            loss = sequence_loss(routing_map, scores, top_k, length, padding)
             return config.coefficient * loss
         counts, here, everywhere = self._utils.get_tokens_per_expert_and_token_count(
             routing_map, self._one_rank, topk=top_k, with_padding_mask=padding is not None

@@ -66,6 +66,15 @@ DECLARED = Capabilities(
         # `get_updated_expert_bias` takes no mean away.
         "centred": (False,),
     },
+    capacity=(
+        {"policy": ("position",)},
+        # `apply_router_token_dropping` takes the top-k of a matrix in which 0 is "not routed".
+        {"policy": ("probs",), "signed_weights": (False,)},
+    ),
+    # Routes are a map [T, E] of bools.
+    repeated_ids=False,
+    # `permute` appends no row, and `unpermute` has a place for each.
+    appended_rows=False,
     # `torch.softmax(..., dtype=torch.float32)` and `torch.sigmoid(logits.float())`.
     router_dtype="float32",
     gradients=("route", "balance_loss", "z_loss", "dispatch", "combine", "drop_to_capacity"),

@@ -138,6 +138,8 @@ class Dispatcher(TorchTitanTarget):
         dtypes=DTYPES,
         # Ids are the router's own, and every pair has a row.
         align={"invalid_ids": (False,)},
+        # `LocalDispatchMetadata` has a token and a score for every row.
+        appended_rows=False,
         gradients=("dispatch", "combine"),
         # `_local_reorder` views ids and scores.
         strides=False,
@@ -171,7 +173,6 @@ class Dispatcher(TorchTitanTarget):
             raise Unsupported(f"{self.name}: no weights of {list(weights.shape)}")
         top_k = weights.shape[1]
         if bool((slots >= weights.numel()).any()):
-            # `LocalDispatchMetadata` has a token and a score for every row.
             raise Unsupported(f"{self.name}: no rows that belong to no pair")
         kept = self._class("dispatchers", "LocalDispatchMetadata")(
             token_indices_experts_sorted_N=slots.long() // top_k,
