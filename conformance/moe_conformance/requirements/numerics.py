@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from moe_conformance.case import Answer, Case
 from moe_conformance.codec import replace_tensors, walk
+from moe_conformance.experts_oracle import Spread
 from moe_conformance.inputs.expert_slicing import cut_for_a_rank, placed, sliced
 from moe_conformance.inputs.experts import expert_inputs
 from moe_conformance.inputs.given import Content, Given, Inputs, Plan, Plans, Scope
@@ -19,9 +20,15 @@ from moe_conformance.inputs.layer import layer_inputs
 from moe_conformance.inputs.load_balancing import balance, biases, router_logits
 from moe_conformance.inputs.routing import routing
 from moe_conformance.inputs.slots import batched, capacities, rows, scattered, slots
-from moe_conformance.judge import Closeness, Violation, close, equal, equals, impostors
+from moe_conformance.judge import Closeness, Violation, equal, equals, impostors
 from moe_conformance.registry import ANY, MUST, requirement
-from moe_conformance.requirements.experts import arguments, oracle_of, output_of, rule_of
+from moe_conformance.requirements.experts import (
+    arguments,
+    oracle_of,
+    output_of,
+    rule_of,
+    wrong_outputs,
+)
 from moe_conformance.worker import LAYOUTS
 
 ARGUMENTS: dict[str, tuple[str, ...]] = {
@@ -303,7 +310,7 @@ def the_same_storage_with_other_data(case: Case) -> None:
         return rule_of(expected)(second)
 
     answer = output_of(answers[1], x)
-    wrong = [*impostors(expected.value), ("the answer to the first call", stale)]
+    wrong = [*wrong_outputs(expected), ("the answer to the first call", stale)]
     case.judge(
         rule,
         (answer, again),
@@ -333,7 +340,7 @@ def fresh_memory_never_shows(case: Case) -> None:
     case.judge(
         rule_of(expected),
         output_of(answer, case["x"]),
-        [*impostors(expected.value), ("NaN", unwritten)],
+        [*wrong_outputs(expected), ("NaN", unwritten)],
     )
 
 
@@ -363,19 +370,11 @@ def a_broken_token_breaks_no_other(case: Case) -> None:
         x[-1] = torch.inf
     output = output_of(case.call("experts", **arguments(case, x=x)), x)
     rows = slice(1, -1 if len(x) > 2 else None)
-    expected = oracle_of(case)
-
-    def rule(answer: torch.Tensor) -> Closeness:
-        return close(
-            "output of the other tokens",
-            answer,
-            expected.value[rows],
-            expected.sigma[rows],
-            expected.freedom[rows],
-        )
-
-    wrong = torch.full_like(expected.value[rows], torch.nan)
-    case.judge(rule, output[rows], [*impostors(expected.value[rows]), ("NaN", wrong)])
+    whole = oracle_of(case)
+    expected = Spread(whole.value[rows], whole.sigma[rows], whole.freedom[rows])
+    rule = rule_of(expected, "output of the other tokens")
+    wrong = torch.full_like(expected.value, torch.nan)
+    case.judge(rule, output[rows], [*wrong_outputs(expected), ("NaN", wrong)])
 
 
 @requirement(
@@ -465,7 +464,7 @@ def strides_do_not_matter(case: Case) -> None:
     layouts = {path: kinds[index] for path, index in zip(paths, choice, strict=True)}
     answer = case.call("experts", **arguments(case), layouts=layouts)
     expected = oracle_of(case)
-    case.judge(rule_of(expected), output_of(answer, case["x"]), impostors(expected.value))
+    case.judge(rule_of(expected), output_of(answer, case["x"]), wrong_outputs(expected))
 
 
 @requirement(
@@ -495,8 +494,8 @@ def the_width_of_an_id_does_not_matter(case: Case) -> None:
         for dtype in (torch.int32, torch.int64)
     )
     expected = oracle_of(case)
-    case.judge(rule_of(expected), narrow, impostors(expected.value))
-    case.judge(rule_of(expected), wide, impostors(expected.value))
+    case.judge(rule_of(expected), narrow, wrong_outputs(expected))
+    case.judge(rule_of(expected), wide, wrong_outputs(expected))
 
 
 OTHERS = _without(("experts",))

@@ -39,7 +39,13 @@ from moe_conformance.judge import (
 )
 from moe_conformance.quantized_oracle import quantized_oracle
 from moe_conformance.registry import MUST, SHOULD, requirement
-from moe_conformance.requirements.experts import arithmetic_of, left_alone, output_of, rule_of
+from moe_conformance.requirements.experts import (
+    arithmetic_of,
+    left_alone,
+    output_of,
+    rule_of,
+    wrong_outputs,
+)
 from moe_conformance.rounded_oracle import STATIC, rounded_rows
 from moe_conformance.target import FORMATS
 
@@ -797,7 +803,7 @@ def other_experts_in_the_same_storage_are_other_experts(case: Case) -> None:
         return rule_of(expected)(now)
 
     answer = output_of(answers[1], x)
-    wrong: Impostors = [(name, (value, again, [])) for name, value in impostors(expected.value)]
+    wrong: Impostors = [(name, (value, again, [])) for name, value in wrong_outputs(expected)]
     wrong += [
         ("written over", (answer, again + 1, [])),
         ("an argument changed", (answer, again, ["x"])),
@@ -845,7 +851,7 @@ def judge_rounded(case: Case, others: Values) -> None:
     if case["x"].dtype is torch.float32:
         others = {"rows that were not rounded": value_of(case), **others}
     wrong = [
-        *impostors(value),
+        *wrong_outputs(spreads[0]),
         *(each for each in others.items() if not torch.equal(each[1], value)),
     ]
     case.judge(rule, compute(case), wrong)
