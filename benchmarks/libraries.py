@@ -74,7 +74,10 @@ def check(library, profile, seed):
     command += ["--profile", profile, "--seed", str(seed), "--report", folder]
     command += library.get("arguments", [])
     subprocess.run(command, check=False, stdin=subprocess.DEVNULL)
-    return reports_in(read_report(folder / "index.json")), would_change(python)
+    reports = reports_in(read_report(folder / "index.json"))
+    for report, name in zip(reports, library.get("names", ()), strict=False):
+        report["target"]["name"] = name
+    return reports, would_change(python)
 
 
 def main() -> int:

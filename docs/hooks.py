@@ -317,7 +317,8 @@ def _findings(part, file):
         if said.get("why"):
             lines.append(f"**Why it matters.** {said['why'].strip()}")
         thread = _linked(said.get("thread") or "No thread about it was found.")
-        lines.append(f"**{said['whose'].capitalize()}.** {targets}: {ids}. {thread}")
+        rare = " It takes more cases than the matrix has." if said.get("rare") else ""
+        lines.append(f"**{said['whose'].capitalize()}.** {targets}: {ids}.{rare} {thread}")
         if said.get("upstream"):
             text = " ".join(said["upstream"].split())
             lines.append(f'??? note "A text for their tracker"\n\n{_indented(text)}')
