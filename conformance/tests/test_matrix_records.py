@@ -50,7 +50,9 @@ def test_every_finding_is_seen():
         for id in red_cells(report)
     ]
     for finding in read_findings(ROOT / "docs/data/findings.toml"):
-        recorded = (ROOT / f"benchmarks/results/libraries/{finding.fields['library']}.json").exists()
+        recorded = (
+            ROOT / f"benchmarks/results/libraries/{finding.fields['library']}.json"
+        ).exists()
         if finding.fields.get("rare") or not recorded:
             continue  # seen with more cases than the matrix has, or not in it yet
         assert any(finding.explains(name, id) for name, id in cells), finding.title
