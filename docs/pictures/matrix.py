@@ -77,22 +77,21 @@ def _verdicts():
     for _, report in _rows():
         statuses = list(report["status"].values())
         spread = report["breadth"]
+        verdict = report["verdict"].replace("_", " ")
+        if report["target"]["capabilities"]["interpreted"]:
+            verdict += ", interpreted"
         made.append(
             [
                 f"`{report['target']['name']}`",
-                report["target"]["version"],
-                report["verdict"].replace("_", " "),
-                f"{spread['operations']['provided']}/{spread['operations']['all']}",
-                f"{spread['cells']['declared']}/{spread['cells']['all']}",
-                f"{spread['requirements_run']}/{spread['requirements_in_all']}",
+                verdict,
                 str(statuses.count("pass")),
                 str(sum(each in BROKEN for each in statuses)),
-                report["started"][:10],
-                "interpreted" if report["target"]["capabilities"]["interpreted"] else "",
+                f"{spread['requirements_run']}/{spread['requirements_in_all']}",
+                f"{spread['operations']['provided']}/{spread['operations']['all']}",
+                f"{spread['cells']['declared']}/{spread['cells']['all']}",
             ]
         )
-    head = ["target", "version", "verdict", "operations", "cells", "requirements run", "met"]
-    return _table([*head, "not met", "date", ""], made)
+    return _table(["target", "verdict", "met", "not met", "run", "operations", "cells"], made)
 
 
 def _values(capabilities, table, field):
