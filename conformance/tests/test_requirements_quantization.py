@@ -13,6 +13,7 @@ from moe_conformance import runner
 from moe_conformance.codec import pack, unpack
 from moe_conformance.executor import InlineExecutor
 from moe_conformance.faults import faults
+from moe_conformance.faults.rounded_activations import computed, rounded
 from moe_conformance.inputs import quantization as inputs
 from moe_conformance.pages import PROJECTS
 from moe_conformance.registry import requirement_named, requirements
@@ -90,6 +91,9 @@ class OtherOrder(Reference):
     def experts_quantized(self, x, experts, weights, expert_ids, config, expert_map=None):
         super().experts_quantized(x, experts, weights, expert_ids, config, expert_map)
         floats = dequantize_experts(experts, config.gated)
+        if experts.activation_format is not None:
+            given = {"x": x, "experts": experts, "weights": weights, "expert_ids": expert_ids}
+            return computed(given | {"config": config, "expert_map": expert_map}, rounded)
         other = dataclasses.replace(floats, gate_up=floats.gate_up.flip(2))
         turned = super().experts(x.double().flip(1), other, weights, expert_ids, config, expert_map)
         return turned.to(x.dtype)
@@ -158,6 +162,10 @@ class Rounded(Reference):
         other = dataclasses.replace(
             floats, gate_up=self.rounded(floats.gate_up, x), down=self.rounded(floats.down, x)
         )
+        if experts.activation_format is not None:
+            given = {"x": x, "experts": experts, "weights": weights, "expert_ids": expert_ids}
+            given |= {"config": config, "expert_map": expert_map}
+            return computed(given, rounded, unpacked=other)
         return super().experts(x, other, weights, expert_ids, config, expert_map)
 
     def rounded(self, weights, x):

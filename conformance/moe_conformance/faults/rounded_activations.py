@@ -10,6 +10,7 @@ import torch
 from moe_reference.activation_quantization import round_activations
 from moe_reference.activations import activate, one_by_one, product
 from moe_reference.alignment import local_ids
+from moe_reference.config import ExpertWeights
 from moe_reference.quantized_experts import dequantize_experts
 from moe_reference.quantized_tensors import QuantizedExperts
 
@@ -32,10 +33,16 @@ def rounded(rows: Tensor, experts: QuantizedExperts, e: int, step: int) -> Tenso
     return round_activations(rows, experts.activation_format, block, scale)
 
 
-def computed(a: Arguments, rounding: Rounding, late_weight: bool = False) -> Tensor:
-    """The output of the experts, with rows rounded in some way."""
+def computed(
+    a: Arguments,
+    rounding: Rounding,
+    late_weight: bool = False,
+    unpacked: ExpertWeights | None = None,
+) -> Tensor:
+    """The output of the experts, with rows rounded in some way, and weights if they are given."""
     x, experts, config = a["x"], a["experts"], a["config"]
-    unpacked = dequantize_experts(experts, config.gated, x.shape[1])
+    if unpacked is None:
+        unpacked = dequantize_experts(experts, config.gated, x.shape[1])
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
     rows_TK = local_ids(a["expert_ids"], len(unpacked.down), a.get("expert_map"))
     out = torch.zeros(x.shape, dtype=wide) + x[:0].to(wide).sum()
