@@ -296,6 +296,7 @@ def _in_processes(lanes: list[Lane], options: Options, tell: Tell) -> dict[Lane,
 def _judge(news: Any) -> None:
     global _queue
     _queue = news
+    worker.follow_parent()
 
 
 def _run_in_process(lane: Lane, options: Options) -> bytes:

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moe_conformance import worker
-from moe_conformance.codec import pack, unpack
+from moe_conformance.codec import from_bytes, to_bytes
 from moe_conformance.target import Capabilities, Target
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class WorkerExecutor:
         if self._process is None:
             self.restarts += 1
             self._start()
-        return unpack(self._ask(self.timeout, worker.run, self.name, pack(session)))
+        return from_bytes(self._ask(self.timeout, worker.run, self.name, to_bytes(session)))
 
     def prepare(self, world_sizes: Iterable[int], device: str) -> None:
         """Start the ranks of these worlds; they load the target and meet while others work."""

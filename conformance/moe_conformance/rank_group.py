@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_conformance import ranks
-from moe_conformance.codec import pack, unpack
+from moe_conformance.codec import from_bytes, to_bytes
 from moe_conformance.executor import LOAD_SECONDS, TargetLost, end_of, end_worker, start_worker
 
 LEFT_SECONDS = 10.0
@@ -84,13 +84,13 @@ class RankGroup:
         for rank, (process, connection) in enumerate(self._workers):
             part = None
             if rank in members:
-                part = pack(ranks.part_of(session, members.index(rank)))
+                part = to_bytes(ranks.part_of(session, members.index(rank)))
             try:
                 connection.send((ranks.run, (self.name, members, part)))
             except OSError:
                 raise TargetLost("crash", f"rank {rank} ended with {end_of(process)}") from None
         answers = self._collect(self.timeout, "running")
-        return ranks.together([unpack(answers[rank][1]) for rank in members])
+        return ranks.together([from_bytes(answers[rank][1]) for rank in members])
 
     def close(self) -> None:
         """End every process and remove their files."""

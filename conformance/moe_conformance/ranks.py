@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from moe_conformance import worker
-from moe_conformance.codec import unpack
+from moe_conformance.codec import from_bytes
 from moe_conformance.worker import LoadError
 
 STEP = "moespec: in "
@@ -134,28 +134,28 @@ def join(name: str, rank: int, world_size: int, store: str, device: str) -> dict
 
 
 def run(
-    name: str, members: list[int], packed: tuple[str, bytes] | None
-) -> tuple[dict[str, Any] | None, tuple[str, bytes]] | None:
+    name: str, members: list[int], sent: bytes | None
+) -> tuple[dict[str, Any] | None, bytes] | None:
     """Run this rank's part of a session.
 
     Args:
         name: of the target that `join` made.
         members: who takes part.
-        packed: the part, or None for a rank that does not take part.
+        sent: the part, or None for a rank that does not take part.
 
     Returns:
-        The error that it ended with, or None, and its answers, packed.
+        The error that it ended with, or None, and its answers.
     """
     os.ftruncate(1, 0)
     group = _group_of(members)
-    if packed is None:
+    if sent is None:
         return None
-    part = unpack(packed)
+    part = from_bytes(sent)
     for call in part["calls"]:
         call["arguments"]["group"] = group
     worker.draw_once()
     answers = worker.run_session(worker.loaded(name), part, _tell)
-    return answers[-1]["error"], worker.pack_answers(answers)
+    return answers[-1]["error"], worker.answers_to_bytes(answers)
 
 
 def _tell(step: str) -> None:

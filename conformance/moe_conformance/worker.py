@@ -12,6 +12,7 @@ import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
+import multiprocessing
 import os
 import signal
 import sys
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 
-from moe_conformance.codec import pack, replace_tensors, unpack, walk
+from moe_conformance.codec import from_bytes, replace_tensors, to_bytes, walk
 from moe_conformance.target import Target, Unsupported
 
 ENTRY_POINTS = "moespec.targets"
@@ -87,9 +88,11 @@ def start(log: str) -> None:
     os.close(sink)
     torch.set_num_threads(1)
     _limit_memory()
+    follow_parent()
 
-    import multiprocessing
 
+def follow_parent() -> None:
+    """End this process as soon as the one that started it has ended, however that came about."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_follow, args=(parent,), daemon=True).start()
@@ -259,14 +262,14 @@ def _version(package: str) -> str | None:
         return None
 
 
-def run(name: str, packed: tuple[str, bytes]) -> tuple[str, bytes]:
-    """Run one session of calls on a loaded target and return its answers, packed."""
+def run(name: str, session: bytes) -> bytes:
+    """Run one session of calls on a loaded target and return its answers."""
     global _sessions
     _sessions += 1
     if _sessions % 64 == 0 and os.fstat(1).st_size > LOG_BYTES:
         os.ftruncate(1, 0)
     draw_once()
-    return pack_answers(run_session(_loaded[name], unpack(packed)))
+    return answers_to_bytes(run_session(_loaded[name], from_bytes(session)))
 
 
 def draw_once() -> None:
@@ -282,14 +285,14 @@ def loaded(name: str) -> Target:
     return _loaded[name]
 
 
-def pack_answers(answers: list[dict[str, Any]]) -> tuple[str, bytes]:
-    """Answers for the way back; one that no file can hold is an error of the target."""
+def answers_to_bytes(answers: list[dict[str, Any]]) -> bytes:
+    """Answers for the way back; one that has no place in a call is an error of the target."""
     try:
-        return pack(answers)
+        return to_bytes(answers)
     except Exception as error:
-        # The answer is nothing that a file can hold: that is the target's doing, not the suite's.
+        # That is the target's doing, not the suite's.
         nothing: dict[str, Any] = {"gradients": {}, "changed": [], "shared": [], "state": []}
-        return pack([{**nothing, "error": _error(error), "seconds": answers[-1]["seconds"]}])
+        return to_bytes([{**nothing, "error": _error(error), "seconds": answers[-1]["seconds"]}])
 
 
 def run_session(
