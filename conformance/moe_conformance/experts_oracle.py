@@ -1,7 +1,7 @@
 """How far the experts' output may be from the float64 one: first-order propagation of variance.
 
-Dimension key: T tokens, H hidden size, I intermediate size, K experts per token, S rows of one
-expert.
+Dimension key: T tokens, H hidden size, I intermediate size, K experts per token, P pairs that are
+here, G experts that are computed side by side, S rows of each, the last of them padding.
 
 Every rounding that the target declares is an independent error, uniform on ±unit · |value|. Its
 variance is carried through the rest of the computation by the squares of the derivatives, which is
@@ -11,8 +11,8 @@ token that says how many independent errors there effectively are in its row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,11 @@ from moe_conformance.precision import FLOOR, TINY, UNIT, Arithmetic
 FUNCTION_ULPS = 4.0
 """Errors of exp, tanh or erf in units of the accumulator: what fast hardware versions document."""
 
+MOST_PADDING = 4
+"""Experts are computed one by one where a batch of them would have more rows for each that is
+needed,"""
+FEW_ROWS = 64
+"""unless it is small: then the number of operations counts, and not their size."""
 
 Between = Callable[[torch.Tensor, torch.Tensor, int, int], tuple[torch.Tensor, torch.Tensor]]
 """What is done to an expert's rows before a product. It takes rows, their variance, the expert, and
@@ -77,12 +82,12 @@ def experts_oracle(
     squares = torch.zeros_like(value)
     trace, trace_squared = torch.zeros(tokens).double(), torch.zeros(tokens).double()
     shared = torch.zeros(tokens).double()
-    for expert in range(len(experts.gate_up)):
-        token, k = (local == expert).nonzero(as_tuple=True)
-        if len(token) == 0:
-            continue
+    for members, token, k, place in _side_by_side(local, len(experts.gate_up), between is not None):
         weight = weights[token, k].double()
-        row = expert_spread(x[token].double(), wide, expert, weight, config, arithmetic, between)
+        x_GSH = x.new_zeros(len(members), int(place[1].max()) + 1, hidden, dtype=torch.float64)
+        weight_GS = x_GSH.new_zeros(x_GSH.shape[:2])
+        x_GSH[place], weight_GS[place] = x[token].double(), weight
+        row = expert_spread(x_GSH, wide, members, weight_GS, config, arithmetic, between).at(place)
         factor = weight if config.weight_on == "output" else torch.ones_like(weight)
         weighted = factor[:, None] * row.value
         own = factor.square()[:, None] * row.variance
@@ -116,16 +121,45 @@ def experts_oracle(
     return Spread(value, sigma, freedom.clamp_min(1.0))
 
 
+def _side_by_side(
+    local_TK: torch.Tensor, num_experts: int, alone: bool
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]]:
+    """Experts [G] that are computed at once, and of each of their pairs token, k and place.
+
+    A place is the expert's number among the G and the pair's among its rows. All experts that have
+    pairs go together, unless most of the rows would be padding.
+
+    Args:
+        local_TK: rows of the weights, -1 for what is not here.
+        num_experts: how many rows the weights have.
+        alone: each expert by itself.
+    """
+    token, k = (local_TK >= 0).nonzero(as_tuple=True)
+    expert, order = local_TK[token, k].sort(stable=True)
+    token, k = token[order], k[order]
+    counts = expert.bincount(minlength=num_experts)
+    row = torch.arange(len(expert)) - (counts.cumsum(0) - counts)[expert]
+    used = counts.nonzero().flatten()
+    if len(used) == 0:
+        return
+    padded = len(used) * int(counts.max())
+    together = not alone and padded <= MOST_PADDING * max(len(expert), FEW_ROWS)
+    for members in used.split(len(used) if together else 1):
+        number = torch.searchsorted(members, expert).clamp(max=len(members) - 1)
+        own = members[number] == expert
+        yield members, token[own], k[own], (number[own], row[own])
+
+
 @dataclass(frozen=True)
 class RowSpread:
-    """One expert's output rows, before the routing weight.
+    """The output rows of experts, before the routing weight.
 
     Attributes:
-        value: [S, H], float64.
-        variance: [S, H].
-        trace: [S], the variance summed over independent errors.
-        trace_squared: [S], the sum of its squares.
-        shared: [S], the sum of squared shares of x's elements in the errors that they bring in.
+        value: [G, S, H], float64.
+        variance: [G, S, H].
+        trace: [G, S], the variance summed over independent errors.
+        trace_squared: [G, S], the sum of its squares.
+        shared: [G, S], the sum of squared shares of x's elements in the errors that they bring in.
     """
 
     value: torch.Tensor
@@ -134,32 +168,36 @@ class RowSpread:
     trace_squared: torch.Tensor
     shared: torch.Tensor
 
+    def at(self, place: tuple[torch.Tensor, torch.Tensor]) -> RowSpread:
+        """The rows of pairs: [P, H] or [P] each."""
+        return RowSpread(*(getattr(self, f.name)[place] for f in fields(self)))
+
 
 def expert_spread(
-    x_SH: torch.Tensor,
+    x_GSH: torch.Tensor,
     experts: ExpertWeights,
-    expert: int,
-    weight_S: torch.Tensor,
+    members: torch.Tensor,
+    weight_GS: torch.Tensor,
     config: ExpertsConfig,
     arithmetic: Arithmetic,
     between: Between | None = None,
 ) -> RowSpread:
-    """One expert on its rows: value and variance, stage by stage."""
+    """Experts [G] on their rows: value and variance, stage by stage."""
     inner = arithmetic.of_experts
     unit = inner.accumulator_unit
-    variance_x = torch.zeros_like(x_SH)
+    variance_x = torch.zeros_like(x_GSH)
     if config.weight_on == "input":
-        x_SH = x_SH * weight_S[:, None]
-        variance_x = (max(unit, arithmetic.accumulator_unit) * x_SH).square() / 3
-        variance_x = variance_x + _at_the_edge(x_SH, "expert_input", arithmetic)
-    entering = arithmetic.entering(x_SH)
+        x_GSH = x_GSH * weight_GS[..., None]
+        variance_x = (max(unit, arithmetic.accumulator_unit) * x_GSH).square() / 3
+        variance_x = variance_x + _at_the_edge(x_GSH, "expert_input", arithmetic)
+    entering = arithmetic.entering(x_GSH)
     variance_x = variance_x + entering
     if between is not None:
-        x_SH, variance_x = between(x_SH, variance_x, expert, 0)
-    gate_up = experts.gate_up[expert]
-    pre, variance_pre = _product(x_SH, variance_x, gate_up, arithmetic)
+        x_GSH, variance_x = _changed(between, x_GSH, variance_x, members, 0)
+    gate_up = experts.gate_up[members]
+    pre, variance_pre = _product(x_GSH, variance_x, gate_up, arithmetic)
     if experts.gate_up_bias is not None:
-        bias = experts.gate_up_bias[expert]
+        bias = experts.gate_up_bias[members, None]
         variance_pre = variance_pre + inner.variance(pre, "product") + arithmetic.entering(bias)
         pre = pre + bias
         variance_pre = variance_pre + (unit * pre).square() / 3
@@ -167,16 +205,16 @@ def expert_spread(
 
     activated, variance_a = activation_spread(pre, variance_pre, config, inner)
     if between is not None:
-        activated, variance_a = between(activated, variance_a, expert, 1)
-    down = experts.down[expert]
+        activated, variance_a = _changed(between, activated, variance_a, members, 1)
+    down = experts.down[members]
     out, variance_out = _product(activated, variance_a, down, arithmetic)
     if experts.down_bias is not None:
-        bias = experts.down_bias[expert]
+        bias = experts.down_bias[members, None]
         variance_out = variance_out + inner.variance(out, "product") + arithmetic.entering(bias)
         out = out + bias
         variance_out = variance_out + (unit * out).square() / 3
     rounded = _at_the_edge(out, "expert_output", arithmetic)
-    sources = variance_a * down.square().sum(0)
+    sources = variance_a * down.square().sum(1, keepdim=True)
     trace = sources.sum(-1) + rounded.sum(-1)
     trace_squared = sources.square().sum(-1) + rounded.square().sum(-1)
     if between is not None:
@@ -184,13 +222,22 @@ def expert_spread(
         # there may be one, a row has one error, and not one for each of I.
         moved = [
             (variance > (1e-4 * rows).square().amax(-1, keepdim=True)).any(-1)
-            for rows, variance in ((x_SH, variance_x), (activated, variance_a))
+            for rows, variance in ((x_GSH, variance_x), (activated, variance_a))
         ]
         trace_squared = trace_squared.where(~(moved[0] | moved[1]), trace.square())
     shared = torch.zeros_like(trace)
     if arithmetic.inside is not None:
         shared = _shared_errors(entering, gate_up, variance_pre)
     return RowSpread(out, variance_out + rounded, trace, trace_squared, shared)
+
+
+def _changed(
+    between: Between, rows: torch.Tensor, variance: torch.Tensor, members: torch.Tensor, step: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `between` makes of the rows of the only expert there is."""
+    [rows], [variance], [expert] = rows, variance, members
+    rows, variance = between(rows, variance, int(expert), step)
+    return rows[None], variance[None]
 
 
 def _at_the_edge(value: torch.Tensor, point: str, arithmetic: Arithmetic) -> torch.Tensor:
@@ -202,22 +249,23 @@ def _at_the_edge(value: torch.Tensor, point: str, arithmetic: Arithmetic) -> tor
 
 
 def _shared_errors(
-    entering_SN: torch.Tensor, gate_up_MN: torch.Tensor, variance_SM: torch.Tensor
+    entering_GSN: torch.Tensor, gate_up_GMN: torch.Tensor, variance_GSM: torch.Tensor
 ) -> torch.Tensor:
-    """[S]: one over the number of independent errors in a row, as far as they are those of x.
+    """[G, S]: one over the number of independent errors in a row, as far as they are those of x.
 
     An element of x that is rounded on its way in moves all pre-activations of the row together: the
     row has no more errors of this kind than x has elements. They count by what they bring to the
     pre-activations, and by the largest share of a variance there that is theirs.
     """
-    brought = entering_SN * gate_up_MN.square().sum(0)
+    squares_GMN = gate_up_GMN.square()
+    brought = entering_GSN * squares_GMN.sum(1, keepdim=True)
     total = brought.sum(-1).square().clamp_min(1e-300)
-    share = (entering_SN @ gate_up_MN.square().T / variance_SM.clamp_min(1e-300)).amax(-1)
+    share = (entering_GSN @ squares_GMN.mT / variance_GSM.clamp_min(1e-300)).amax(-1)
     return share.square() * brought.square().sum(-1) / total
 
 
 def _product(
-    a_SN: torch.Tensor, variance_SN: torch.Tensor, b_MN: torch.Tensor, arithmetic: Arithmetic
+    a_GSN: torch.Tensor, variance_GSN: torch.Tensor, b_GMN: torch.Tensor, arithmetic: Arithmetic
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """a b^T and its variance: what came in, what rounding b and accumulating N terms adds.
 
@@ -225,12 +273,13 @@ def _product(
     + (i / N)^2 S^2, with Q the sum of squared terms times N / N and S the total. Added up over i
     and taken twice, for orders that are not random: N (Q / 3 + 2 S^2 / 3).
     """
-    total = a_SN @ b_MN.T
-    squares = a_SN.square() @ b_MN.square().T
-    carried = variance_SN @ b_MN.square().T
+    squares_GMN = b_GMN.square()
+    total = a_GSN @ b_GMN.mT
+    squares = a_GSN.square() @ squares_GMN.mT
+    carried = variance_GSN @ squares_GMN.mT
     if arithmetic.inside is not None:
-        carried = carried + a_SN.square() @ arithmetic.entering(b_MN).T
-    count = a_SN.shape[1]
+        carried = carried + a_GSN.square() @ arithmetic.entering(b_GMN).mT
+    count = a_GSN.shape[-1]
     unit = arithmetic.of_experts.accumulator_unit
     added = unit**2 / 3 * (count * (squares / 3 + 2 * total.square() / 3) + squares)
     if arithmetic.of_experts.accumulator == "tf32":
@@ -284,7 +333,7 @@ def _secants(
     at its limit, its slope at one point says nothing of what the error does to it. Eight standard
     deviations are beyond the limit for failing.
     """
-    away = torch.tensor([-8.0, -2.0, 2.0, 8.0], dtype=pre.dtype).view(-1, 1, 1)
+    away = torch.tensor([-8.0, -2.0, 2.0, 8.0], dtype=pre.dtype).view(-1, *(1 for _ in pre.shape))
     step = away * variance.sqrt()
     if config.gated:
         (gate, up), (gate_step, up_step) = pre.chunk(2, -1), step.chunk(2, -1)

@@ -178,8 +178,9 @@ def _shared(
     assert parameters.shared is not None
     wide = replace_tensors(parameters.shared, lambda _, tensor: tensor.double())
     plain = dataclasses.replace(config.experts, weight_on="output")
-    rows = expert_spread(x.double(), wide, 0, torch.ones(len(x)).double(), plain, arithmetic)
-    value, variance = rows.value, rows.variance + arithmetic.variance(rows.value)
+    one, unweighted = torch.zeros(1, dtype=torch.long), x.new_ones(1, len(x), dtype=torch.float64)
+    rows = expert_spread(x.double()[None], wide, one, unweighted, plain, arithmetic)
+    value, variance = rows.value[0], rows.variance[0] + arithmetic.variance(rows.value[0])
     if parameters.shared_gate is not None:
         logit = x.double() @ parameters.shared_gate.double().T
         size = x.double().abs() @ parameters.shared_gate.double().abs().T
