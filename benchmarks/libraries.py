@@ -1,7 +1,8 @@
 """What the suite says of the libraries that have a target: the records behind the public matrix.
 
 Each library of `benchmarks/libraries.toml` gets an environment under build/libraries, made with
-exactly the commands that stand there, and its targets are checked in it. What is kept of the
+exactly the commands that stand there; its targets are checked in it, and the tests of its adapter
+are run, which need the library and are skipped everywhere else. What is kept of the
 reports is small: one file per library in benchmarks/results/libraries. The site's matrix is made
 of these files, so that it is built without any of the libraries.
 
@@ -9,12 +10,16 @@ of these files, so that it is built without any of the libraries.
 """
 
 import argparse
+import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 import sysconfig
 import time
 import tomllib
+import xml.etree.ElementTree as ET
+from collections import Counter
 from pathlib import Path
 
 from moe_conformance.report import read_report, reports_in
@@ -24,6 +29,7 @@ from record import RESULTS, about, write
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = Path(__file__).parent / "libraries.toml"
 KEPT = RESULTS / "libraries"
+TESTS = ROOT / "conformance" / "tests"
 HERE = [str(ROOT / room) for room in ("reference", "optimized", "conformance")]
 
 
@@ -80,6 +86,46 @@ def check(library, profile, seed):
     return reports, would_change(python)
 
 
+def pytest_of(library):
+    """The arguments of the environment's Python that start pytest.
+
+    An environment that shares nothing gets pytest from a folder of its own, which comes last on
+    the path: what is installed stays as it is, and none of it is hidden.
+    """
+    if not library.get("own"):
+        return ["-m", "pytest"]
+    folder = ROOT / "build" / "libraries" / "pytest"
+    if not (folder / "pytest").exists():
+        same = f"pytest=={importlib.metadata.version('pytest')}"
+        pip = [sys.executable, "-m", "pip", "install", "--target", folder, same]
+        subprocess.run(pip, check=True)
+    start = "import sys; sys.path.append(sys.argv.pop(1)); import pytest; sys.exit(pytest.main())"
+    return ["-c", start, folder]
+
+
+def run_tests(library):
+    """How many tests of the library's adapter end how, in its environment."""
+    outcome = ROOT / "build" / "libraries" / f"{library['name']}-tests.xml"
+    outcome.unlink(missing_ok=True)
+    command = [environment(library), *pytest_of(library), "-q", "-p", "no:cacheprovider"]
+    command += [f"--junit-xml={outcome}", TESTS / library["tests"]]
+    around = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=False, cwd=ROOT, env=around, stdin=subprocess.DEVNULL)
+    # A run that tests failed in, or that had none but skipped ones, is one that counts.
+    if done.returncode not in (0, 1, 5):
+        raise subprocess.CalledProcessError(done.returncode, command)
+    ends = Counter(map(_end, ET.parse(outcome).iter("testcase")))
+    return {name: ends[name] for name in ("passed", "failed", "xfailed", "skipped")}
+
+
+def _end(testcase):
+    skipped = testcase.find("skipped")
+    if skipped is not None:
+        return "xfailed" if skipped.get("type") == "pytest.xfail" else "skipped"
+    broken = testcase.find("failure") is not None or testcase.find("error") is not None
+    return "failed" if broken else "passed"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(libraries()))
@@ -94,6 +140,7 @@ def main() -> int:
         started = time.monotonic()
         try:
             reports, changes = check(library, options.profile, options.seed)
+            tests = {"tests": run_tests(library)} if "tests" in library else {}
         except (OSError, ValueError, subprocess.CalledProcessError) as error:
             print(f"{name}: not run, what is recorded stays as it is: {error}", file=sys.stderr)
             continue
@@ -104,6 +151,7 @@ def main() -> int:
             "version": library["version"],
             "install": [" ".join(line.split()) for line in library["install"]],
             "installing_moespec_also_installs": changes,
+            **tests,
             "minutes": round((time.monotonic() - started) / 60, 1),
             "reports": [summarize(report) for report in reports],
         }

@@ -113,48 +113,38 @@ except ImportError as error:
 """
 
 
-def run(program, *arguments):
-    finished = subprocess.run(
-        [sys.executable, "-W", "ignore", "-", *arguments],
-        input=program,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
+@pytest.fixture
+def run(tmp_path):
+    """Run a program from a file, because Triton reads the source of a kernel; gives its output."""
 
-
-def test_reductions_and_scans_are_what_they_were(tmp_path):
-    file = tmp_path / "kernels.py"
-    file.write_text(KERNELS)
-    answers = [
-        subprocess.run(
-            [sys.executable, "-W", "ignore", str(file), how],
+    def finish(program, *arguments):
+        file = tmp_path / "program.py"
+        file.write_text(program)
+        finished = subprocess.run(
+            [sys.executable, "-W", "ignore", str(file), *arguments],
             capture_output=True,
             text=True,
             timeout=300,
-            check=True,
-        ).stdout
-        for how in ("changed", "unchanged")
-    ]
+        )
+        assert finished.returncode == 0, finished.stderr
+        return finished.stdout
+
+    return finish
+
+
+def test_reductions_and_scans_are_what_they_were(run):
+    answers = [run(KERNELS, how) for how in ("changed", "unchanged")]
     assert answers[0] == answers[1]
     assert len(set(eval(answers[0]))) > 20
 
 
-def test_the_first_configuration_is_taken_and_nan_is_no_error(tmp_path):
-    file = tmp_path / "tuned.py"
-    file.write_text(TUNED)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(file)], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    first, place = eval(done.stdout)
+def test_the_first_configuration_is_taken_and_nan_is_no_error(run):
+    first, place = eval(run(TUNED))
     assert first == 6
     assert 0 <= place < 4
 
 
-def test_a_package_that_was_imported_before_is_named():
+def test_a_package_that_was_imported_before_is_named(run):
     assert run(EARLY) == (
         "json: expected TRITON_INTERPRET=1 before it is first imported, as this machine has no "
         "GPU, got a process that imported it without\n"

@@ -67,6 +67,21 @@ def test_every_library_of_the_table_was_run():
         assert record["reports"], path.stem
 
 
+def test_the_tests_of_every_adapter_are_run_beside_its_library():
+    table = tomllib.loads((ROOT / "benchmarks/libraries.toml").read_text())["library"]
+    named = {each["name"]: each["tests"] for each in table if "tests" in each}
+    files = {path.name for path in Path(__file__).parent.glob("test_*_target.py")}
+    assert sorted(named.values()) == sorted(files - {"test_interpreter_target.py"})
+    for path in RECORDS:
+        ends = json.loads(path.read_text()).get("tests")
+        if ends is None:
+            continue  # recorded before the tests were run along with the suite
+        assert path.stem in named
+        assert ends["passed"], path.stem
+        assert not ends["failed"], path.stem
+        assert not ends["skipped"], path.stem
+
+
 def test_every_mutant_that_survives_is_explained():
     record = json.loads((ROOT / "benchmarks/results/mutation.json").read_text())
     lines = tomllib.loads((ROOT / "docs/data/mutants.toml").read_text())["line"]

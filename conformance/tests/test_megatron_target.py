@@ -1,16 +1,11 @@
 """The megatron-core targets: what they call, what they conform on, what they are known to fail."""
 
-import importlib.metadata
-
 import pytest
 import torch
 
 pytest.importorskip("megatron.core", exc_type=ImportError)
 
-from moe_conformance.executor import InlineExecutor
 from moe_conformance.registry import requirements
-from moe_conformance.runner import Effort, run_requirement
-from moe_conformance.selfcheck import inline_scope
 from moe_conformance.target import Unsupported
 from moe_conformance.targets.megatron import Megatron, MegatronBias
 from moe_reference.config import BalanceConfig, RoutingConfig
@@ -18,9 +13,7 @@ from moe_reference.dispatch import combine, dispatch
 from moe_reference.gating import route
 from moe_reference.load_balancing import balance_loss
 
-FEW = Effort(examples=2, minimum=1, shrinks=0)
-RARE = Effort(examples=30, minimum=1, shrinks=0)
-ONCE = Effort(examples=1, minimum=1, shrinks=0)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Found by nearly every case that is drawn for them.
 KNOWN = {
@@ -60,47 +53,23 @@ CALLED = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+@pytest.mark.parametrize(("target", "id"), [(t, id) for t, ids in KNOWN.items() for id in ids])
+def test_what_is_known_is_found(suite, made, target, id):
+    suite.fails(made(target), id, 30)
 
 
-@pytest.fixture(scope="module")
-def targets():
-    return {made: made() for made in KNOWN}
-
-
-def status(target, id, effort):
-    [requirement] = [each for each in requirements() if each.id == id]
-    executor = InlineExecutor(target)
-    return run_requirement(requirement, inline_scope(executor), executor, effort, seed=0).status
-
-
-@pytest.mark.parametrize(("made", "id"), [(m, id) for m, ids in KNOWN.items() for id in ids])
-def test_what_is_known_is_found(targets, made, id):
-    assert status(targets[made], id, RARE) in ("fail", "crash")
-
-
-@pytest.mark.parametrize(("made", "id"), [(m, id) for m, ids in CONFORMS.items() for id in ids])
-def test_the_rest_conforms(targets, made, id):
-    assert status(targets[made], id, FEW) == "pass"
+@pytest.mark.parametrize(("target", "id"), [(t, id) for t, ids in CONFORMS.items() for id in ids])
+def test_the_rest_conforms(suite, made, target, id):
+    suite.passes(made(target), id, 2)
 
 
 @pytest.mark.parametrize("function", CALLED)
-def test_every_answer_is_the_library_s(targets, monkeypatch, function):
+def test_every_answer_is_the_library_s(suite, made, breaks, function):
     operation = CALLED[function]
-    made = MegatronBias if operation == "update_bias" else Megatron
-    target = targets[made]
-
-    def broken(*args, **named):
-        raise OSError("broken")
-
-    monkeypatch.setattr(target._utils, function, broken)
+    target = made(MegatronBias if operation == "update_bias" else Megatron)
+    breaks(target._utils, function)
     served = [each.id for each in requirements() if each.operation == operation]
-    found = {id: status(target, id, ONCE) for id in served}
+    found = suite.statuses(target, " ".join(served), 1)
     if function in ("get_tokens_per_expert_and_token_count", "switch_load_balancing_loss_func"):
         # The loss over sequences has them from another module: see below.
         assert "crash" in found.values()
@@ -108,35 +77,32 @@ def test_every_answer_is_the_library_s(targets, monkeypatch, function):
         assert not {"pass", "observed"} & set(found.values()), found
 
 
-def test_the_loss_over_sequences_is_the_router_s(targets, monkeypatch):
+def test_the_loss_over_sequences_is_the_router_s(made, breaks):
     from megatron.core.transformer.moe.router import TopKRouter
 
     config = BalanceConfig("deepseek_sequence", sequence_length=4)
     logits = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
     ids = logits.topk(2).indices
-    found = targets[Megatron].balance_loss(logits, ids, config)
+    found = made(Megatron).balance_loss(logits, ids, config)
     torch.testing.assert_close(found, balance_loss(logits, ids, config))
 
-    def broken(*args, **named):
-        raise OSError("broken")
-
-    monkeypatch.setattr(TopKRouter, "_apply_seq_aux_loss", broken)
-    with pytest.raises(OSError, match="broken"):
-        targets[Megatron].balance_loss(logits, ids, config)
+    breaks(TopKRouter, "_apply_seq_aux_loss")
+    with pytest.raises(ArithmeticError, match="broken on purpose"):
+        made(Megatron).balance_loss(logits, ids, config)
 
 
-def test_the_group_score_is_the_one_with_its_name(targets):
+def test_the_group_score_is_the_one_with_its_name(made):
     logits = torch.randn(50, 24, generator=torch.Generator().manual_seed(0))
     for top_k, topk_groups in ((2, 2), (4, 2), (6, 2), (7, 2), (6, 3)):
         config = RoutingConfig(
             top_k, num_groups=4, topk_groups=topk_groups, group_score="topk_share_sum"
         )
-        _, ids = targets[Megatron].route(logits, config)
+        _, ids = made(Megatron).route(logits, config)
         assert torch.equal(ids, route(logits, config)[1].sort().values)
 
 
-def test_rows_go_there_and_back(targets):
-    target, random = targets[Megatron], torch.Generator().manual_seed(0)
+def test_rows_go_there_and_back(made):
+    target, random = made(Megatron), torch.Generator().manual_seed(0)
     x, ids = torch.randn(9, 3, generator=random), torch.rand(9, 6, generator=random).topk(3).indices
     ids[2, 1], ids[4, 0] = -1, 6
     weights = torch.rand(9, 3, generator=random)
@@ -150,25 +116,19 @@ def test_rows_go_there_and_back(targets):
 
 
 @pytest.mark.parametrize("id", NOT_ASKED)
-def test_what_a_map_cannot_hold_is_not_asked(targets, id):
-    assert status(targets[Megatron], id, ONCE) == "unsupported"
+def test_what_a_map_cannot_hold_is_not_asked(suite, made, id):
+    assert suite.statuses(made(Megatron), id, 1) == {id: "unsupported"}
 
 
-def test_what_a_map_cannot_hold_is_refused(targets):
+def test_what_a_map_cannot_hold_is_refused(made):
     with pytest.raises(Unsupported, match="twice"):
-        targets[Megatron].dispatch(torch.zeros(1, 1), torch.tensor([[0, 0]]), 2)
+        made(Megatron).dispatch(torch.zeros(1, 1), torch.tensor([[0, 0]]), 2)
     with pytest.raises(Unsupported, match="no pair"):
-        targets[Megatron].combine(torch.zeros(1, 1), torch.tensor([2]), torch.ones(1, 2))
+        made(Megatron).combine(torch.zeros(1, 1), torch.tensor([2]), torch.ones(1, 2))
 
 
-@pytest.mark.parametrize("found", ["", "0.15.3"])
-@pytest.mark.parametrize("made", KNOWN)
-def test_a_missing_or_old_library_is_one_sentence(monkeypatch, made, found):
-    def version(name):
-        if not found:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return found
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    with pytest.raises(ImportError, match=f"megatron.* 0.16, found {found or 'none'}: pip install"):
-        made()
+@pytest.mark.parametrize("found", ["none", "0.15.3"])
+@pytest.mark.parametrize("target", KNOWN)
+def test_a_missing_or_old_library_is_one_sentence(needs, target, found):
+    install = "pip install --no-deps megatron-core==0.16.1"
+    needs(target, found, f"{target.name} needs megatron-core >= 0.16", install)

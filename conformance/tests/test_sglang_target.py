@@ -1,14 +1,9 @@
 """The adapters for SGLang: what they translate, what conforms, and what is known to be wrong."""
 
-import importlib.metadata
 import importlib.util
 
 import pytest
 import torch
-from moe_conformance.executor import InlineExecutor
-from moe_conformance.registry import requirements
-from moe_conformance.runner import Effort, run_requirement
-from moe_conformance.selfcheck import inline_scope
 from moe_conformance.target import Unsupported
 from moe_conformance.targets import sglang_source
 from moe_conformance.targets.sglang import Sglang, SglangBiasedGrouped, SglangGrouped
@@ -17,7 +12,6 @@ from moe_reference.config import ExpertsConfig, ExpertWeights, RoutingConfig
 if importlib.util.find_spec("sglang") is None:
     pytest.skip("needs the files of sglang", allow_module_level=True)
 
-BY_ID = {each.id: each for each in requirements()}
 TARGETS = [Sglang, SglangGrouped, SglangBiasedGrouped]
 
 WRONG = {
@@ -37,40 +31,21 @@ RIGHT = {
 }
 
 
-def ask(target, name, examples):
-    executor = InlineExecutor(target)
-    effort = Effort(examples, minimum=1, shrinks=0)
-    return run_requirement(BY_ID[name], inline_scope(executor), executor, effort, seed=0)
+@pytest.mark.parametrize(("kind", "id"), [(k, id) for k, ids in RIGHT.items() for id in ids])
+def test_it_conforms(suite, made, kind, id):
+    suite.passes(made(kind), id, 5)
 
 
-def pairs(table):
-    return [(one, name) for one, names in table.items() for name in names]
-
-
-@pytest.mark.parametrize(("kind", "name"), pairs(RIGHT))
-def test_it_conforms(kind, name):
-    result = ask(kind(), name, examples=5)
-    assert result.status == "pass", result.message
-
-
-@pytest.mark.parametrize(("kind", "name"), pairs(WRONG))
-def test_what_is_known_to_be_wrong_is_found(kind, name):
-    assert ask(kind(), name, examples=200).status in ("fail", "crash")
+@pytest.mark.parametrize(("kind", "id"), [(k, id) for k, ids in WRONG.items() for id in ids])
+def test_what_is_known_to_be_wrong_is_found(suite, made, kind, id):
+    suite.fails(made(kind), id, 200)
 
 
 @pytest.mark.parametrize("kind", TARGETS)
-def test_where_a_function_raises_what_it_serves_crashes(monkeypatch, kind):
-    def gone(*_, **__):
-        raise RuntimeError("gone")
-
-    target = kind()
-    monkeypatch.setattr(target, "_router", gone)
-    monkeypatch.setattr(target, "_native", gone)
-    served = ["GATE-05" if kind is SglangBiasedGrouped else "GATE-01"]
-    served += ["EXPERT-01", "EXPERT-03"] if kind.native else []
-    for name in served:
-        result = ask(target, name, examples=2)
-        assert (result.status, "gone" in result.message) == ("crash", True), result.message
+def test_where_a_function_raises_what_it_serves_crashes(suite, made, breaks, kind):
+    breaks(made(kind), "_router", "_native")
+    gate = "GATE-05" if kind is SglangBiasedGrouped else "GATE-01"
+    suite.crashes(made(kind), f"{gate} EXPERT-01 EXPERT-03" if kind.native else gate, 2)
 
 
 def test_swigluoai_alternates_gate_and_up():
@@ -94,21 +69,11 @@ def test_what_is_not_declared_is_refused():
         SglangBiasedGrouped().route(logits, RoutingConfig(2, score="sigmoid"))
 
 
+@pytest.mark.parametrize("found", ["none", "0.4.9"])
 @pytest.mark.parametrize("kind", TARGETS)
-@pytest.mark.parametrize("found", ["0.4.9", ""])
-def test_another_version_gives_one_sentence(monkeypatch, kind, found):
-    def version(_):
-        if not found:
-            raise importlib.metadata.PackageNotFoundError
-        return found
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    with pytest.raises(ImportError) as error:
-        kind()
-    assert str(error.value) == (
-        f"{kind.name}: expected sglang 0.5 or newer, found {found or 'none'}: "
-        "pip install --no-deps sglang"
-    )
+def test_a_missing_or_old_library_is_one_sentence(needs, kind, found):
+    install = "pip install --no-deps sglang==0.5.23"
+    needs(kind, found, f"{kind.name} needs sglang >= 0.5", install)
 
 
 def test_a_function_or_file_that_has_moved_gives_one_sentence(monkeypatch):

@@ -3,7 +3,7 @@
 Whoever has no torchtitan skips all of it. Ranks are threads here; `moespec check` has processes.
 """
 
-import importlib.metadata
+import functools
 import sys
 
 import pytest
@@ -11,11 +11,10 @@ import pytest
 pytest.importorskip("torchtitan")
 
 import torch
-from moe_conformance.executor import InlineExecutor
-from moe_conformance.registry import requirements
-from moe_conformance.runner import Effort, run_requirement
-from moe_conformance.selfcheck import inline_scope
+from moe_conformance.target import Unsupported
 from moe_conformance.targets import torchtitan as adapter
+from moe_conformance.targets.torchtitan_parts import INSTALL
+from moe_reference.config import ExpertsConfig, ExpertWeights, RoutingConfig
 
 VARIANTS = adapter.variants()
 ASKED = {
@@ -53,31 +52,6 @@ CALLED = [
     ("gpt_oss", "gpt_oss.GptOssGroupedExperts.forward", "EXPERT-06 EXPERT-09 EXPERT-10 LAYER-01"),
 ]
 
-BY_ID = {each.id: each for each in requirements()}
-
-
-@pytest.fixture(scope="module")
-def targets():
-    made = {}
-
-    def target(name):
-        if name not in made:
-            made[name] = VARIANTS[name]()
-        return made[name]
-
-    return target
-
-
-def _run(target, names, examples=3):
-    """By id, the status of each requirement with a few examples."""
-    executor = InlineExecutor(target)
-    scope = inline_scope(executor)
-    effort = Effort(examples, 0, 0)
-    return {
-        name: run_requirement(BY_ID[name], scope, executor, effort, seed=0).status
-        for name in names.split()
-    }
-
 
 def test_variants_are_listed_without_torch_or_torchtitan(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
@@ -86,82 +60,58 @@ def test_variants_are_listed_without_torch_or_torchtitan(monkeypatch):
     assert len(VARIANTS) == 6
 
 
-@pytest.mark.parametrize("found", [None, "0.2.9", "0.4.0"])
-def test_a_missing_or_another_version_is_one_sentence(monkeypatch, found):
-    def version(name):
-        if found is None:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return found
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    with pytest.raises(ImportError, match=rf"router needs torchtitan 0.3, found {found or 'none'}"):
-        VARIANTS["router"]()
+@pytest.mark.parametrize("found", ["none", "0.2.9"])
+def test_a_missing_or_old_library_is_one_sentence(needs, found):
+    needs(VARIANTS["router"], found, "torchtitan/router needs torchtitan >= 0.3", INSTALL)
 
 
-def test_a_library_that_has_moved_something_is_one_sentence(monkeypatch, targets):
-    library = targets("router")._library["moe"]
+def test_a_library_that_has_moved_something_is_one_sentence(monkeypatch, made):
+    library = made(VARIANTS["router"])._library["moe"]
     monkeypatch.delattr(library, "RoutedExperts")
     with pytest.raises(ImportError, match=r"torchtitan.models.common.moe has no RoutedExperts"):
         VARIANTS["moe"]()
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_target_says_what_it_is(name, targets):
-    target = targets(name)
-    assert target.name == f"torchtitan/{name}"
-    assert target.version == importlib.metadata.version("torchtitan")
-    assert target.capabilities.alternatives("routing")
+def test_a_target_says_what_it_is(name, made, says_what_it_is):
+    says_what_it_is(made(VARIANTS[name]), f"torchtitan/{name}", "torchtitan")
+    assert made(VARIANTS[name]).capabilities.alternatives("routing")
 
 
 @pytest.mark.parametrize("name", ASKED)
-def test_it_conforms_where_it_does(name, targets):
+def test_it_conforms_where_it_does(name, suite, made):
     # Cases of several ranks are a third as many.
-    found = _run(targets(name), ASKED[name], examples=8 if name == "expert_parallel" else 3)
-    assert set(found.values()) == {"pass"}, found
+    suite.passes(made(VARIANTS[name]), ASKED[name], 8 if name == "expert_parallel" else 3)
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_what_is_known_is_found(name, targets):
-    found = _run(targets(name), KNOWN[name], examples=40)
-    assert set(found.values()) <= {"fail", "crash"}, found
+def test_what_is_known_is_found(name, suite, made):
+    suite.fails(made(VARIANTS[name]), KNOWN[name], 40)
 
 
 @pytest.mark.parametrize(("name", "function", "served"), CALLED)
-def test_the_library_itself_is_called(name, function, served, targets, monkeypatch):
-    def broken(*given, **named):
-        raise ArithmeticError("broken on purpose")
-
-    target = targets(name)
-    where, *rest = function.split(".")
-    holder = target._library[where]
-    for each in rest[:-1]:
-        holder = getattr(holder, each)
-    monkeypatch.setattr(holder, rest[-1], broken)
-    found = _run(target, served)
-    assert set(found.values()) == {"crash"}, found
+def test_the_library_itself_is_called(name, function, served, suite, made, breaks):
+    target = made(VARIANTS[name])
+    where, *path, last = function.split(".")
+    breaks(functools.reduce(getattr, path, target._library[where]), last)
+    suite.crashes(target, served, 3)
 
 
 @pytest.mark.parametrize("step", ["dispatch", "combine"])
-def test_the_library_exchanges_the_rows(step, targets, monkeypatch):
-    def broken(*given, **named):
-        raise ArithmeticError("broken on purpose")
-
-    target = targets("expert_parallel")
-    library = target._library["dispatchers"]
-    monkeypatch.setattr(library.AllToAllTokenDispatcher, step, broken)
-    assert _run(target, "EP-01", examples=8) == {"EP-01": "crash"}
+def test_the_library_exchanges_the_rows(step, suite, made, breaks):
+    target = made(VARIANTS["expert_parallel"])
+    breaks(target._library["dispatchers"].AllToAllTokenDispatcher, step)
+    suite.crashes(target, "EP-01", 8)
 
 
-def test_calls_outside_the_declaration_are_refused(targets):
-    from moe_conformance.target import Unsupported
-    from moe_reference.config import ExpertsConfig, ExpertWeights, RoutingConfig
-
+def test_calls_outside_the_declaration_are_refused(made):
     logits = torch.zeros(3, 4)
     x = torch.zeros(3, 8, dtype=torch.bfloat16)
     experts = ExpertWeights(x.new_zeros(4, 16, 8), x.new_zeros(4, 8, 8))
     weights, ids = torch.ones(3, 2), torch.tensor([[0, 1]] * 3)
     silu, swiglu = ExpertsConfig(), ExpertsConfig("swigluoai")
-    moe, dispatcher, router = targets("moe"), targets("dispatcher"), targets("router")
+    names = ("moe", "dispatcher", "router", "gpt_oss")
+    moe, dispatcher, router, gpt_oss = (made(VARIANTS[name]) for name in names)
     for call in (
         lambda: router.route(logits, RoutingConfig(2, score="sqrtsoftplus")),
         lambda: router.route(logits.half(), RoutingConfig(2)),
@@ -171,9 +121,9 @@ def test_calls_outside_the_declaration_are_refused(targets):
         lambda: moe.experts(x, experts, weights, ids - 1, silu),
         lambda: moe.experts(x, experts, weights, ids, ExpertsConfig("gelu")),
         lambda: moe.experts(x.half(), experts, weights, ids, silu),
-        lambda: targets("gpt_oss").experts(x.float(), experts, weights, ids, swiglu),
+        lambda: gpt_oss.experts(x.float(), experts, weights, ids, swiglu),
         lambda: moe.experts(x, experts, weights, ids, silu, torch.arange(4)),
-        lambda: targets("gpt_oss").experts(x, experts, weights, ids, silu),
+        lambda: gpt_oss.experts(x, experts, weights, ids, silu),
     ):
         with pytest.raises(Unsupported, match="torchtitan/"):
             call()

@@ -6,18 +6,12 @@ suite's business. Where the library is known to differ, the case is marked with 
 
 import dataclasses
 import importlib
-import importlib.metadata
-import json
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from moe_conformance import targets
-from moe_conformance.executor import InlineExecutor
-from moe_conformance.registry import requirement_named
-from moe_conformance.runner import Effort, run_requirement
-from moe_conformance.selfcheck import inline_scope
 from moe_conformance.target import Unsupported
 from moe_conformance.targets import transformers as adapter
 from moe_conformance.targets.transformers import routers
@@ -249,28 +243,19 @@ def test_variants_are_listed_without_torch_or_transformers(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
 
 
-@pytest.mark.parametrize("found", ["", "5.19.1"])
-def test_a_missing_or_old_library_is_one_sentence(monkeypatch, found):
-    def version(name):
-        if not found:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return found
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    with pytest.raises(ImportError, match=f"mixtral-eager needs .* 5.20, found {found or 'none'}"):
-        adapter.variants()["mixtral-eager"]()
+@pytest.mark.parametrize("found", ["none", "5.19.1"])
+def test_a_missing_or_old_library_is_one_sentence(needs, found):
+    wanted = "transformers/mixtral-eager needs transformers >= 5.20"
+    install = "pip install 'moespec[transformers]'"
+    needs(adapter.variants()["mixtral-eager"], found, wanted, install)
 
 
-def test_a_target_says_what_it_is(target):
-    assert target.name.startswith("transformers/")
-    assert target.version == importlib.metadata.version("transformers")
+def test_a_target_says_what_it_is(request, target, says_what_it_is):
+    name = request.node.callspec.params["target"]
+    says_what_it_is(target, f"transformers/{name}", "transformers")
     without = ("deepseek_v2", "deepseek_v3", "glm4_moe", "llama4")
     loss = ("balance_loss",) if _family(target) not in without else ()
     assert type(target).operations() == ("route", *loss, "experts", "layer")
-    declared = target.capabilities
-    restored = type(declared).from_json(json.loads(json.dumps(declared.to_json())))
-    for area in ("routing", "experts", "layer"):
-        assert restored.alternatives(area) == declared.alternatives(area)
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)
@@ -356,20 +341,26 @@ def test_a_repeated_expert_counts_twice(target):
     _close(out, expected, 2.0**-20)
 
 
-def _absent(request, target):
-    if target.backend == "dense":
-        pytest.skip("declares no ids that are not here")
-    if target.name == "transformers/gpt_oss-eager":
-        request.applymarker(NO_SENTINEL)
+def _declaring(field):
+    """The variants whose experts declare that they take it."""
+    names = (
+        f"{each.family}-{backend}"
+        for each in adapter.FAMILIES
+        for backend in each.backends
+        if any(True in c[field] for c in each.declared(backend).alternatives("experts"))
+    )
+    return [
+        pytest.param(name, marks=NO_SENTINEL if name == "gpt_oss-eager" else ()) for name in names
+    ]
+
+
+@pytest.mark.parametrize("target", _declaring("invalid_ids"), indirect=True)
+def test_ids_that_are_not_here_contribute_nothing(target):
     x, experts, weights, ids = _batch(target, torch.float32)
     ids[0, 0], ids[1, 1], ids[2] = -1, E, 99
     weights[0, 0] = torch.nan
     here = ids.remainder(E) == ids
-    return x, experts, weights, ids, _dense(weights.where(here, 0), ids.where(here, 0), E)
-
-
-def test_ids_that_are_not_here_contribute_nothing(request, target):
-    x, experts, weights, ids, dense = _absent(request, target)
+    dense = _dense(weights.where(here, 0), ids.where(here, 0), E)
     leaves = (x, weights, experts.gate_up, experts.down)
     for leaf in leaves:
         leaf.requires_grad_()
@@ -386,11 +377,8 @@ def test_ids_that_are_not_here_contribute_nothing(request, target):
     assert not found[1][2].any()
 
 
-def test_an_expert_map_gives_local_rows(request, target):
-    if target.backend == "dense":
-        pytest.skip("declares no expert map")
-    if target.name == "transformers/gpt_oss-eager":
-        request.applymarker(NO_SENTINEL)
+@pytest.mark.parametrize("target", _declaring("expert_map"), indirect=True)
+def test_an_expert_map_gives_local_rows(target):
     x, experts, weights, _ = _batch(target, torch.float32)
     ids = _normal(T, 12, seed=4).topk(K).indices
     local = torch.tensor([-1, 2, 0, -1, 1, 3, -1, 4, 5, 6, 7, -1], dtype=torch.int32)
@@ -624,68 +612,52 @@ SERVES = {"route": "GATE-19", "balance_loss": "BALANCE-02", "experts": "EXPERT-1
 SERVES["layer"] = "LAYER-01"
 
 
-def _status(target, id, examples=3):
-    executor = InlineExecutor(target)
-    effort = Effort(examples, minimum=1, shrinks=0)
-    return run_requirement(
-        requirement_named(id), inline_scope(executor), executor, effort, seed=0
-    ).status
-
-
-def _raises(*given, **named):
-    raise RuntimeError("planted")
-
-
 @pytest.mark.parametrize("operation", SERVES)
-def test_what_the_library_raises_crashes_the_requirements_it_serves(first, operation, monkeypatch):
+def test_what_the_library_raises_crashes_the_requirements_it_serves(
+    suite, first, operation, breaks
+):
     if operation not in type(first).operations():
         return
     asked = {"route": first.router_class, "layer": first.block_class}.get(operation)
     asked = asked or {"experts": first.experts_class}.get(operation)
     if asked is None:
-        monkeypatch.setattr(first, "_balance_loss", _raises)
+        breaks(first, "_balance_loss")
     else:
-        monkeypatch.setattr(first._classes[asked], "forward", _raises)
-    assert _status(first, SERVES[operation]) == "crash"
+        breaks(first._classes[asked], "forward")
+    suite.crashes(first, SERVES[operation], 3)
 
 
 @pytest.mark.parametrize("backend", ["batched_mm", "grouped_mm"])
 @pytest.mark.parametrize("family", [each.family for each in adapter.FAMILIES if each.backends[1:]])
-def test_the_backend_that_is_named_is_the_one_that_computes(family, backend, monkeypatch):
+def test_the_backend_that_is_named_is_the_one_that_computes(family, backend, monkeypatch, broken):
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     target = adapter.variants()[f"{family}-{backend}"]()
-    monkeypatch.setitem(type(ALL_EXPERTS_FUNCTIONS)._global_mapping, backend, _raises)
+    monkeypatch.setitem(type(ALL_EXPERTS_FUNCTIONS)._global_mapping, backend, broken)
     x, experts, weights, ids = _batch(target, torch.float32)
-    with pytest.raises(RuntimeError, match="planted"):
+    with pytest.raises(ArithmeticError, match="broken on purpose"):
         target.experts(x, experts, weights, ids, _config(target))
     target.backend = "eager"
     target._modules.clear()
     target.experts(x, experts, weights, ids, _config(target))
 
 
-EAGER = ("EXPERT-18", "EXPERT-20", "EXPERT-30")
+EAGER = "EXPERT-18 EXPERT-20 EXPERT-30"
 KNOWN = {
     **{f"{each.family}-eager": EAGER for each in adapter.FAMILIES if each.backends[1:]},
-    **{
-        f"{each.family}-batched_mm": ("EXPERT-19",)
-        for each in adapter.FAMILIES
-        if each.backends[1:]
-    },
-    "gpt_oss-eager": ("EXPERT-07", "EXPERT-08", "EXPERT-17"),
-    "olmoe-grouped_mm": ("BALANCE-14", "BALANCE-16", "BALANCE-17", "BALANCE-19", "BALANCE-25"),
-    "gpt_oss-batched_mm": ("BALANCE-10", "BALANCE-20", "EXPERT-19"),
-    "deepseek_v4-grouped_mm": ("GATE-08", "GATE-14"),
-    "llama4-dense": ("EXPERT-19",),
-    "deepseek_v2-norm_topk_prob": ("GATE-22",),
-    "deepseek_v4-norm_topk_prob": ("GATE-06",),
-    "deepseek_v4-softmax": ("GATE-01",),
+    **{f"{each.family}-batched_mm": "EXPERT-19" for each in adapter.FAMILIES if each.backends[1:]},
+    "gpt_oss-eager": "EXPERT-07 EXPERT-08 EXPERT-17",
+    "olmoe-grouped_mm": "BALANCE-14 BALANCE-16 BALANCE-17 BALANCE-19 BALANCE-25",
+    "gpt_oss-batched_mm": "BALANCE-10 BALANCE-20 EXPERT-19",
+    "deepseek_v4-grouped_mm": "GATE-08 GATE-14",
+    "llama4-dense": "EXPERT-19",
+    "deepseek_v2-norm_topk_prob": "GATE-22",
+    "deepseek_v4-norm_topk_prob": "GATE-06",
+    "deepseek_v4-softmax": "GATE-01",
 }
 """Of what is told on docs/findings.md, some requirements of each."""
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_known_findings_are_still_found(name):
-    target = adapter.variants()[name]()
-    found = {id: _status(target, id, examples=60) for id in KNOWN[name]}
-    assert not {id: status for id, status in found.items() if status not in ("fail", "crash")}
+def test_known_findings_are_still_found(suite, name):
+    suite.fails(adapter.variants()[name](), KNOWN[name], 60)

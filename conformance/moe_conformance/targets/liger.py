@@ -12,10 +12,10 @@ No translation is made: layouts, ids and weights are the library's own as they a
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING
 
-from moe_conformance.target import Capabilities, Target, Unsupported
+from moe_conformance.target import Capabilities, Target
+from moe_conformance.targets.adapter import installed, refuse_experts
 from moe_conformance.targets.interpreter import interpret_without_gpu, on_this_machine
 
 if TYPE_CHECKING:
@@ -68,15 +68,8 @@ class Liger(Target):
     )
 
     def __init__(self) -> None:
-        try:
-            type(self).version = importlib.metadata.version("liger-kernel")
-        except importlib.metadata.PackageNotFoundError:
-            type(self).version = ""
-        if not self.version or tuple(map(int, self.version.split(".")[:2])) < OLDEST:
-            raise ImportError(
-                f"{self.name}: expected version 0.8 or newer, found {self.version or 'none'}: "
-                "pip install --no-deps liger-kernel"
-            )
+        install = "pip install --no-deps liger-kernel==0.8.5"
+        type(self).version = installed(self.name, OLDEST, install, "liger-kernel")
         interpret_without_gpu("liger_kernel")
         try:
             module = importlib.import_module("liger_kernel.ops.fused_moe")
@@ -96,10 +89,5 @@ class Liger(Target):
         expert_map: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`LigerFusedMoEFunction` on x [T, H]."""
-        if expert_map is not None:
-            raise Unsupported(f"{self.name}: no expert map")
-        if experts.gate_up_bias is not None or experts.down_bias is not None:
-            raise Unsupported(f"{self.name}: no biases")
-        if (config.activation, config.gated, config.weight_on) != ("silu", True, "output"):
-            raise Unsupported(f"{self.name}: only gated silu, weighted at the output")
+        refuse_experts(self, experts, config, expert_map=expert_map is not None)
         return self._function.apply(x, experts.gate_up, experts.down, expert_ids, weights)

@@ -21,17 +21,25 @@ Neither torch nor a library is imported before a target is made.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from moe_conformance.target import Capabilities, Target, Unsupported
+from moe_conformance.targets.adapter import (
+    field_values,
+    installed,
+    kept_random_state,
+    refuse,
+    refuse_routing,
+)
 
 if TYPE_CHECKING:
     import torch
     from moe_reference.config import BalanceConfig, RoutingConfig
+
+OLDEST = {"mixture-of-experts": (0, 2), "st-moe-pytorch": (0, 1)}
+INSTALL = "pip install --no-deps mixture-of-experts==0.2.3 st-moe-pytorch==0.1.8"
 
 MOST_BYTES = 2**31
 """Of one tensor. The gates make a one-hot [L, E, C] for every sequence and choice, with C in
@@ -92,7 +100,7 @@ class Top2Gate(Target):
         token_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The gate on logits [T, E], through an identity weight."""
-        check_routing(self, config, bias)
+        refuse_routing(self, config, bias)
         check_matrix(self, logits)
         with kept_random_state():
             gate = self._gate(logits.shape[1], config.top_k, config.epsilon).eval()
@@ -108,16 +116,11 @@ class Top2Gate(Target):
         tokens_per_expert: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The gate's loss on logits [N · L, E]; it selects the experts again itself."""
-        check(
-            self,
-            "balance",
-            {
-                "loss": config.loss,
-                "score": config.score,
-                "padding_mask": padding_mask is not None,
-                "tokens_per_expert": tokens_per_expert is not None,
-            },
-        )
+        flags = {
+            "padding_mask": padding_mask is not None,
+            "tokens_per_expert": tokens_per_expert is not None,
+        }
+        refuse(self, "balance", field_values(config) | flags)
         check_matrix(self, logits)
         # The gate has no use for the ids, so nothing else would notice.
         if expert_ids.shape[:-1] != logits.shape[:1] or expert_ids.is_floating_point():
@@ -186,7 +189,7 @@ class TopNGate(Top2Gate):
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The gate's z-loss on logits [T, E] as one sequence."""
-        check(self, "balance", {"padding_mask": padding_mask is not None})
+        refuse(self, "balance", {"padding_mask": padding_mask is not None})
         check_matrix(self, logits)
         return self._losses(logits, 1)[1]
 
@@ -234,22 +237,14 @@ def library(name: str, distribution: str, module: str, *classes: str) -> tuple[A
     Raises:
         ImportError: it is missing, or has moved one of the classes.
     """
-    found = "none"
+    found = installed(name, OLDEST[distribution], INSTALL, distribution)
     try:
-        found = importlib.metadata.version(distribution)
         imported = importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"{name} needs {distribution}, found {found}: {error}") from None
+        raise ImportError(f"{name}: {distribution} {found} cannot be imported: {error}") from None
     for missing in (each for each in classes if not hasattr(imported, each)):
         raise ImportError(f"{name}: {distribution} {found} has no {module}.{missing}")
     return imported, found
-
-
-def kept_random_state() -> AbstractContextManager[None]:
-    """For making a module: its initial parameters are random, and not used."""
-    import torch
-
-    return torch.random.fork_rng(devices=[])
 
 
 def weights_and_ids(combine: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -262,21 +257,3 @@ def check_matrix(target: Target, logits: torch.Tensor) -> None:
     """Refuse what is not [T, E]."""
     if logits.ndim != 2 or not logits.is_floating_point():
         raise Unsupported(f"{target.name}: {logits.dtype} logits of {list(logits.shape)}")
-
-
-def check_routing(target: Target, config: RoutingConfig, bias: torch.Tensor | None) -> None:
-    """Refuse another routing than the declared one."""
-    flags = {"selection_bias": bias is not None, "hash_table": config.hash_table is not None}
-    check(target, "routing", vars(config) | flags)
-
-
-def check(target: Target, area: str, asked: Mapping[str, Any]) -> None:
-    """Refuse what lies outside the declaration.
-
-    Raises:
-        Unsupported: naming the field and its value.
-    """
-    [declared] = target.capabilities.alternatives(area)
-    for name, allowed in declared.items():
-        if name in asked and asked[name] not in allowed:
-            raise Unsupported(f"{target.name}: no {area} with {name} = {asked[name]!r}")

@@ -22,11 +22,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from moe_conformance.target import Capabilities, Target, Unsupported
+from moe_conformance.targets.adapter import kept_random_state, refuse_layer
 from moe_conformance.targets.lucidrains import (
     ROUTING,
-    check,
-    check_routing,
-    kept_random_state,
     library,
     weights_and_ids,
 )
@@ -104,7 +102,9 @@ class Top2Layer(Target):
         from moe_reference.config import LayerOutput
         from torch.func import functional_call
 
-        self._check(x, parameters, config)
+        if x.ndim != 3:
+            raise Unsupported(f"{self.name}: x of {list(x.shape)}")
+        refuse_layer(self, x, parameters, config)
         with kept_random_state():
             module = self._made(parameters.experts, config).train(training)
         found: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -119,20 +119,6 @@ class Top2Layer(Target):
         pieces = [functional_call(module, state, (piece,))[0] for piece in x.split(PIECE, dim=1)]
         weights, ids = (torch.cat(each, dim=1).flatten(0, 1) for each in zip(*found, strict=True))
         return LayerOutput(output=torch.cat(pieces, dim=1), expert_ids=ids, weights=weights)
-
-    def _check(self, x: torch.Tensor, parameters: LayerWeights, config: LayerConfig) -> None:
-        if x.ndim != 3 or str(x.dtype).removeprefix("torch.") not in self.capabilities.dtypes:
-            raise Unsupported(f"{self.name}: {x.dtype} x of {list(x.shape)}")
-        check_routing(self, config.routing, parameters.selection_bias)
-        given = parameters.experts
-        biased = given.gate_up_bias is not None or given.down_bias is not None
-        check(self, "experts", vars(config.experts) | {"bias": biased})
-        asked = {
-            "shared": parameters.shared is not None,
-            "shared_gate": parameters.shared_gate is not None,
-            "router_bias": parameters.router_bias is not None,
-        }
-        check(self, "layer", vars(config) | asked)
 
     def _made(self, experts: ExpertWeights, config: LayerConfig) -> Any:
         """The layer for these sizes."""

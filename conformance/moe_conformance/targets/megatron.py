@@ -27,18 +27,16 @@ The functions that add up over ranks get a gloo process group of one rank.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from moe_conformance.target import Target, Unsupported
+from moe_conformance.targets.adapter import field_values, installed, refuse, refuse_routing
 from moe_conformance.targets.dense import (
     at_ids,
     by_place,
     capacity_factor,
-    field_values,
     from_dense,
-    refuse_others,
     slots_like,
     to_dense,
     token_places,
@@ -71,16 +69,8 @@ class Megatron(Target):
     capabilities = DECLARED
 
     def __init__(self) -> None:
-        try:
-            found = importlib.metadata.version("megatron-core")
-        except importlib.metadata.PackageNotFoundError:
-            found = ""
-        if not found or tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
-            raise ImportError(
-                f"{self.name} needs megatron-core >= 0.16, found {found or 'none'}: "
-                "pip install --no-deps megatron-core==0.16.1"
-            )
-        type(self).version = found
+        install = "pip install --no-deps megatron-core==0.16.1"
+        type(self).version = installed(self.name, OLDEST, install, "megatron-core")
         self._utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
         self._one_rank = one_rank()
 
@@ -92,11 +82,7 @@ class Megatron(Target):
         token_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`topk_routing_with_score_function`."""
-        asked = field_values(config) | {
-            "selection_bias": bias is not None,
-            "hash_table": config.hash_table is not None,
-        }
-        refuse_others(self, "routing", asked)
+        refuse_routing(self, config, bias)
         grouped = config.num_groups > 1
         probs, routing_map = self._utils.topk_routing_with_score_function(
             logits,
@@ -121,7 +107,7 @@ class Megatron(Target):
     ) -> torch.Tensor:
         """What `TopKRouter.routing` does for `aux_loss` and `seq_aux_loss`."""
         asked = field_values(config) | {"ids": "chosen", "invalid_ids": False, "centred": False}
-        refuse_others(self, "balance", asked)
+        refuse(self, "balance", asked)
         num_experts, top_k = logits.shape[-1], expert_ids.shape[-1]
         padding = None if padding_mask is None else ~padding_mask
         length = config.sequence_length if config.loss == "deepseek_sequence" else None

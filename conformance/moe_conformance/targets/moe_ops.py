@@ -18,13 +18,13 @@ contiguous, as parameters are.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from moe_conformance.target import Capabilities, Target, Unsupported
+from moe_conformance.target import Capabilities, Target
+from moe_conformance.targets.adapter import installed, refuse_experts, refuse_routing
 from moe_conformance.targets.interpreter import interpret_without_gpu, on_this_machine
 
 if TYPE_CHECKING:
@@ -89,15 +89,8 @@ class MoeOps(Target):
     fp32_routing: ClassVar[bool] = True
 
     def __init__(self) -> None:
-        try:
-            type(self).version = importlib.metadata.version("moe-ops")
-        except importlib.metadata.PackageNotFoundError:
-            type(self).version = ""
-        if not self.version or tuple(map(int, self.version.split(".")[:2])) < OLDEST:
-            raise ImportError(
-                f"{self.name}: expected version 0.1 or newer, found {self.version or 'none'}: "
-                "pip install --no-deps moe-ops"
-            )
+        install = "pip install --no-deps moe-ops==0.1.0"
+        type(self).version = installed(self.name, OLDEST, install, "moe-ops")
         interpreted = interpret_without_gpu("moe_ops")
         try:
             package = importlib.import_module("moe_ops")
@@ -118,11 +111,7 @@ class MoeOps(Target):
         token_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`fused_topk_softmax` on logits [T, E]."""
-        plain = (config.score, config.order, config.renormalize, config.scale, config.num_groups)
-        if plain != ("softmax", "topk_then_score", False, 1.0, 1):
-            raise Unsupported(f"{self.name}: only a softmax over the K largest logits")
-        if bias is not None or config.hash_table is not None:
-            raise Unsupported(f"{self.name}: no selection bias and no hash table")
+        refuse_routing(self, config, bias)
         weights, expert_ids = self._topk_softmax(logits, config.top_k, self.fp32_routing)
         return weights.float(), expert_ids
 
@@ -156,12 +145,7 @@ class MoeOps(Target):
         expert_map: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`permute`, `grouped_gemm`, silu, `grouped_gemm` and `unpermute`."""
-        if expert_map is not None:
-            raise Unsupported(f"{self.name}: no expert map")
-        if experts.gate_up_bias is not None or experts.down_bias is not None:
-            raise Unsupported(f"{self.name}: no biases")
-        if (config.activation, config.gated, config.weight_on) != ("silu", True, "output"):
-            raise Unsupported(f"{self.name}: only gated silu, weighted at the output")
+        refuse_experts(self, experts, config, expert_map=expert_map is not None)
         rows, row_id_map, offsets = self._permute(x, expert_ids, 0, len(experts.down))
         gate, up = (
             self._grouped_gemm(rows, matrix.contiguous(), offsets)

@@ -20,13 +20,19 @@ Neither torch nor OLMo-core is imported before a target is made.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moe_conformance.target import Capabilities, Target, Unsupported
+from moe_conformance.targets.adapter import (
+    field_values,
+    installed,
+    kept_random_state,
+    refuse,
+    refuse_routing,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +102,7 @@ class Router(Target):
         token_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The router on logits [T, E], as one sequence."""
-        check_routing(self, config, bias)
+        refuse_routing(self, config, bias)
         self._check_matrix(logits)
         router = self._router(logits.shape[1], **routing_fields(config, bias)).eval()
         weights, ids, *_ = self._call(router, logits[None], bias)
@@ -115,7 +121,7 @@ class Router(Target):
             "padding_mask": padding_mask is not None,
             "tokens_per_expert": tokens_per_expert is not None,
         }
-        check(self, "balance", vars(config) | flags)
+        refuse(self, "balance", field_values(config) | flags)
         self._check_matrix(logits)
         # The loss has no use for the ids, so nothing else would notice.
         if expert_ids.shape[:-1] != logits.shape[:1] or expert_ids.is_floating_point():
@@ -141,7 +147,7 @@ class Router(Target):
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The router's z-loss on logits [T, E]."""
-        check(self, "balance", {"padding_mask": padding_mask is not None})
+        refuse(self, "balance", {"padding_mask": padding_mask is not None})
         self._check_matrix(logits)
         router = self._router(logits.shape[1], top_k=1, z_loss_weight=1.0)
         return self._loss(router, logits[None])
@@ -152,7 +158,7 @@ class Router(Target):
         """`post_batch` of the router with these counts."""
         import torch
 
-        check(self, "balance", {"centred": centred})
+        refuse(self, "balance", {"centred": centred})
         # They are turned into float32 here, so nothing else would notice.
         counts, wrong = tokens_per_expert, not bias.is_floating_point()
         if bias.ndim != 1 or counts.shape != bias.shape or counts.dtype is torch.bool or wrong:
@@ -222,11 +228,9 @@ def library(name: str) -> tuple[Any, str]:
     Raises:
         ImportError: it or Triton is missing, too old, or has moved something.
     """
-    found = "none"
+    install = "pip install ai2-olmo-core==3.0.0"
+    found = installed(name, OLDEST, install, "ai2-olmo-core")
     try:
-        found = importlib.metadata.version("ai2-olmo-core")
-        if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
-            raise ImportError("too old")
         importlib.import_module("moe_conformance.targets.interpreter").interpret_without_gpu(
             "olmo_core.kernels"
         )
@@ -234,17 +238,10 @@ def library(name: str) -> tuple[Any, str]:
             warnings.simplefilter("ignore")
             moe = importlib.import_module("olmo_core.nn.moe")
     except ImportError as error:
-        raise ImportError(f"{name} needs ai2-olmo-core >= 3.0, found {found}: {error}") from None
+        raise ImportError(f"{name}: ai2-olmo-core {found} cannot be imported: {error}") from None
     for missing in (each for each in CLASSES if not hasattr(moe, each)):
         raise ImportError(f"{name}: ai2-olmo-core {found} has no olmo_core.nn.moe.{missing}")
     return moe, found
-
-
-def kept_random_state() -> Any:
-    """For making a module: its initial parameters are random, and not used."""
-    import torch
-
-    return torch.random.fork_rng(devices=[])
 
 
 def routing_fields(config: RoutingConfig, bias: torch.Tensor | None) -> dict[str, Any]:
@@ -256,21 +253,3 @@ def routing_fields(config: RoutingConfig, bias: torch.Tensor | None) -> dict[str
         # How far a step moves it; to route, it matters only that there is one.
         options["bias_gamma"] = 1.0
     return options
-
-
-def check_routing(target: Target, config: RoutingConfig, bias: torch.Tensor | None) -> None:
-    """Refuse another routing than the declared one."""
-    flags = {"selection_bias": bias is not None, "hash_table": config.hash_table is not None}
-    check(target, "routing", vars(config) | flags)
-
-
-def check(target: Target, area: str, asked: Mapping[str, Any]) -> None:
-    """Refuse what lies outside the declaration.
-
-    Raises:
-        Unsupported: naming the field and its value.
-    """
-    [declared] = target.capabilities.alternatives(area)
-    for name, allowed in declared.items():
-        if name in asked and asked[name] not in allowed:
-            raise Unsupported(f"{target.name}: no {area} with {name} = {asked[name]!r}")

@@ -18,12 +18,15 @@ import importlib
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from moe_conformance.target import Capabilities, Target, Unsupported
+from moe_conformance.targets.adapter import (
+    kept_random_state,
+    refuse_experts,
+    refuse_layer,
+    refuse_tensor,
+)
 from moe_conformance.targets.interpreter import on_this_machine
 from moe_conformance.targets.olmo_core import (
     ROUTING,
-    check,
-    check_routing,
-    kept_random_state,
     library,
     routing_fields,
 )
@@ -114,7 +117,9 @@ class Dropless(Target):
         """The layer's experts on x [T, H], called apart."""
         from torch.func import functional_call
 
-        self._check(x, experts, config, expert_map=expert_map is not None)
+        refuse_tensor(self, x)
+        refuse_experts(self, experts, config, expert_map=expert_map is not None)
+        self._refuse_width(x, experts)
         if x.ndim != 2 or weights.shape != expert_ids.shape or len(x) != len(expert_ids):
             # The library takes any number of dimensions and looks at their product.
             raise Unsupported(
@@ -139,15 +144,8 @@ class Dropless(Target):
         from moe_reference.config import LayerOutput
         from torch.func import functional_call
 
-        check_routing(self, config.routing, parameters.selection_bias)
-        self._check(x, parameters.experts, config.experts)
-        flags = {
-            "shared": parameters.shared is not None,
-            "shared_gate": parameters.shared_gate is not None,
-            "router_bias": parameters.router_bias is not None,
-        }
-        router_dtype = str(config.router_dtype).removeprefix("torch.")
-        check(self, "layer", vars(config) | flags | {"router_dtype": router_dtype})
+        refuse_layer(self, x, parameters, config)
+        self._refuse_width(x, parameters.experts)
         options = routing_fields(config.routing, parameters.selection_bias)
         layer = self._made(parameters.experts, options).train(training)
         state = {
@@ -192,15 +190,9 @@ class Dropless(Target):
             "w2": experts.down.transpose(1, 2).flatten(0, 1),
         }
 
-    def _check(
-        self, x: torch.Tensor, experts: ExpertWeights, config: ExpertsConfig, **flags: bool
-    ) -> None:
-        if str(x.dtype).removeprefix("torch.") not in self.capabilities.dtypes:
-            raise Unsupported(f"{self.name}: no {x.dtype}")
+    def _refuse_width(self, x: torch.Tensor, experts: ExpertWeights) -> None:
         if x.shape[-1:] != experts.down.shape[1:2]:
             raise Unsupported(f"{self.name}: x of {list(x.shape)} for H = {experts.down.shape[1]}")
-        biased = experts.gate_up_bias is not None or experts.down_bias is not None
-        check(self, "experts", vars(config) | {"bias": biased} | flags)
 
 
 class DroplessStrided(Dropless):

@@ -14,6 +14,8 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+from moe_conformance.targets.adapter import installed
+
 OLDEST = (0, 5)
 TOPK = "sglang/srt/layers/moe/topk.py"
 NATIVE = "sglang/srt/layers/moe/fused_moe_native.py"
@@ -27,16 +29,7 @@ def version(target: str) -> str:
     Raises:
         ImportError: there is none, or it is too old.
     """
-    try:
-        found = importlib.metadata.version("sglang")
-    except importlib.metadata.PackageNotFoundError:
-        found = ""
-    if not found or tuple(map(int, found.split(".")[:2])) < OLDEST:
-        raise ImportError(
-            f"{target}: expected sglang 0.5 or newer, found {found or 'none'}: "
-            "pip install --no-deps sglang"
-        )
-    return found
+    return installed(target, OLDEST, "pip install --no-deps sglang==0.5.23", "sglang")
 
 
 def functions(file: str, *names: str, **known: Any) -> list[Callable[..., Any]]:

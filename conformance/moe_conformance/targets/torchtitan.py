@@ -31,6 +31,14 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from moe_conformance.target import Capabilities, Target, Unsupported
+from moe_conformance.targets.adapter import (
+    dtype_name,
+    refuse,
+    refuse_experts,
+    refuse_layer,
+    refuse_routing,
+    refuse_tensor,
+)
 from moe_conformance.targets.torchtitan_parallel import ExpertParallel
 from moe_conformance.targets.torchtitan_parts import (
     DTYPES,
@@ -39,8 +47,6 @@ from moe_conformance.targets.torchtitan_parts import (
     call,
     counts_of,
     elsewhere,
-    fields_of,
-    name_of,
 )
 
 if TYPE_CHECKING:
@@ -78,8 +84,8 @@ class Router(TorchTitanTarget):
         token_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The router on logits [T, E], as a batch of one sequence."""
-        self._refuse_tensors(logits)
-        self._refuse_routing(config, bias)
+        refuse_tensor(self, logits)
+        refuse_routing(self, config, bias)
         num_experts = logits.shape[-1]
         identity = logits.new_zeros(num_experts, num_experts).fill_diagonal_(1)
         router = self._module(self._router_config(config, num_experts, num_experts))
@@ -92,10 +98,10 @@ class Router(TorchTitanTarget):
         """One optimizer step of a model whose only MoE layer has counted these tokens."""
         import torch
 
-        self._refuse_tensors(bias)
-        self._refuse("balance", {"centred": centred})
+        refuse_tensor(self, bias)
+        refuse(self, "balance", {"centred": centred})
         one_shape = bias.ndim == 1 and tokens_per_expert.shape == bias.shape
-        if not one_shape or name_of(tokens_per_expert.dtype) == "bool":
+        if not one_shape or dtype_name(tokens_per_expert.dtype) == "bool":
             # Nobody hands them over in the library: they are two buffers [E] of one module.
             raise Unsupported(f"{self.name}: no such counts for a bias of {list(bias.shape)}")
         moe = self._counting_layer(len(bias))
@@ -153,7 +159,7 @@ class Dispatcher(TorchTitanTarget):
         """Rows by expert, the counts that go with them, and the slot of each row."""
         import torch
 
-        self._refuse_tensors(x)
+        refuse_tensor(self, x)
         self._refuse_numbers("ids", expert_ids, 2)
         if elsewhere(expert_ids, num_experts):
             raise Unsupported(f"{self.name}: no ids below 0 or from {num_experts} on")
@@ -167,7 +173,7 @@ class Dispatcher(TorchTitanTarget):
         self, rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """Weigh rows and add them up; of the tokens it takes shape and dtype only."""
-        self._refuse_tensors(rows)
+        refuse_tensor(self, rows)
         self._refuse_numbers("slots", slots, 1)
         if weights.ndim != 2:
             raise Unsupported(f"{self.name}: no weights of {list(weights.shape)}")
@@ -255,13 +261,10 @@ class Layer(TorchTitanTarget):
     ) -> torch.Tensor:
         """`RoutedExperts` on x [T, H], as a batch of one sequence."""
         num_experts = len(experts.down)
-        self._refuse_experts(
-            x,
-            experts,
-            config,
-            expert_map=expert_map is not None,
-            invalid_ids=elsewhere(expert_ids, num_experts),
-        )
+        refuse_tensor(self, x)
+        invalid = elsewhere(expert_ids, num_experts)
+        flags = {"expert_map": expert_map is not None, "invalid_ids": invalid}
+        refuse_experts(self, experts, config, **flags)
         module = self._module(
             self._routed_config(experts, config, num_experts, expert_ids.shape[1])
         )
@@ -282,7 +285,7 @@ class Layer(TorchTitanTarget):
         """`MoE` on x [N, L, H]; ids and weights are what its router gave in this very forward."""
         from moe_reference.config import LayerOutput
 
-        self._refuse_layer(x, parameters, config, padding_mask)
+        refuse_layer(self, x, parameters, config, padding_mask=padding_mask is not None)
         num_experts, hidden = parameters.router.shape
         top_k = config.routing.top_k
         where, name = self.layer_class
@@ -355,23 +358,6 @@ class Layer(TorchTitanTarget):
             return self._class("dense", "FeedForward").Config(**linears)
         gated = self._class("dense", "SigmoidGatedFeedForward")
         return gated.Config(**linears, gate=self._linear(hidden, 1))
-
-    def _refuse_layer(
-        self,
-        x: torch.Tensor,
-        parameters: LayerWeights,
-        config: LayerConfig,
-        padding_mask: torch.Tensor | None,
-    ) -> None:
-        self._refuse_experts(x, parameters.experts, config.experts)
-        self._refuse_routing(config.routing, parameters.selection_bias)
-        asked = fields_of(config) | {
-            "shared": parameters.shared is not None,
-            "shared_gate": parameters.shared_gate is not None,
-            "router_bias": parameters.router_bias is not None,
-            "padding_mask": padding_mask is not None,
-        }
-        self._refuse("layer", asked)
 
 
 class GptOss(Layer):

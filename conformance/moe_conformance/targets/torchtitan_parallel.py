@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moe_conformance.target import Capabilities, Unsupported
+from moe_conformance.targets.adapter import refuse_experts, refuse_tensor
 from moe_conformance.targets.torchtitan_parts import (
     DTYPES,
     TorchTitanTarget,
@@ -74,7 +75,8 @@ class ExpertParallel(TorchTitanTarget):
         import torch.distributed as dist
         from torch.distributed.device_mesh import DeviceMesh
 
-        self._refuse_experts(x, local, config, invalid_ids=elsewhere(expert_ids, num_experts))
+        refuse_tensor(self, x)
+        refuse_experts(self, local, config, invalid_ids=elsewhere(expert_ids, num_experts))
         if placement is not None:
             raise Unsupported(f"{self.name}: no placement")
         ranks = dist.get_world_size(group)

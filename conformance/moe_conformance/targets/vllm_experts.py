@@ -21,6 +21,7 @@ import importlib
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from moe_conformance.target import Capabilities, Unsupported
+from moe_conformance.targets.adapter import refuse_experts, refuse_tensor
 from moe_conformance.targets.vllm import PACKAGE, VllmTarget
 
 if TYPE_CHECKING:
@@ -98,14 +99,9 @@ class Experts(VllmTarget):
 
         num_experts = experts.down.shape[0] if expert_map is None else len(expert_map)
         here = (expert_ids >= 0) & (expert_ids < num_experts)
-        self._check(
-            "experts",
-            x,
-            config,
-            bias=experts.gate_up_bias is not None or experts.down_bias is not None,
-            expert_map=expert_map is not None,
-            invalid_ids=not bool(here.all()),
-        )
+        refuse_tensor(self, x)
+        flags = {"expert_map": expert_map is not None, "invalid_ids": not bool(here.all())}
+        refuse_experts(self, experts, config, **flags)
         if expert_ids.dtype is not torch.int32:
             raise Unsupported(f"{self.name}: no {expert_ids.dtype} ids")
         if not all(each.is_contiguous() for each in (x, weights, expert_ids)):

@@ -25,12 +25,12 @@ No module here imports torch or transformers before a target is made.
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from moe_conformance.target import Target
+from moe_conformance.targets.adapter import installed
 from moe_conformance.targets.transformers.base import TransformersTarget
 from moe_conformance.targets.transformers.choices import ACTIVATIONS, BACKENDS, Choice
 from moe_conformance.targets.transformers.deepseek_v2 import DeepseekV2
@@ -97,19 +97,11 @@ def variants() -> dict[str, Callable[[], Target]]:
 
 def _make(family: type[TransformersTarget], backend: str) -> Target:
     name = f"transformers/{family.family}-{backend}"
-    try:
-        version = importlib.metadata.version("transformers")
-    except importlib.metadata.PackageNotFoundError:
-        version = ""
-    if not version or tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
-        raise ImportError(
-            f"{name} needs transformers >= 5.20, found {version or 'none'}: "
-            "pip install 'moespec[transformers]'"
-        )
+    install = "pip install 'moespec[transformers]'"
     declared: dict[str, Any] = {
         "__doc__": family.__doc__,
         "name": name,
-        "version": version,
+        "version": installed(name, OLDEST, install, "transformers"),
         "backend": backend,
         "capabilities": family.declared(backend),
     }

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moe_conformance.target import Unsupported
+from moe_conformance.targets.adapter import dtype_name
 from moe_conformance.targets.transformers.routers import Routers
-from moe_conformance.targets.transformers.tensors import call, dtype_name, widen
+from moe_conformance.targets.transformers.tensors import call, widen
 
 if TYPE_CHECKING:
     import torch

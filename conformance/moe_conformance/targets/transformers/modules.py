@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from moe_conformance.target import Unsupported
+from moe_conformance.targets.adapter import (
+    has_bias,
+    refuse_experts,
+    refuse_layer,
+    refuse_routing,
+    refuse_tensor,
+)
 from moe_conformance.targets.transformers.choices import BACKENDS
 from moe_conformance.targets.transformers.declaration import Declaration
-from moe_conformance.targets.transformers.tensors import biased, dtype_name, values_of
 
 if TYPE_CHECKING:
     import torch
@@ -61,51 +66,25 @@ class Modules(Declaration):
                 self._modules[key] = self._classes[class_name](config, *arguments)
         return self._modules[key]
 
-    def _check_inputs(self, x: torch.Tensor) -> None:
-        dtype, device = dtype_name(x.dtype), x.device.type
-        if dtype not in self.capabilities.dtypes or device not in self.capabilities.devices:
-            raise Unsupported(f"{self.name}: no {dtype} on {device}")
-
     def _check_routing(
         self, x: torch.Tensor, config: Routing, bias: torch.Tensor | None, num_experts: int
     ) -> None:
-        self._check_inputs(x)
-        if num_experts < self.capabilities.min_experts:
-            raise Unsupported(f"{self.name}: no E = {num_experts}")
-        asked = values_of(config)
-        asked["hash_table"] = config.hash_table is not None
-        self._check_choice("routing", asked | {"selection_bias": bias is not None})
+        refuse_tensor(self, x)
+        self._check_experts_number(num_experts)
+        refuse_routing(self, config, bias)
 
     def _check_experts(
         self, x: torch.Tensor, experts: ExpertWeights, config: ExpertsConfig, **flags: bool
     ) -> None:
-        self._check_inputs(x)
-        declared = self.capabilities
-        hidden, intermediate = experts.down.shape[1:]
-        if hidden % declared.hidden_multiple or intermediate % declared.intermediate_multiple:
-            raise Unsupported(f"{self.name}: no H = {hidden} with I = {intermediate}")
-        asked = values_of(config) | {"bias": biased(experts), "expert_map": False}
-        self._check_choice("experts", asked | {"invalid_ids": False} | flags)
+        refuse_tensor(self, x)
+        refuse_experts(self, experts, config, **flags)
+
+    def _check_experts_number(self, num_experts: int) -> None:
+        if num_experts < self.capabilities.min_experts:
+            raise Unsupported(f"{self.name}: no E = {num_experts}")
 
     def _check_layer(self, x: torch.Tensor, parameters: LayerWeights, config: LayerConfig) -> None:
-        num_experts = parameters.router.shape[0]
-        self._check_routing(x, config.routing, parameters.selection_bias, num_experts)
-        self._check_experts(x, parameters.experts, config.experts)
-        if parameters.shared is not None and biased(parameters.shared):
+        self._check_experts_number(parameters.router.shape[0])
+        if parameters.shared is not None and has_bias(parameters.shared):
             raise Unsupported(f"{self.name}: no biases in the shared expert")
-        asked = values_of(config) | {
-            "shared": parameters.shared is not None,
-            "shared_gate": parameters.shared_gate is not None,
-            "router_bias": parameters.router_bias is not None,
-        }
-        self._check_choice("layer", asked)
-
-    def _check_choice(self, area: str, asked: Mapping[str, Any]) -> None:
-        refused = [
-            {name: asked[name] for name, allowed in choice.items() if asked[name] not in allowed}
-            for choice in self.capabilities.alternatives(area)
-        ]
-        if all(refused):
-            nearest = min(refused, key=len)
-            listed = ", ".join(f"{name} = {value!r}" for name, value in nearest.items())
-            raise Unsupported(f"{self.name}: no {area} with {listed}")
+        refuse_layer(self, x, parameters, config)

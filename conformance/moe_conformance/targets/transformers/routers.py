@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from moe_conformance.target import Unsupported
+from moe_conformance.targets.adapter import refuse_tensor
 from moe_conformance.targets.transformers.names import Names
 from moe_conformance.targets.transformers.tensors import call, widen
 
@@ -67,7 +68,7 @@ class Routers(Names):
         tokens_per_expert: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`load_balancing_loss_func` on one layer's logits; it selects the experts again itself."""
-        self._check_inputs(logits)
+        refuse_tensor(self, logits)
         if config.loss != "transformers_concatenated" or config.score != "softmax":
             raise Unsupported(f"{self.name}: loss {config.loss!r} of {config.score!r} scores")
         if tokens_per_expert is not None:

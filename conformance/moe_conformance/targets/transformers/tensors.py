@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -44,23 +43,4 @@ def shared_expert(
         f"{prefix}.gate_proj.weight": gate.contiguous(),
         f"{prefix}.up_proj.weight": up.contiguous(),
         f"{prefix}.down_proj.weight": down.contiguous(),
-    }
-
-
-def biased(experts: ExpertWeights) -> bool:
-    """Whether there is a bias."""
-    return experts.gate_up_bias is not None or experts.down_bias is not None
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """As capabilities have it."""
-    return str(dtype).removeprefix("torch.")
-
-
-def values_of(config: Any) -> dict[str, Any]:
-    """A configuration's fields, with dtypes by name, as capabilities have them."""
-    values = {f.name: getattr(config, f.name) for f in fields(config)}
-    return {
-        name: dtype_name(value) if type(value).__name__ == "dtype" else value
-        for name, value in values.items()
     }
