@@ -15,7 +15,7 @@ import io
 import json
 import math
 import pickle
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -167,11 +167,10 @@ def _parts(value: Any) -> list[tuple[Any, Any]]:
         return list(enumerate(value))
     if isinstance(value, dict):
         return list(value.items())
-    return [(name, getattr(value, name)) for name in _field_names(type(value))]
+    kind: Any = type(value)
+    return [(name, getattr(value, name)) for name in _field_names(kind)]
 
 
 @functools.cache
-def _field_names(kind: Hashable) -> tuple[str, ...]:
-    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
-        return ()
-    return tuple(f.name for f in dataclasses.fields(kind))
+def _field_names(kind: type) -> tuple[str, ...]:
+    return tuple(f.name for f in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else ()
