@@ -139,7 +139,8 @@ def implementations(given):
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for name in BACKENDS:
         if name == "batched_mm" and needed > free / 2:
-            absent[name] = f"takes about {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
+            gigabytes = f"{needed / 1e9:.0f} GB, more than half of the {free / 1e9:.0f} GB"
+            absent[name] = f"takes about {gigabytes} that are free"
         else:
             runs[name] = transformers(name)
     return {name: trained(run) for name, run in runs.items()}, absent
