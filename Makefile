@@ -9,10 +9,10 @@ BIN := .venv/bin
 STAMP := .venv/.moespec-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup conformance test check docs notebooks bench matrix gpu clean
+.PHONY: help setup conformance test check docs docs-serve browser notebooks lab bench matrix gpu clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | \
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | \
 		while IFS='|' read -r name what; do printf 'make %-13s %s\n' "$$name" "$$what"; done
 
 setup: $(STAMP) ## make .venv with everything the other targets need (nothing to do if unchanged)
@@ -35,11 +35,20 @@ check: setup ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: setup ## build the documentation into site/; a broken link is an error
+docs: notebooks ## build the documentation into site/; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-notebooks: setup ## run every notebook from the first cell to the last
-	$(BIN)/python -m pytest --nbmake notebooks
+docs-serve: notebooks ## build the documentation, show it on 127.0.0.1:8000, and again after each change
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+browser: setup ## open every page of site/ in a headless Chromium; `make docs` makes it
+	$(BIN)/python -m pytest docs/tests
+
+notebooks: setup ## run every notebook that has changed from the first cell to the last
+	$(BIN)/python docs/run_notebooks.py
+
+lab: setup ## open the notebooks in JupyterLab
+	cd notebooks && ../$(BIN)/jupyter lab
 
 bench: setup ## time the experts on this processor, and dry-run the timing matrix of `make gpu`
 	$(BIN)/python benchmarks/cpu_experts.py --operation forward

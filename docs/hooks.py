@@ -30,11 +30,14 @@ A marker is an HTML comment on a line of its own or inside a table cell:
   there is no record; also `environment`, `peers`, `conformance`, `missing`, `cpu`
 - `terminal: 1: moespec check …` - runs a command, or several joined by `&&`, in a folder with
   docs/examples, shows what they print, and stops the build unless the last ends with that exit code
+- `screen: 1: moespec check …` - the same, as a picture in the terminal's colours
 
 An unknown marker stops the build.
 """
 
 import ast
+import html
+import io
 import json
 import os
 import re
@@ -62,12 +65,14 @@ from moe_reference.config import RoutingConfig
 from moe_reference.families import FAMILIES
 from moe_reference.layouts import Layout
 from moe_reference.presets import PRESETS
+from rich.console import Console
+from rich.text import Text
 from typer.testing import CliRunner
 
 DOCS = Path(__file__).parent
 MARKER = re.compile(r"<!-- (requirements|requirements table|operations table|concepts table|presets"
                     r"|families|seen|document|documents table|documents|equivalences|calibration"
-                    r"|findings|faults|matrix|mutants|performance|picture|help|scale|terminal)"
+                    r"|findings|faults|matrix|mutants|performance|picture|help|scale|screen|terminal)"
                     r"(?:: (.*?))? -->")  # fmt: skip
 LOADERS = re.compile(r"<!-- Load mathjax -->.*?<!-- End of mermaid configuration -->", re.DOTALL)
 THREAD = re.compile(r"([\w./-]+) ?(#\d+)")
@@ -130,10 +135,20 @@ CONCEPT_OF = {
 """The page of a module that has no page of its own name."""
 VERDICTS = ("right", "wrong", "incomplete", "undefined", "not judged")
 EXAMPLE_REPORT = "example-report"
+COLUMNS = 88
+COLOURS = {"FORCE_COLOR": "1", "TTY_INTERACTIVE": "0", "TERM": "xterm-256color"}
+"""What makes rich write colours into a pipe, and no moving parts."""
 SCALE_KEYS = ("model", "phase", "routing", "direction", "ranks")
 """The columns that tell the rows of a table of benchmarks/results/scale_model.json apart."""
 
 _reports: list[Path] = []
+_pages: dict[str, tuple[str, str, str]] = {}
+
+
+def on_config(config):
+    """Stop before a page is read if the notebooks were not run."""
+    if not any((DOCS / "notebooks").glob("*.ipynb")):
+        raise PluginError("no notebook has been run: `make docs` does it, and then builds the site")
 
 
 def on_page_markdown(markdown, page, config, files):
@@ -147,6 +162,7 @@ def on_page_markdown(markdown, page, config, files):
 
 def on_post_page(output, page, config):
     """Take out of notebook pages the scripts that would load MathJax and Mermaid from a CDN."""
+    _pages[page.file.src_uri] = page.title, _first_sentence(page.content), page.url
     if not page.file.src_uri.endswith(".ipynb"):
         return output
     cut, found = LOADERS.subn("", output)
@@ -156,12 +172,39 @@ def on_post_page(output, page, config):
 
 
 def on_post_build(config):
-    """Put the whole matrix, and the report of the example that fails, beside the pages."""
+    """Put the whole matrix, the report of the example that fails and llms.txt beside the pages."""
     import_module("pictures.matrix").write(config.site_dir)
+    (Path(config.site_dir) / "llms.txt").write_text(_for_language_models(config))
     for report in _reports:
         shutil.copytree(report, Path(config.site_dir) / EXAMPLE_REPORT, dirs_exist_ok=True)
         shutil.rmtree(report.parent)
     _reports.clear()
+
+
+def _for_language_models(config):
+    """The pages by section with what each says first, as llmstxt.org has it."""
+    lines = [f"# {config.site_name}", f"> {config.site_description}"]
+    for section in config.nav:
+        [(name, pages)] = section.items()
+        if isinstance(pages, str):
+            continue
+        lines.append(f"## {name}")
+        listed = []
+        for page in pages:
+            [source] = page.values() if isinstance(page, dict) else [page]
+            title, says, address = _pages[source]
+            listed.append(f"- [{title}]({address}): {says}")
+        lines.append("\n".join(listed))
+    return "\n\n".join(lines) + "\n"
+
+
+def _first_sentence(content):
+    """What the first paragraph of a page begins with."""
+    for paragraph in re.findall(r"<p>(.*?)</p>", content, flags=re.DOTALL):
+        text = " ".join(html.unescape(re.sub(r"<[^>]+>", "", paragraph)).split())
+        if text:
+            return re.match(r".*?[.:?!](?= |$)|.*", text)[0]
+    return ""
 
 
 def _fill(kind, argument, file):
@@ -207,6 +250,8 @@ def _fill(kind, argument, file):
     if kind == "help":
         return _fence(_help(argument))
     code, _, commands = argument.partition(": ")
+    if kind == "screen":
+        return _screen(_terminal(commands, int(code), colours=True))
     return _fence(_terminal(commands, int(code)))
 
 
@@ -608,8 +653,24 @@ def _help(command):
     return result.output.replace("Usage: root", "Usage: moespec")
 
 
+def _screen(said):
+    """What a terminal shows, as SVG that loads no font, with its text for who cannot see it."""
+    text = Text.from_ansi(said)
+    longest = max(map(len, text.plain.splitlines()))
+    console = Console(record=True, width=longest, file=io.StringIO(), force_terminal=True)
+    console.print(text)
+    svg = console.export_svg(title="moespec")
+    # It would fetch its font from another host; any of fixed width will do.
+    svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)
+    # Markdown takes an empty line for the end of a block, and _ and * for emphasis.
+    svg = "".join(line.strip() + " " for line in svg.splitlines() if line.strip())
+    words = html.escape(" ".join(text.plain.split()), quote=True)
+    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{words}" ', 1)
+    return f'<figure class="picture screen" tabindex="0">{svg}</figure>'
+
+
 @cache
-def _terminal(commands, code):
+def _terminal(commands, code, colours=False):
     folder = Path(tempfile.mkdtemp())
     shutil.copytree(DOCS / "examples", folder, dirs_exist_ok=True)
     said = []
@@ -625,7 +686,12 @@ def _terminal(commands, code):
         ran = subprocess.run(
             [sys.executable, "-m", "moe_conformance", *arguments],
             cwd=folder,
-            env={**os.environ, "COLUMNS": "88", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"},
+            env={
+                **os.environ,
+                **(COLOURS if colours else {"NO_COLOR": "1"}),
+                "COLUMNS": str(COLUMNS),
+                "OMP_NUM_THREADS": "1",
+            },
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -720,6 +720,8 @@ def check(
             continue
         result = run_requirement(requirement, scope, executor, effort, seed)
         if result.status in ("unsupported", "observed"):
+            if only:
+                said.append(f"{requirement.id}  not asked: {result.message}")
             continue
         good = result.status in ("pass", "marginal")
         met, broken = met + good, broken + (not good)
@@ -841,3 +843,29 @@ def compare_times(
         ],
     )
     return ratios
+
+
+def number_lines(
+    rows: dict[str, torch.Tensor], title: str, xlabel: str
+) -> None:
+    """The numbers that each name's codes stand for, as ticks on a line."""
+    figure, axes = plt.subplots(figsize=(9.5, 0.7 + 0.5 * len(rows)))
+    for row, values in enumerate(rows.values()):
+        places = np.unique(_array(values))
+        axes.hlines(row, places[0], places[-1], color=QUIET, lw=0.8)
+        axes.vlines(
+            places,
+            row - 0.3,
+            row + 0.3,
+            color=LINES[row % len(LINES)],
+            lw=1.4 if len(places) <= 32 else 0.6,
+        )
+    axes.set(title=title, xlabel=xlabel, ylim=(len(rows) - 0.4, -0.6))
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    told = "; ".join(
+        f"{name}: {len(np.unique(_array(values)))} numbers"
+        for name, values in rows.items()
+    )
+    _finish(figure, f"Ticks on lines, {title}. {told}.")

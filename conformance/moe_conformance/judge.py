@@ -237,7 +237,7 @@ def _where(
         text += f" (off by {_number((actual[place].double() - expected[place]).abs())}, "
         text += f"at most {_number(bound.expand_as(expected)[place])})"
     if z is not None:
-        text += f" ({float(z[place]):.1f} standard deviations off, {FAIL_Z:g} at most)"
+        text += f" ({_number(z[place])} standard deviations off, {FAIL_Z:g} at most)"
     return f"{text}; {len(places)} of {wrong.numel()} values are wrong"
 
 
