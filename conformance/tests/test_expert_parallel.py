@@ -24,6 +24,8 @@ from moe_conformance.selfcheck import catch, inline_scope, noticed
 from moe_conformance.target import Capabilities
 from moe_conformance.targets import Reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HERE = Path(__file__).parent
 ON_RANKS = requirements("expert_parallel")
 FAULTS = [each for each in faults() if any(id.startswith("EP-") for id in each.catches)]
@@ -37,14 +39,6 @@ PLAN = {
     "layout": "contiguous", "seed": 3, "world_size": 2, "members": [0, 1], "counts": [3, 4],
     "physical": None, "copies": None, "to_one_rank": False,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def planted(name):

@@ -1,22 +1,15 @@
 """Every seeded fault is caught by a requirement that it names; every requirement has its faults."""
 
 import pytest
-import torch
 from moe_conformance.faults import faults
 from moe_conformance.registry import MAY, requirements
 from moe_conformance.runner import Effort, run_requirement
 from moe_conformance.selfcheck import catch, inline_scope, noticed, run_selfcheck
 from moe_conformance.variants import VARIANTS, variant_target
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STATISTICAL = ("EXPERT-01", "EXPERT-03", "EXPERT-05", "EXPERT-06", "EXPERT-13")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_names_and_ids():

@@ -4,13 +4,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import torch
 from moe_conformance.executor import InlineExecutor
 from moe_conformance.findings import read_findings
 from moe_conformance.registry import ANY, requirements
 from moe_conformance.runner import PROFILES, Effort, run_requirement
 from moe_conformance.selfcheck import inline_scope
 from moe_conformance.targets.documents import variants
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[2]
 FAILURES = read_findings(ROOT / "docs/data/documents_suite.toml")
@@ -22,14 +23,6 @@ RARE = Effort(examples=60, minimum=1, shrinks=0)
 """What is expected to fail is tried until it does; most of it does with the first cases."""
 
 FEW = Effort(PROFILES["smoke"].examples, minimum=1, shrinks=0)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def about(target, expected):
