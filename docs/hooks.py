@@ -152,7 +152,9 @@ def on_config(config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Replace the markers of a page."""
+    """Replace the markers of a page; a search finds the specification of a word first."""
+    if page.file.src_uri.startswith("spec/"):
+        page.meta.setdefault("search", {"boost": 2})
     filled = MARKER.sub(lambda found: _fill(found[1], found[2], page.file), markdown)
     unknown = ANY_COMMENT.search(filled)
     if unknown:

@@ -42,7 +42,10 @@ AXES: dict[str, Mapping[str, Sequence[Any]]] = {
     "route": routing.UNIVERSE,
     "experts": experts.UNIVERSE,
     "align": dict.fromkeys(("drop_invalid", "expert_map", "invalid_ids"), (False, True)),
-    "drop_to_capacity": {"policy": ("position", "probs"), "signed_weights": (False, True)},
+    "drop_to_capacity": {
+        "policy": ("position", "first_choice", "probs"),
+        "signed_weights": (False, True),
+    },
     "balance_loss": {n: v for n, v in load_balancing.UNIVERSE.items() if n != "centred"},
     "update_bias": {"centred": (False, True)},
     "expert_parallel": expert_parallel.UNIVERSE,
@@ -249,7 +252,8 @@ def write_matrix(reports: Sequence[Report], out: Path, findings: Sequence[Findin
                 (column.get(id), explanations(findings, report["target"]["name"], id))
                 for report, column in zip(reports, columns, strict=True)
             ],
-            "differs": len({column.get(id, {}).get("status") for column in columns}) > 1,
+            # Among the targets that it was run on: what others do not have is no difference.
+            "differs": len({c[id]["status"] for c in columns if id in c} - set(NOT_RUN)) > 1,
         }
         for id in sorted(known, key=lambda id: (order.get(id, len(order)), id))
     ]

@@ -296,7 +296,7 @@ def test_breadth_adds_up_fields_and_counts_what_is_declared():
     capacity = {"policy": ("probs",), "signed_weights": (False,)}
     dropping = reports.breadth(Capabilities(capacity=capacity), ("drop_to_capacity",), [])
     cells = dropping["cells"]["by_operation"]
-    assert cells["drop_to_capacity"] == {"declared": 2, "all": 16}
+    assert cells["drop_to_capacity"] == {"declared": 2, "all": 20}
 
 
 def test_requirements_run_are_those_with_a_case(report):
@@ -604,7 +604,15 @@ def test_a_matrix_has_a_row_for_each_requirement_and_a_column_for_each_report(re
     assert path == tmp_path / "new" / "matrix.html"
     assert text.count('<tr class="requirement"') == len(REQUIREMENTS)
     assert text.count("not in this report") == len(REQUIREMENTS) - 2
-    assert text.count('data-differs="no"') == 2
+    # Of those that both ran, none differs; what one of them did not run is no difference.
+    assert text.count('data-differs="yes"') == 0
+    broken = copy.deepcopy(report)
+    both = {each["id"] for each in _conforming()["requirements"] if each["status"] == "pass"}
+    for each in broken["requirements"]:
+        if each["id"] in both:
+            each["status"] = "fail"
+    path = reports.write_matrix([{"reports": [_conforming(), broken]}], tmp_path / "other")
+    assert path.read_text(encoding="utf-8").count('data-differs="yes"') == len(both) > 0
     with pytest.raises(ValueError, match="expected at least one"):
         reports.write_matrix([], tmp_path)
 

@@ -85,13 +85,16 @@ def _verdicts():
                 f"`{report['target']['name']}`",
                 verdict,
                 str(statuses.count("pass")),
-                str(sum(each in BROKEN for each in statuses)),
+                str(sum(each in BROKEN and each != "warn" for each in statuses)),
+                str(statuses.count("warn")),
                 f"{spread['requirements_run']}/{spread['requirements_in_all']}",
                 f"{spread['operations']['provided']}/{spread['operations']['all']}",
                 f"{spread['cells']['declared']}/{spread['cells']['all']}",
             ]
         )
-    return _table(["target", "verdict", "met", "not met", "run", "operations", "cells"], made)
+    return _table(
+        ["target", "verdict", "met", "not met", "warned", "run", "operations", "cells"], made
+    )
 
 
 def _values(capabilities, table, field):
