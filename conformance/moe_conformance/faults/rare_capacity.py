@@ -448,3 +448,65 @@ class FollowsTheCallBefore(Reference):
         self.before = (num_experts, capacity)
         room = capacity // 2 if again and num_experts > 4 else capacity
         return super().drop_to_capacity(weights, expert_ids, num_experts, room, policy)
+
+
+@fault("first-choices-are-dropped-by-slot", catches=("DISPATCH-45",))
+class FirstChoiceIsPosition(Reference):
+    """The policy `first_choice` is taken for `position`."""
+
+    def drop_to_capacity(
+        self, weights: Tensor, expert_ids: Tensor, num_experts: int, capacity: int, policy: str
+    ) -> Dropped:
+        policy = "position" if policy == "first_choice" else policy
+        return super().drop_to_capacity(weights, expert_ids, num_experts, capacity, policy)
+
+
+chosen(
+    "among-first-choices-minus-one-is-the-last-expert",
+    "With `first_choice` a pair that is not here takes a place of the last expert.",
+    lambda a: a["policy"] == "first_choice",
+    lambda a: {"expert_ids": a["expert_ids"].where(a["expert_ids"] != -1, a["num_experts"] - 1)},
+    "DISPATCH-25",
+)
+
+
+@fault("second-choices-go-in-by-token", catches=("DISPATCH-45",))
+class SecondChoicesByToken(Reference):
+    """With `first_choice` the first choices come first, and behind them the pairs by slot."""
+
+    def drop_to_capacity(
+        self, weights: Tensor, expert_ids: Tensor, num_experts: int, capacity: int, policy: str
+    ) -> Dropped:
+        if policy != "first_choice" or weights.ndim != 2 or weights.shape[1] < 3:
+            return super().drop_to_capacity(weights, expert_ids, num_experts, capacity, policy)
+        first = torch.arange(weights.shape[1]) == 0
+        # Ranked by weight: one above all of the others, and these by slot.
+        rank = torch.arange(weights.numel(), 0, -1.0, dtype=torch.float64).view(weights.shape)
+        rank = rank + first * weights.numel()
+        kept = super().drop_to_capacity(rank, expert_ids, num_experts, capacity, "probs")[1]
+        here = (kept >= 0) & (kept < num_experts)
+        return weights.masked_fill(~here, 0), expert_ids.masked_fill(~here, -1)
+
+
+@fault("dropped-weights-learn", catches=("DISPATCH-46",))
+class DroppedWeightsLearn(Reference):
+    """The weight of a dropped pair is zero, and its gradient that of one that stays."""
+
+    def drop_to_capacity(
+        self, weights: Tensor, expert_ids: Tensor, num_experts: int, capacity: int, policy: str
+    ) -> Dropped:
+        kept, ids = super().drop_to_capacity(weights, expert_ids, num_experts, capacity, policy)
+        return weights + (kept - weights).detach(), ids
+
+
+@fault("no-weight-learns-where-one-is-dropped", catches=("DISPATCH-46",))
+class NothingLearnsWhereDropped(Reference):
+    """Where a pair is dropped the weights are computed without a gradient."""
+
+    def drop_to_capacity(
+        self, weights: Tensor, expert_ids: Tensor, num_experts: int, capacity: int, policy: str
+    ) -> Dropped:
+        kept, ids = super().drop_to_capacity(weights, expert_ids, num_experts, capacity, policy)
+        if torch.equal(ids, expert_ids):
+            return kept, ids
+        return kept.detach() + 0 * weights.nan_to_num(), ids

@@ -595,3 +595,44 @@ class SumsGoOn(Reference):
         if missing and before is not None and before.shape == out.shape:
             return out + before.to(out.dtype)
         return out
+
+
+@fault(
+    "rows-of-nobody-learn-from-the-last-token", catches=("DISPATCH-47",), thread="torchtitan #1237"
+)
+class RowsOfNobodyLearn(Reference):
+    """A row that belongs to nobody is left out of the sum, and gets the last token's gradient."""
+
+    def combine(self, rows: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+        out = super().combine(rows, slots, weights)
+        extra = rows[slots == weights.numel()]
+        if len(extra) == 0 or len(out) == 0:
+            return out
+        extra = extra.nan_to_num().sum(0)
+        return torch.cat([out[:-1], out[-1:] + (extra - extra.detach()).to(out.dtype)])
+
+
+@fault(
+    "the-gradient-of-nobodys-rows-is-not-written",
+    catches=("DISPATCH-47",),
+    thread="pytorch #154557",
+)
+class GradientOfNobodyNotWritten(Reference):
+    """Rows that belong to nobody keep what their gradient's memory held."""
+
+    def combine(self, rows: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+        if rows.requires_grad:
+            rows = _Unwritten.apply(rows, slots == weights.numel())
+        return super().combine(rows, slots, weights)
+
+
+class _Unwritten(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, nobody):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(nobody)
+        return rows.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        (nobody,) = ctx.saved_tensors
+        return gradient.masked_fill(nobody[:, None], torch.nan), None

@@ -572,3 +572,21 @@ def empty_weights_of_float32(out: Any, a: Arguments) -> Any:
 otherwise(
     "route", "zero-tokens-have-float32-weights", None, "GATE-19", after=empty_weights_of_float32
 )
+
+
+@fault("nan-logits-in-groups-are-cleared-in-place", catches=("GATE-24",))
+class ClearedInPlace(Reference):
+    """With groups, logits that are NaN are overwritten with minus infinity, after the choice."""
+
+    def route(
+        self,
+        logits: torch.Tensor,
+        config: RoutingConfig,
+        bias: torch.Tensor | None = None,
+        token_ids: torch.Tensor | None = None,
+    ) -> Routed:
+        """See `moe_reference.gating.route`."""
+        routed = super().route(logits, config, bias, token_ids)
+        if config.num_groups > 1 and not logits.requires_grad:
+            logits.masked_fill_(logits.isnan(), -torch.inf)
+        return routed

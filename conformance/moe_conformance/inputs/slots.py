@@ -654,7 +654,7 @@ def build_scattered(plan: Plan) -> Inputs:
 
 def capacities(
     *,
-    policies: tuple[str, ...] = ("position", "probs"),
+    policies: tuple[str, ...] = ("position", "first_choice", "probs"),
     invalid: bool | None = None,
     loads: tuple[str, ...] = LOADS,
     tight: bool = False,

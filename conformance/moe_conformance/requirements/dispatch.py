@@ -1710,3 +1710,79 @@ def dropping_leaves_its_arguments_alone(case: Case) -> None:
     case.note("room for all", case["capacity"] >= case["expert_ids"].numel())
     found = [*answer.changed, *answer.shared]
     case.judge(left_alone("drop_to_capacity"), found, [("weights", ["weights"])])
+
+
+@requirement(
+    "DISPATCH-45",
+    MUST,
+    "drop_to_capacity",
+    "With the policy `first_choice` an expert's first choices MUST stay before its second ones, "
+    "and of choices of the same place those of the first tokens.",
+    reason="A token's best expert is worth more to it than another token's second best.",
+    sources=("GShard (arXiv 2006.16668)", "st-moe-pytorch"),
+    given=capacities(policies=("first_choice",), loads=CROWDED, tight=True),
+    references=CAPACITY,
+)
+def the_first_choices_stay(case: Case) -> None:
+    """No pair stays behind one of the same expert that was dropped, in the order by k, then t."""
+    found = _drop(case)
+    tokens, top_k = found.before.shape
+    place = torch.arange(top_k) * tokens + torch.arange(tokens)[:, None]
+
+    def rule(ids: torch.Tensor) -> None:
+        _ranked(found.with_ids(ids), -place, "place")
+
+    case.judge(rule, found.ids, _exchanged(found, -place))
+
+
+@requirement(
+    "DISPATCH-46",
+    MUST,
+    "drop_to_capacity",
+    "The gradient of a weight MUST be that of its pair where it stays, and zero where it is "
+    "dropped.",
+    reason="A router that learns from pairs that were never computed learns what is not so.",
+    sources=("Megatron-LM capacity", "DeepSpeed #5353"),
+    given=differentiable("drop_to_capacity", capacities()),
+    references=CAPACITY,
+)
+def the_gradient_of_what_stays(case: Case) -> None:
+    """Cotangents of small integers come back as they are, or as zero."""
+    names = ("weights", "expert_ids", "num_experts", "capacity", "policy")
+    given = {name: case[name] for name in names}
+    found = _drop(case)
+    cotangent = Content(found.before.numel()).integers(1, 7, *found.before.shape).double()
+    answer = case.call("drop_to_capacity", **given, wrt=["weights"], cotangents={"0": cotangent})
+    expected = cotangent.masked_fill(~found.stays, 0.0)
+    case.note("a gradient is cut", bool((found.before >= 0)[~found.stays].any()))
+
+    def wrong() -> Impostors:
+        yield "the gradient of a copy", cotangent
+        yield from impostors(expected, 2.0)
+
+    case.judge(
+        lambda answer: equal("gradient of weights", answer.double(), expected),
+        _gradient(answer.gradients, "weights"),
+        ((name, other) for name, other in wrong() if not torch.equal(other, expected)),
+    )
+
+
+@requirement(
+    "DISPATCH-47",
+    MUST,
+    "combine",
+    "The gradient of a row that belongs to nobody MUST be zero.",
+    reason="Such rows hold what the memory held; a gradient goes on from them into the experts.",
+    sources=("pytorch #154557", "torchtitan #1237", "TE #3116"),
+    given=differentiable("combine", scattered(content="exact", appended=True)),
+    references=COMBINE,
+)
+def rows_of_nobody_have_zero_gradients(case: Case) -> None:
+    """Rows whose slot is T * K, behind those of the tokens."""
+    tokens, top_k = case["weights"].shape
+    nobody = case["slots"].long() == tokens * top_k
+    cotangent = torch.ones(tokens, case["rows"].shape[1])
+    found = _combine_gradients(case, cotangent)[0][nobody]
+    zeros = torch.zeros_like(found)
+    wrong = [("NaN", torch.full_like(zeros, torch.nan)), ("ones", torch.ones_like(zeros))]
+    case.judge(lambda answer: equal("gradient of a row of nobody", answer, zeros), found, wrong)

@@ -879,9 +879,11 @@ def every_call_is_answered_for_itself(case: Case) -> None:
     kinds=4,
 )
 def routing_leaves_everything_as_it_was(case: Case) -> None:
-    """With and without gradients, which take other paths."""
+    """With and without gradients, which take other paths, and with rows that are not finite."""
     given = {name: case[name] for name in ("logits", "config", "bias", "token_ids")}
     calls = [case.planned("route", **given)]
+    if not case.scope.capabilities.finite_only:
+        calls.append(case.planned("route", **given | {"logits": _broken_rows(case)}))
     if "route" in case.scope.capabilities.gradients:
         cotangent = torch.ones(len(given["logits"]), given["config"].top_k)
         calls.append(case.planned("route", wrt=["logits"], cotangents={"0": cotangent}, **given))

@@ -69,6 +69,7 @@ class Reference(Target):
             "z_loss",
             "dispatch",
             "combine",
+            "drop_to_capacity",
             "experts",
             "experts_batched",
             "layer",

@@ -54,7 +54,7 @@ def at_ids(
     """The values at the places that these ids have, and the ids, -1 where nothing is marked."""
     num_experts = dense.shape[1]
     here = (expert_ids >= 0) & (expert_ids < num_experts)
-    if num_experts == 0 or not bool(here.any()):
+    if num_experts == 0:
         return dense.new_zeros(expert_ids.shape), expert_ids.new_full(expert_ids.shape, -1)
     columns = expert_ids.long().where(here, 0)
     kept = here & routing_map.gather(1, columns)
