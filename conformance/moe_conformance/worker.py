@@ -449,13 +449,16 @@ def place_arguments(
             with torch.no_grad():
                 laid = old[path].detach().copy_(tensor)
         else:
-            laid = lay_out(tensor.to(device), layouts.get(path, "contiguous"))
+            # An id that means *not here* is legal and never right. Of a map, a table or a count it
+            # would be an error that ends the call, and hides the answer that is wrong without one.
+            between = 2**20 if path == "expert_ids" else 0
+            laid = lay_out(tensor.to(device), layouts.get(path, "contiguous"), between)
         return laid.requires_grad_(True) if path in wrt else laid
 
     return replace_tensors(call["arguments"], place)
 
 
-def lay_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
+def lay_out(tensor: torch.Tensor, layout: str, between: int = 0) -> torch.Tensor:
     """The same values at other strides; what lies between them is poison.
 
     Args:
@@ -465,13 +468,14 @@ def lay_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
             starts inside a larger buffer); `pitched` (rows that are contiguous and lie further
             apart than they are long, as the left part of a wider matrix does). With a single
             dimension there are no rows: `transposed` and `pitched` are `strided` then.
+        between: the poison of integers; that of floats is NaN.
     """
     if tensor.ndim == 0 or layout == "contiguous":
         return tensor.clone()
     if tensor.ndim == 1 and layout in ("transposed", "pitched"):
         # Both need rows.
         layout = "strided"
-    poison: float = float("nan") if tensor.is_floating_point() else 2**20
+    poison: float = float("nan") if tensor.is_floating_point() else between
     if tensor.dtype is torch.bool:
         poison = True
     elif tensor.dtype is torch.uint8:
