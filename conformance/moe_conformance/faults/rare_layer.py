@@ -16,6 +16,12 @@ from moe_conformance.faults.rare import (
     tokens,
     top_k,
 )
+from moe_conformance.faults.rare_calls import altered
+
+
+def looked_up(a: Arguments) -> bool:
+    """Whether token ids are looked up in a table."""
+    return a["config"].routing.hash_table is not None and a.get("token_ids") is not None
 
 
 def in_layer(wrong: Wrong) -> Wrong:
@@ -158,4 +164,28 @@ rare(
     "LAYER-04",
     "LAYER-05",
     "LAYER-07",
+)
+
+
+def token_ids_inside(a: Arguments, least: int | None, most: int | None) -> Arguments:
+    """Token ids no smaller and no larger than that."""
+    return {"token_ids": a["token_ids"].clamp(least, most)}
+
+
+altered(
+    "layer",
+    "token-ids-past-the-table-are-the-last",
+    "A token id past the end of the hash table is taken for the last one.",
+    lambda a: looked_up(a),
+    lambda a: token_ids_inside(a, None, len(a["config"].routing.hash_table) - 1),
+    "LAYER-14",
+)
+
+altered(
+    "layer",
+    "token-ids-below-0-are-the-first",
+    "A token id below 0, which stands for padding elsewhere, is taken for the first one.",
+    lambda a: looked_up(a),
+    lambda a: token_ids_inside(a, 0, None),
+    "LAYER-14",
 )

@@ -6,8 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from moe_reference.config import ExpertWeights
+from moe_reference.placement import make_placement
 
 from moe_conformance.faults.rare import Arguments, rare
+from moe_conformance.faults.rare_calls import altered
 
 
 def share_grown(out: Any, a: Arguments) -> Any:
@@ -215,4 +218,177 @@ rare(
     lambda a: a["load"].is_floating_point() and a["num_ranks"] == 2,
     replicas_grown,
     "SLICE-17",
+)
+
+
+# Biases.
+
+
+def bias_in_the_dtype_of_its_matrix(out: Any, a: Arguments) -> Any:
+    """The bias of gate_up is cast to the dtype of gate_up."""
+    return replace(out, gate_up_bias=out.gate_up_bias.to(out.gate_up.dtype))
+
+
+def output_bias_whole(out: Any, a: Arguments) -> Any:
+    """The output bias is whole."""
+    return replace(out, down_bias=a["experts"].down_bias.clone())
+
+
+def output_bias_in_place(out: Any, a: Arguments) -> Any:
+    """The output bias lies in the memory of the whole one."""
+    return replace(out, down_bias=a["experts"].down_bias[: len(out.down)])
+
+
+def weights_themselves(out: Any, a: Arguments) -> Any:
+    """The weights are given back as they came."""
+    return a["experts"]
+
+
+def _as_tall(experts: ExpertWeights, *names: str) -> ExpertWeights:
+    """The fields cut to as many experts as down has."""
+    count = len(experts.down)
+    given = {name: getattr(experts, name) for name in names}
+    cut = {name: tensor[:count] for name, tensor in given.items() if tensor is not None}
+    return replace(experts, **cut)
+
+
+def _as_wide(experts: ExpertWeights) -> ExpertWeights:
+    """The output bias, where there is one, cut to the H of down."""
+    bias = experts.down_bias
+    return experts if bias is None else replace(experts, down_bias=bias[:, : experts.down.shape[1]])
+
+
+rare(
+    "slice_experts",
+    "where-a-bias-is-wider",
+    "a bias of another dtype than its matrix",
+    lambda a: a["experts"].gate_up_bias is not None,
+    bias_in_the_dtype_of_its_matrix,
+    "SLICE-05",
+    thread="gpt-oss in bfloat16",
+)
+
+rare(
+    "slice_experts",
+    "as-a-view-from-the-first-expert-on",
+    "experts from the first one on",
+    lambda a: a["start"] == 0 and a["experts"].down_bias is not None,
+    output_bias_in_place,
+    "SLICE-05",
+)
+
+rare(
+    "slice_experts",
+    "where-all-are-taken",
+    "all experts, as on one rank",
+    lambda a: a["start"] == 0 and a["count"] == len(a["experts"].down),
+    weights_themselves,
+    "SLICE-05",
+)
+
+rare(
+    "slice_tensor_parallel",
+    "on-one-rank",
+    "one rank, where there is nothing to cut",
+    lambda a: a["world_size"] == 1,
+    weights_themselves,
+    "SLICE-12",
+)
+
+rare(
+    "slice_tensor_parallel",
+    "on-ranks-without-rows",
+    "ranks past I, which hold no row",
+    lambda a: a["rank"] >= a["experts"].down.shape[2] and a["experts"].down_bias is not None,
+    output_bias_whole,
+    "SLICE-13",
+    thread="vLLM #49378",
+)
+
+
+# What has to be refused.
+
+altered(
+    "slice_experts",
+    "biases-of-more-experts-are-cut",
+    "Rows of a bias beyond the last expert are left out, in silence.",
+    lambda a: True,
+    lambda a: {"experts": _as_tall(a["experts"], "gate_up_bias", "down_bias")},
+    "SLICE-08",
+)
+
+altered(
+    "slice_experts",
+    "gates-of-more-experts-are-cut",
+    "What gate_up holds beyond the experts of down is left out, in silence.",
+    lambda a: True,
+    lambda a: {"experts": _as_tall(a["experts"], "gate_up")},
+    "SLICE-08",
+)
+
+altered(
+    "slice_tensor_parallel",
+    "an-output-bias-of-another-model-is-cut",
+    "An output bias with more columns than H is cut to H.",
+    lambda a: True,
+    lambda a: {"experts": _as_wide(a["experts"])},
+    "SLICE-15",
+)
+
+altered(
+    "slice_tensor_parallel",
+    "biases-of-more-experts-are-cut-too",
+    "Rows of a bias beyond the last expert are left out, on every rank.",
+    lambda a: True,
+    lambda a: {"experts": _as_tall(a["experts"], "gate_up_bias", "down_bias")},
+    "SLICE-15",
+)
+
+altered(
+    "assign_experts",
+    "half-an-expert-is-rounded-away",
+    "A number of experts that is a float, a quotient say, is rounded down.",
+    lambda a: isinstance(a["num_experts"], float),
+    lambda a: {"num_experts": int(a["num_experts"])},
+    "SLICE-03",
+)
+
+altered(
+    "assign_experts",
+    "ranks-may-be-a-float",
+    "A number of ranks that is a float is taken.",
+    lambda a: isinstance(a["world_size"], float),
+    lambda a: {"world_size": int(a["world_size"])},
+    "SLICE-03",
+)
+
+altered(
+    "place_experts",
+    "places-may-be-a-float",
+    "A number of physical experts that is a float is taken.",
+    lambda a: isinstance(a["num_physical"], float),
+    lambda a: {"num_physical": int(a["num_physical"])},
+    "SLICE-21",
+)
+
+
+# Copies.
+
+
+def copies_by_whole_tokens(out: Any, a: Arguments) -> Any:
+    """Further copies go where the load per copy, rounded down, is greatest."""
+    load, places = a["load"].tolist(), a["num_physical"]
+    held = list(range(len(load)))
+    while len(held) < places:
+        held.append(max(range(len(load)), key=lambda e: load[e] // held.count(e)))
+    return make_placement(torch.tensor(sorted(held)), len(load), a["num_ranks"])
+
+
+rare(
+    "place_experts",
+    "with-a-load-of-few-whole-tokens",
+    "whole numbers for a load",
+    lambda a: not a["load"].is_floating_point(),
+    copies_by_whole_tokens,
+    "SLICE-19",
 )

@@ -22,8 +22,8 @@ from moe_conformance.inputs.given import (
     torch_dtype,
 )
 
-LOADS = ("even", "skewed", "one hot", "none", "ties")
-"""How the load is spread over experts."""
+LOADS = ("even", "skewed", "one hot", "none", "ties", "few")
+"""How the load is spread over experts; few are some tokens for each of some experts."""
 
 LOAD_DTYPES = ("int64", "float32", "int32", "float64")
 
@@ -70,6 +70,8 @@ def sliced(*, least_experts: int = 1, most_count: int | None = None) -> Given:
             experts = draw(st.integers(least, most))
             start = draw(st.integers(0, experts - 1))
             count = draw(st.integers(0, experts - start))
+            if draw(st.integers(0, 4)) == 4:
+                start, count = 0, experts
             drawn = _drawn(draw, scope, choices, BIASES)
             wide = draw(st.integers(1, 6)) * scope.capabilities.intermediate_multiple
             return {
@@ -110,12 +112,14 @@ def cut(
         def plan(draw: st.DrawFn) -> Plan:
             world_size = draw(_numbers(*ranks))
             part = draw(st.integers(1, 5)) * multiple
-            # Not a multiple of R, and sometimes fewer rows than ranks.
-            uneven = draw(sizes(33, 8, 16).filter(lambda n: n % world_size != 0))
+            # Not a multiple of R, and often fewer rows than ranks.
+            uneven = sizes(33, 8, 16).filter(lambda n: n % world_size != 0)
+            if world_size > 1:
+                uneven = st.one_of(uneven, st.integers(1, world_size - 1))
             return {
                 **_drawn(draw, scope, choices, biases),
                 "experts": draw(st.integers(1, most_experts)),
-                "intermediate": part * world_size if even else uneven,
+                "intermediate": part * world_size if even else draw(uneven),
                 "world_size": world_size,
             }
 
@@ -162,18 +166,22 @@ def placed(
         @st.composite
         def plan(draw: st.DrawFn) -> Plan:
             count = draw(_numbers(*ranks))
+            load = draw(choice(loads))
             experts = draw(
                 st.one_of(
                     st.integers(least, max(least, min(most, 20))), sizes(most, 32, least=least)
                 )
+                if load != "few"
+                else st.integers(least, max(least, min(most, 6)))
             )
             fewest = -(-experts // count)
-            more = draw(st.integers(1 if redundant else 0, 3))
+            # With many copies of each, loads per copy are close together and no whole numbers.
+            more = draw(st.integers(1 if redundant else 0, 3 if load != "few" else 12))
             return {
                 "experts": experts,
                 "num_ranks": count,
                 "num_physical": (fewest + more) * count,
-                "load": draw(choice(loads)),
+                "load": load,
                 "dtype": (dtype := draw(choice(LOAD_DTYPES))),
                 "scale": draw(choice(_scales(dtype))),
                 "layout": draw(choice(layouts(scope))),
@@ -206,12 +214,15 @@ def _drawn(
     draw: st.DrawFn, scope: Scope, choices: list[tuple[bool, bool]], biases: tuple[str, ...]
 ) -> Plan:
     gated, bias = draw(choice(choices))
+    dtype = draw(choice(scope.dtypes))
+    others = scope.dtypes if bias and scope.capabilities.mixed_dtypes else ()
     return {
         "hidden": draw(st.integers(1, 5)) * scope.capabilities.hidden_multiple,
         "gated": gated,
         "biases": draw(choice(biases)) if bias else None,
         "special": not scope.capabilities.finite_only and draw(st.booleans()),
-        "dtype": draw(choice(scope.dtypes)),
+        "dtype": dtype,
+        "bias_dtype": draw(choice((dtype, dtype, *others))),
         "layout": draw(choice(layouts(scope))),
         "seed": draw(seeds()),
     }
@@ -231,16 +242,18 @@ def _coded(plan: Plan) -> ExpertWeights:
         content.normal(experts, halves * inner),
         content.normal(experts, hidden),
     )
-    dtype = torch_dtype(plan["dtype"])
+    dtype, of_biases = torch_dtype(plan["dtype"]), torch_dtype(plan["bias_dtype"])
     if plan["special"]:
         # Never in what says which row or column it is.
-        for tensor in (gate_up[:, :, 1:], down[:, 1:], gate_up_bias, down_bias):
+        for tensor in (gate_up[:, :, 1:], down[:, 1:]):
             _plant(content, tensor, dtype)
+        for tensor in (gate_up_bias, down_bias):
+            _plant(content, tensor, of_biases)
     return ExpertWeights(
         gate_up.to(dtype),
         down.to(dtype),
-        gate_up_bias.to(dtype) if plan["biases"] in ("both", "gate_up") else None,
-        down_bias.to(dtype) if plan["biases"] in ("both", "down") else None,
+        gate_up_bias.to(of_biases) if plan["biases"] in ("both", "gate_up") else None,
+        down_bias.to(of_biases) if plan["biases"] in ("both", "down") else None,
     )
 
 
@@ -290,6 +303,7 @@ def build_placed(plan: Plan) -> Inputs:
         "one hot": lambda: torch.arange(experts).eq(int(content.integers(0, experts - 1))) * 900,
         "none": lambda: torch.zeros(experts, dtype=torch.int64),
         "ties": lambda: content.integers(1, 3, experts) * 60,
+        "few": lambda: content.integers(1, 20, experts),
     }
     load = kinds[plan["load"]]().double()
     if plan["load"] in ("even", "skewed") and plan["dtype"] in ("float32", "float64"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -120,7 +121,8 @@ def the_first_ranks_take_the_rest(case: Case) -> None:
     "SLICE-03",
     MUST,
     "assign_experts",
-    "No rank, a rank that there is not, and a negative number of experts MUST raise.",
+    "No rank, a rank that there is not, a negative number of experts, and what is no whole number "
+    "MUST raise.",
     reason="A rank counted from 1 takes its neighbour's experts, and the last one's do not exist.",
     sources=("docs/spec/operations.md", "TensorCast ZeroDivisionError"),
     given=shares(),
@@ -138,6 +140,9 @@ def a_share_that_cannot_be_raises(case: Case) -> None:
             "rank -1": good | {"rank": -1},
             "no rank": good | {"world_size": 0},
             "-1 experts": good | {"num_experts": -1},
+            "experts that are a float": good | {"num_experts": float(case["num_experts"])},
+            "half an expert more": good | {"num_experts": case["num_experts"] + 0.5},
+            "ranks that are a float": good | {"world_size": float(case["world_size"])},
             "a rank that is no whole number": good | {"rank": 0.0},
         },
     )
@@ -181,6 +186,17 @@ def _judge_fields(case: Case, found: Weights, names: tuple[str, ...]) -> None:
         case.judge(rule, found[name], wrong)
 
 
+def _judge_copies(case: Case, name: str, answers: list[Answer]) -> None:
+    """Whether a field of the answers has memory that no argument has."""
+
+    def rule(shared: list[str]) -> None:
+        if shared:
+            raise Violation(f"{name}: expected a copy, got shared memory: {shared[0]}")
+
+    found = [each for a in answers for each in a.shared if each.startswith(f"{name} and ")]
+    case.judge(rule, found, [("a view", [f"{name} and experts.{name}"])])
+
+
 def _same(what: str, found: torch.Tensor | None, expected: torch.Tensor | None) -> None:
     """To the bit, and None where there is none."""
     if expected is None:
@@ -201,6 +217,7 @@ def _same(what: str, found: torch.Tensor | None, expected: torch.Tensor | None) 
     sources=("TensorCast slice_experts", "vLLM determine_expert_map"),
     given=sliced(),
     references=SLICE,
+    kinds=2,
 )
 def a_slice_holds_its_own_experts(case: Case) -> None:
     """gate_up and down, to the bit, for any strides."""
@@ -211,17 +228,24 @@ def a_slice_holds_its_own_experts(case: Case) -> None:
     "SLICE-05",
     MUST,
     "slice_experts",
-    "The biases MUST be sliced with the weights; where there are none, there are none.",
+    "The biases MUST be sliced with the weights, in their dtype and as copies; where there are "
+    "none, there are none.",
     reason="Whole biases beside sliced weights are read at the first rank's rows on every rank.",
     sources=("TensorCast slice_experts", "gpt-oss model code"),
     given=sliced(least_experts=2),
     references=SLICE,
 )
 def the_biases_are_sliced_too(case: Case) -> None:
-    """gate_up_bias and down_bias, to the bit."""
-    found = _slice(case)[0]
-    case.note("biases", case["experts"].down_bias is not None)
-    _judge_fields(case, found, ("gate_up_bias", "down_bias"))
+    """gate_up_bias and down_bias, to the bit; neither shares memory with what it is sliced from."""
+    experts: ExpertWeights = case["experts"]
+    found, answer = _slice(case)
+    biases = ("gate_up_bias", "down_bias")
+    present = [bias for name in biases if (bias := getattr(experts, name)) is not None]
+    case.note("biases", bool(present))
+    case.note("biases in a dtype of their own", any(b.dtype != experts.down.dtype for b in present))
+    _judge_fields(case, found, biases)
+    for name in biases:
+        _judge_copies(case, name, [answer])
 
 
 @requirement(
@@ -282,7 +306,7 @@ def _judge_gradient(
     "SLICE-08",
     MUST,
     "slice_experts",
-    "Experts that there are not MUST raise.",
+    "Experts that there are not, and weights that do not fit each other, MUST raise.",
     reason="Python cuts a slice off at the end; the rank then has fewer experts than its map says.",
     sources=("docs/spec/operations.md", "mistral.rs shard loaders"),
     given=sliced(),
@@ -292,22 +316,33 @@ def a_slice_past_the_end_raises(case: Case) -> None:
     """Each bad call by itself has to raise."""
     experts = case["experts"]
     count = len(experts.down)
-    fewer = ExpertWeights(experts.gate_up, experts.down[:-1])
     good = {"experts": experts, "start": 0, "count": count}
-    must_raise(
-        case,
-        "slice_experts",
-        good,
-        {
-            "one expert too many": good | {"count": count + 1},
-            "from behind the end": good | {"start": count + 1, "count": 1},
-            "a negative start": good | {"start": -1, "count": 1},
-            "a negative count": good | {"count": -1},
-            "the last one and one more": good | {"start": count - 1, "count": 2},
-            "a start that is no whole number": good | {"start": 0.0},
-            "experts that do not fit each other": good | {"experts": fewer},
-        },
-    )
+    bad = {
+        "one expert too many": good | {"count": count + 1},
+        "from behind the end": good | {"start": count + 1, "count": 1},
+        "a negative start": good | {"start": -1, "count": 1},
+        "a negative count": good | {"count": -1},
+        "the last one and one more": good | {"start": count - 1, "count": 2},
+        "a start that is no whole number": good | {"start": 0.0},
+        "a count that is no whole number": good | {"count": float(count)},
+    }
+    bad |= {name: good | {"experts": other} for name, other in _misfits(experts)}
+    must_raise(case, "slice_experts", good, bad)
+
+
+def _misfits(experts: ExpertWeights) -> Iterator[tuple[str, ExpertWeights]]:
+    """The weights with one of them larger than the others allow, or short of an expert."""
+    for name in FIELDS:
+        tensor = getattr(experts, name)
+        if tensor is None:
+            continue
+        yield f"{name} of one expert less", replace(experts, **{name: tensor[:-1]})
+        for dimension, of in enumerate(("expert", "row", "column")[: tensor.ndim]):
+            # With I = 1 a row or a column more may stand for a gate, or for none.
+            if of == ("row" if name == "gate_up" else "column") and experts.down.shape[2] == 1:
+                continue
+            longer = torch.cat([tensor, tensor.narrow(dimension, 0, 1)], dimension)
+            yield f"{name} of one {of} more", replace(experts, **{name: longer})
 
 
 # slice_tensor_parallel
@@ -315,6 +350,10 @@ def a_slice_past_the_end_raises(case: Case) -> None:
 
 def _parts(case: Case) -> list[Weights]:
     """The slices of all ranks."""
+    return [_weights("slice_tensor_parallel", answer) for answer in _answers(case)]
+
+
+def _answers(case: Case) -> list[Answer]:
     calls = [
         case.planned(
             "slice_tensor_parallel",
@@ -326,7 +365,7 @@ def _parts(case: Case) -> list[Weights]:
     ]
     case.note("one rank", case["world_size"] == 1)
     case.note("a gate", case["gated"])
-    return [_weights("slice_tensor_parallel", answer) for answer in case.session(calls)]
+    return case.session(calls)
 
 
 def _codes(part: Weights, rank: int) -> torch.Tensor:
@@ -359,7 +398,7 @@ def _taken(case: Case, rank: int, codes: torch.Tensor) -> Weights:
         "gate_up": experts.gate_up[:, both],
         "down": experts.down[:, :, index],
         "gate_up_bias": None if bias is None else bias[:, both],
-        "down_bias": None,
+        "down_bias": _output_bias(case, rank),
     }
 
 
@@ -473,30 +512,34 @@ def the_bias_of_gate_up_is_cut_alike(case: Case) -> None:
     "SLICE-12",
     MUST,
     "slice_tensor_parallel",
-    "The bias of down MUST be whole on rank 0 and zero on all others.",
+    "The bias of down MUST be whole on rank 0 and zero on all others, as copies.",
     reason="The outputs of the ranks are added up: on every rank, it is added R times.",
     sources=("Megatron-LM RowParallelLinear", "vLLM #49378", "SGLang #35535"),
     given=cut(bias=True, biases=("both", "down")),
     references=CUT,
 )
 def the_output_bias_is_on_rank_0(case: Case) -> None:
-    """The values; a zero may have either sign."""
+    """The values; a zero may have either sign. None of them shares memory with the whole."""
     whole = case["experts"].down_bias
 
     def rule(found: list[Weights]) -> None:
         for rank, part in enumerate(found):
-            bias, what = part["down_bias"], f"rank {rank}: down_bias"
-            has_form(what, bias, tuple(whole.shape), (whole.dtype,))
-            assert isinstance(bias, torch.Tensor)
-            equal(what, bias, whole if rank == 0 else torch.zeros_like(whole))
+            _same(f"rank {rank}: down_bias", part["down_bias"], _output_bias(case, rank))
 
-    found = _parts(case)
+    answers = _answers(case)
+    found = [_weights("slice_tensor_parallel", answer) for answer in answers]
     everywhere = [{**part, "down_bias": whole} for part in found]
     nowhere = [{**part, "down_bias": torch.zeros_like(whole)} for part in found]
     wrong = [("on no rank", nowhere)]
     if case["world_size"] > 1:
         wrong.append(("on every rank", everywhere))
     case.judge(rule, found, wrong)
+    _judge_copies(case, "down_bias", answers)
+
+
+def _output_bias(case: Case, rank: int) -> torch.Tensor | None:
+    whole: torch.Tensor | None = case["experts"].down_bias
+    return whole if whole is None or rank == 0 else torch.zeros_like(whole)
 
 
 @requirement(
@@ -508,6 +551,7 @@ def the_output_bias_is_on_rank_0(case: Case) -> None:
     sources=("vLLM #48173", "vLLM #44763", "ATOM #1944"),
     given=cut(even=False, ranks=(2, 9)),
     references=CUT,
+    kinds=2,
 )
 def an_uneven_cut_is_right_or_refused(case: Case) -> None:
     """A ValueError on any rank is a refusal."""
@@ -526,11 +570,12 @@ def an_uneven_cut_is_right_or_refused(case: Case) -> None:
             break
         found.append(_weights("slice_tensor_parallel", answer))
     case.note("refused", refused)
+    case.note("fewer rows than ranks", inner < count)
 
     def rule(parts: list[Weights] | None) -> None:
         held: Counter[float] = Counter()
         for rank, part in enumerate(parts or ()):
-            _check_part(case, rank, part, ("gate_up", "down", "gate_up_bias"))
+            _check_part(case, rank, part, FIELDS)
             held.update(_codes(part, rank).tolist())
         if parts is not None and held != Counter(map(float, range(inner))):
             missing = next(i for i in range(inner) if held[float(i)] != 1)
@@ -594,16 +639,14 @@ def a_cut_that_cannot_be_raises(case: Case) -> None:
     """Each bad call by itself has to raise."""
     experts: ExpertWeights = case["experts"]
     good = {"experts": experts, "world_size": case["world_size"], "rank": 0}
-    fewer = ExpertWeights(experts.gate_up[:, :, :-1], experts.down)
-    longer = ExpertWeights(torch.cat([experts.gate_up, experts.gate_up[:, :1]], 1), experts.down)
     bad = {
         "rank R": good | {"rank": case["world_size"]},
         "rank -1": good | {"rank": -1},
         "no rank": good | {"world_size": 0},
-        "gate_up of another hidden size": good | {"experts": fewer},
+        "a rank that is no whole number": good | {"rank": 0.0},
+        "ranks that are a float": good | {"world_size": float(case["world_size"])},
     }
-    if experts.down.shape[2] > 1:
-        bad["gate_up with one row more"] = good | {"experts": longer}
+    bad |= {name: good | {"experts": other} for name, other in _misfits(experts)}
     must_raise(case, "slice_tensor_parallel", good, bad)
 
 
@@ -750,7 +793,7 @@ def _fewest(load: list[float], P: int) -> list[int]:
     "The greatest load per copy MUST be the least that P physical experts allow.",
     reason="The busiest copy holds up its rank, and its rank all others.",
     sources=("EPLB replicate_experts", "TensorCast redundant experts", "DeepSeek-V3 report, 3.4"),
-    given=placed(redundant=True, loads=("even", "skewed", "one hot", "ties")),
+    given=placed(redundant=True, loads=("even", "skewed", "one hot", "ties", "few", "few")),
     references=PLACE,
     kinds=3,
 )
@@ -837,6 +880,8 @@ def a_placement_that_cannot_be_raises(case: Case) -> None:
         "fewer physical experts than experts": good
         | {"num_physical": len(load) - 1, "num_ranks": 1},
         "no rank": good | {"num_ranks": 0},
+        "physical experts that are a float": good | {"num_physical": float(P)},
+        "ranks that are a float": good | {"num_ranks": float(R)},
         "a negative load": good | {"load": -load - 1},
         "a load of two dimensions": good | {"load": load[None]},
     }

@@ -745,8 +745,8 @@ def what_padding_holds_does_not_matter_to_a_layer(case: Case) -> None:
     "LAYER-14",
     SHOULD,
     "layer",
-    "Arguments of the wrong shape or dtype, a shared gate without a shared expert and a table "
-    "without token ids SHOULD raise `ValueError` or `TypeError`.",
+    "Arguments of the wrong shape or dtype, a shared gate without a shared expert, a table "
+    "without token ids and a token id outside of it SHOULD raise `ValueError` or `TypeError`.",
     reason="Broadcast, they give an output of the right shape.",
     sources=("docs/spec/operations.md", "davidmrau #27", "vLLM #50844"),
     given=layer_inputs(),
@@ -784,6 +784,17 @@ def bad_arguments_of_a_layer_raise(case: Case) -> None:
         bad["a table without token ids"] = {"token_ids": None}
         bad["token ids of one dimension"] = {"token_ids": ids.reshape(-1)}
         bad["token ids of a float dtype"] = {"token_ids": ids.double()}
+        # What stands at padding may be anything.
+        mask = case["padding_mask"]
+        at = torch.arange(ids.numel()) if mask is None else mask.flatten().nonzero().flatten()
+        if len(at):
+            vocabulary = len(config.routing.hash_table)
+            late, early = (
+                ids.flatten().index_fill(0, i, n).view(ids.shape)
+                for i, n in ((at[-1], vocabulary), (at[0], -1))
+            )
+            bad["a token id past the end of the table"] = {"token_ids": late}
+            bad["a token id of -1"] = {"token_ids": early}
     must_raise(case, "layer", good, {name: good | wrong for name, wrong in bad.items()})
 
 
