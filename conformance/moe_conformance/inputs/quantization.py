@@ -47,7 +47,7 @@ UNIT = {"uint4b8": 8, "uint8b128": 4, "uint4": 8, "e4m3": 1, "mxfp4": 32, "nvfp4
 """Columns that are packed in one piece."""
 
 UNIVERSE: dict[str, tuple[Any, ...]] = {
-    "group_size": (-1, 8, 16, 32, 64, 128, 4, 24),
+    "group_size": (-1, -1, 32, 8, 16, 32, 64, 128, 4, 24),
     "g_idx": (False, True),
     "scale_dtype": ("float32", "bfloat16", "float16", "float64"),
     "granularity": ("tensor", "channel", "block"),
@@ -79,6 +79,13 @@ ZERO_POINTS = ("any", "any", "ends", "middle")
 ORDERS = ("shuffled", "shuffled", "uneven", "in order")
 """`g_idx`: groups of equal size in any order of columns; of any sizes, some of them empty; as
 without it."""
+
+CHANGES = ("everything", "codes", "scales",
+           *("zeros",) * 3, *("g_idx",) * 3, *("global_scale",) * 3)  # fmt: skip
+"""What is another one in a second call on the same storage: all there is, or one part alone."""
+
+WIDE = (129, 136, 200, 256, 257, 264)
+"""Columns of a row that is longer than the tile, or the group, that kernels count in."""
 
 Drawn = dict[str, Any]
 """What a packed tensor is made of, as the names of `_drawn` say."""
@@ -117,6 +124,7 @@ def packed_inputs(
     several_groups: bool = False,
     least_experts: int = 1,
     nan: bool = False,
+    changes: tuple[str, ...] = (),
     **fixed: tuple[Any, ...],
 ) -> Given:
     """Inputs of `dequantize` inside the declaration.
@@ -130,6 +138,7 @@ def packed_inputs(
         several_groups: a row has at least two scales, or zero points.
         least_experts: smallest E.
         nan: codes and scales that are NaN, where the target takes them.
+        changes: of `CHANGES`, for what comes with a second call.
         **fixed: the values that a field of `UNIVERSE` may take here, inside the declared ones.
     """
     fixed = {"padding": (False,), "g_idx": (False,), **NO_ROUNDING, **fixed}
@@ -153,6 +162,7 @@ def packed_inputs(
                 "zeros": draw(choice(zeros)),
                 "nan": not scope.capabilities.finite_only,
                 "nan_codes": nan and not scope.capabilities.finite_only,
+                **_changed(draw, about, changes),
                 "layout": draw(choice(layouts(scope))),
                 "seed": draw(seeds()),
             }
@@ -256,6 +266,19 @@ def _about(
     }
 
 
+def _changed(draw: st.DrawFn, about: Plan, changes: tuple[str, ...]) -> Plan:
+    """Which part is another one in a second call, of those that the format has."""
+    format = about["format"]
+    has = {
+        "scales": not format.startswith("Q"),
+        "zeros": format == "uint4",
+        "g_idx": about["g_idx"] is not None and about["group_size"] != -1,
+        "global_scale": format == "nvfp4",
+    }
+    possible = tuple(name for name in changes if has.get(name, True))
+    return {"changed": draw(choice(possible))} if possible else {}
+
+
 def step_of(about: Plan) -> int:
     """D has to be a multiple of this: whole words, blocks and groups."""
     unit = UNIT[about["format"]]
@@ -270,8 +293,14 @@ def _sizes(draw: st.DrawFn, about: Plan, several_groups: bool, small: bool) -> P
         edges = [B - 1, B, B + 1, 2 * B - 1] if 1 < B <= 64 else [127, 128, 129] if B > 1 else []
         size = st.one_of(st.integers(1, 9), st.sampled_from([*edges, 17, 24]))
         least = 2 if several_groups else 1
-        return {"rows": max(least, draw(size)), "columns": max(least, draw(size))}
+        rows, columns = max(least, draw(size)), max(least, draw(size))
+        if not small and _long(draw, about):
+            columns, rows = draw(choice(WIDE)), min(rows, 3)
+        return {"rows": rows, "columns": columns}
     step = step_of(about)
+    if not small and step <= 128 and _long(draw, about):
+        columns = -(-draw(choice(WIDE)) // step) * step
+        return {"rows": draw(choice((1, 2, 3))), "columns": columns}
     most = max(2, 96 // step) if step < 96 else 2 if small or step > 128 else 3
     columns = draw(st.integers(2 if several_groups else 1, most)) * step
     if about["padding"]:
@@ -280,11 +309,18 @@ def _sizes(draw: st.DrawFn, about: Plan, several_groups: bool, small: bool) -> P
     return {"rows": draw(choice((1, 2, 3, 5, 8, 16, 17, 31))), "columns": columns}
 
 
+def _long(draw: st.DrawFn, about: Plan) -> bool:
+    """Whether a row is a `WIDE` one: often where it is one group, of whatever length."""
+    often = about["format"] in INTEGERS and about["group_size"] == -1
+    return draw(st.integers(0, 2 if often else 7)) > (0 if often else 6)
+
+
 def quantized_inputs(
     *,
     formats: tuple[str, ...] = FORMATS,
     partial: bool = False,
     least_tokens: int = 1,
+    changes: tuple[str, ...] = (),
     loads: tuple[str, ...] = ("uniform", "skewed", "duplicates", "half empty"),
     **fixed: tuple[Any, ...],
 ) -> Given:
@@ -294,6 +330,7 @@ def quantized_inputs(
         formats: to draw from; gate_up and down are of the same.
         partial: the groups of down lack columns, as those of a tensor-parallel slice do.
         least_tokens: smallest number of tokens.
+        changes: of `CHANGES`, for what comes with a second call.
         loads: how tokens spread over experts.
         **fixed: the values that a field of `UNIVERSE`, or of that of `experts`, may take here,
             inside the declared ones.
@@ -316,7 +353,7 @@ def quantized_inputs(
             format, choices = draw(choice(chosen))
             about = draw(_about(format, choices, orders))
             return {
-                **_fitting(draw(drawn), about, scope),
+                **_fitting(draw, draw(drawn), about, scope),
                 **{name: value for name, value in about.items() if name != "format"},
                 "quantized": about["format"],
                 "codes": "any",
@@ -325,6 +362,7 @@ def quantized_inputs(
                 "nan": not scope.capabilities.finite_only,
                 "nan_codes": False,
                 "partial": partial,
+                **_changed(draw, about, changes),
             }
 
         return plan()
@@ -338,8 +376,11 @@ MOST_WEIGHTS = 20_000
 MOST_EXPERTS, MOST_TOKENS = 4, 14
 """What there are more of is the matter of `experts`."""
 
+ELSEWHERE = (5, 8, 13, 29)
+"""Experts of other ranks: a map may be longer than any list of experts here."""
 
-def _fitting(plan: Plan, about: Plan, scope: Scope) -> Plan:
+
+def _fitting(draw: st.DrawFn, plan: Plan, about: Plan, scope: Scope) -> Plan:
     """A plan of `experts` with sizes that the format can hold."""
     capabilities, step = scope.capabilities, 1 if about["padding"] else step_of(about)
     of_h = math.lcm(step, capabilities.hidden_multiple)
@@ -348,6 +389,13 @@ def _fitting(plan: Plan, about: Plan, scope: Scope) -> Plan:
         -(-min(size, 36) // of) * of
         for size, of in ((plan["hidden"], of_h), (plan["intermediate"], of_i))
     )
+    if not scope.interpreted and step <= 128 and _long(draw, about):
+        # One side longer than a tile, the other one short.
+        wide = draw(choice(WIDE))
+        if draw(st.booleans()):
+            hidden, inner = -(-wide // of_h) * of_h, -(-min(inner, 8) // of_i) * of_i
+        else:
+            hidden, inner = -(-min(hidden, 8) // of_h) * of_h, -(-wide // of_i) * of_i
     if about["g_idx"] == "uneven" and inner == about["group_size"]:
         # A single group cannot lack what the others have.
         inner *= 2
@@ -355,6 +403,9 @@ def _fitting(plan: Plan, about: Plan, scope: Scope) -> Plan:
     most = min(most, max(MOST_EXPERTS, capabilities.min_experts))
     local = min(plan["local"], most)
     experts = local + plan["experts"] - plan["local"]
+    if plan["expert_map"] and draw(st.booleans()):
+        most_experts = capabilities.max_experts or local + ELSEWHERE[-1]
+        experts = max(experts, min(local + draw(choice(ELSEWHERE)), most_experts))
     return {
         **plan,
         "tokens": min(plan["tokens"], MOST_TOKENS),
@@ -411,6 +462,7 @@ def build_quantized(plan: Plan) -> Inputs:
         "drawn": {"gate_up": gate_up, "down": down},
         "unpacked": weights,
         "turn": plan["seed"] % 2,
+        "changed": plan.get("changed"),
         "layouts": names,
     }
 
@@ -497,7 +549,13 @@ def build_packed(plan: Plan) -> Inputs:
     drawn = drawn_tensor(content, plan, plan["rows"], plan["columns"])
     inputs: Inputs = {"packed": packed(drawn)}
     names = dict.fromkeys((path for path, _ in walk(inputs)), plan["layout"])
-    return {**inputs, "drawn": drawn, "turn": plan["seed"] % 2, "layouts": names}
+    return {
+        **inputs,
+        "drawn": drawn,
+        "turn": plan["seed"] % 2,
+        "changed": plan.get("changed"),
+        "layouts": names,
+    }
 
 
 def drawn_tensor(content: Content, plan: Plan, rows: int, columns: int) -> Drawn:
@@ -664,6 +722,26 @@ def _dirty(drawn: Drawn, nan: bool) -> None:
         drawn["global_scale"][:, max(O, 1) :] = worst
     if "zeros" in drawn:
         drawn["zeros"][:, of_rows:] = drawn["zeros"][:, :, of_columns:] = 16
+
+
+def changed_part(drawn: Drawn, name: str) -> Drawn:
+    """The same with one part that is another one, of the same dtype and shape and no larger.
+
+    Groups stay complete: columns of one group are together those of another one.
+    """
+    part = drawn[name]
+    if name == "codes":
+        part = part.roll(1, 2).flip(1)
+    elif name == "zeros":
+        part = torch.where(part == 16, 15, part ^ 1)
+    elif name == "g_idx":
+        part = (part + 1) % drawn["scales"].shape[2]
+    elif part.is_floating_point():
+        part = part / 2
+    else:
+        # A byte that stands for a float: the next one below, and of the least the next one above.
+        part = (part - 1).abs()
+    return drawn | {name: part}
 
 
 # What it stands for.

@@ -17,12 +17,14 @@ from moe_reference.experts import experts as reference_experts
 from moe_conformance.case import Answer, Case, must_raise
 from moe_conformance.experts_oracle import Between, Spread, local_ids
 from moe_conformance.inputs.quantization import (
+    CHANGES,
     E4M3,
     HALVED,
     INTEGERS,
     POWERS,
     UNIT,
     Drawn,
+    changed_part,
     meaning,
     packed,
     packed_inputs,
@@ -119,7 +121,12 @@ def with_parts(drawn: Drawn, change: Callable[[torch.Tensor], torch.Tensor], *na
     reason="The error was made when the weights were packed. A second one, of scales that were "
     "rounded to another dtype on the way, is in every product and in no test with scales of 1.",
     sources=("SGLang #36822", "vLLM #11528", "MoE-Infinity #82", "docs/spec/quantization.md"),
-    given=packed_inputs(g_idx=(False, True)),
+    given=packed_inputs(
+        # Scales of every dtype are those of integers and of e4m3 alone.
+        formats=(*INTEGERS, *FORMATS, *("e4m3",) * 5),
+        scales=("usual", "usual", "zeros", "zeros", "tiny"),
+        g_idx=(False, True),
+    ),
     references=("quantization.dequantize",),
 )
 def each_weight_is_exact(case: Case) -> None:
@@ -183,7 +190,12 @@ def codes_stand_where_the_format_puts_them(case: Case) -> None:
     reason="Kernels take one scale for a run of columns. Where the run is longer than a group, or "
     "starts elsewhere, weights are wrong by the ratio of two scales.",
     sources=("vLLM #44563", "vLLM #50196", "vLLM #48173"),
-    given=packed_inputs(formats=GROUPED, codes=("any", "every", "one"), least_experts=2),
+    given=packed_inputs(
+        # Groups of any size, and one for a whole row, are those of integers alone.
+        formats=(*INTEGERS, *INTEGERS, *GROUPED),
+        codes=("any", "every", "one"),
+        least_experts=2,
+    ),
     references=("quantization.dequantize",),
 )
 def a_column_has_the_scale_of_its_group(case: Case) -> None:
@@ -198,6 +210,9 @@ def a_column_has_the_scale_of_its_group(case: Case) -> None:
         drawn, lambda t: t[:, :, :1].expand(t.shape), *parts
     )
     case.note("one group", drawn["scales"].shape[2] == 1)
+    case.note(
+        "one group of more than 128 columns", drawn["group_size"] == -1 and drawn["shape"][2] > 128
+    )
     judge_weights(case, unpack(case), others)
 
 
@@ -438,14 +453,21 @@ def padding_changes_nothing(case: Case) -> None:
     reason="Weights are unpacked into a buffer that is used for every layer, or kept by the "
     "address of what they were unpacked from.",
     sources=("KernelBench result_reuse", "MoE-Infinity #136", "SGLang #25852"),
-    given=packed_inputs(scales=("usual",), codes=("any", "every"), g_idx=(False, True)),
+    given=packed_inputs(
+        scales=("usual",), codes=("any", "every"), g_idx=(False, True), changes=CHANGES
+    ),
     references=("quantization.dequantize",),
 )
 def other_codes_in_the_same_storage_are_other_weights(case: Case) -> None:
-    """The second call has the codes of another row, and the scales of another expert."""
-    drawn = case["drawn"]
-    other = with_parts(drawn, lambda t: t.roll(1, 2).flip(1), "codes")
-    other = with_parts(other, lambda t: t.flip(0), "scales", "global_scale")
+    """The second call has the codes of another row and the scales of another expert, or one part
+    alone is another one: the same codes with other scales are other weights."""
+    drawn, what = case["drawn"], case["changed"]
+    if what == "everything":
+        other = with_parts(drawn, lambda t: t.roll(1, 2).flip(1), "codes")
+        other = with_parts(other, lambda t: t.flip(0), "scales", "global_scale")
+    else:
+        other = changed_part(drawn, what)
+    case.note(f"other {what}")
     first = case.planned("dequantize", packed=case["packed"])
     second = case.planned("dequantize", packed=packed(other), reuse=0)
     answers = case.session([first, second])
@@ -668,7 +690,7 @@ def packed_experts_are_experts_on_the_unpacked_weights(case: Case) -> None:
     "permuted with the scales, a weight that both products apply.",
     sources=("vLLM fused_marlin_moe", "SGLang #7889", "gpt-oss model code"),
     given=quantized_inputs(
-        bias=(True,), expert_map=(False,), invalid_ids=(False,), weight_on=("output", "input")
+        bias=(True,), expert_map=(False, True), invalid_ids=(False,), weight_on=("output", "input")
     ),
     references=("quantized_experts.experts_quantized",),
 )
@@ -684,6 +706,7 @@ def biases_and_weights_on_the_input_are_those_of_experts(case: Case) -> None:
             without = dataclasses.replace(experts, **{name: None})  # type: ignore[arg-type]
             others[f"without {name}"] = value_of(case, experts=without)
     case.note(f"weight on the {config.weight_on}")
+    case.note("with a map", case["expert_map"] is not None)
     judge_output(case, compute(case), spread_of(case), others)
 
 
@@ -697,7 +720,7 @@ def biases_and_weights_on_the_input_are_those_of_experts(case: Case) -> None:
     "address that a wrong id leads to are numbers like any other.",
     sources=("SGLang #28170", "vLLM fused_marlin_moe: output.zero_()", "vLLM #42034"),
     given=quantized_inputs(
-        bias=(False,), expert_map=(False, True), invalid_ids=(True,), least_tokens=2
+        bias=(False, True), expert_map=(True, True, False), invalid_ids=(True,), least_tokens=2
     ),
     references=("quantized_experts.experts_quantized",),
 )
@@ -718,7 +741,9 @@ def packed_experts_that_are_not_here_contribute_nothing(case: Case) -> None:
     others["NaN for tokens that go nowhere"] = spread.value.masked_fill(
         gone.all(1)[:, None], torch.nan
     )
-    case.note("with a map", case["expert_map"] is not None)
+    mapped = case["expert_map"]
+    case.note("with a map", mapped is not None)
+    case.note("with a map of more than 8", mapped is not None and len(mapped) > 8)
     judge_output(case, output, spread, others)
 
 
@@ -773,13 +798,21 @@ def padding_never_reaches_the_output(case: Case) -> None:
     reason="A prepared weight layout is kept by address; the next layer's weights are written to "
     "the same one.",
     sources=("KernelBench result_reuse", "SGLang #25852", "torchtitan #1166", "MoE-Infinity #136"),
-    given=quantized_inputs(**PLAIN),
+    given=quantized_inputs(changes=CHANGES, **PLAIN | {"g_idx": (False, True)}),
     references=("quantized_experts.experts_quantized",),
 )
 def other_experts_in_the_same_storage_are_other_experts(case: Case) -> None:
-    """Rows of x and codes are turned round for the second call; the third has no tokens."""
-    drawn, x = case["drawn"], case["x"]
-    turned = {name: with_parts(each, lambda t: t.flip(1), "codes") for name, each in drawn.items()}
+    """For the second call rows of x are turned round, and so are those of the codes, or one part of
+    the matrices is another one; the third has no tokens."""
+    drawn, x, what = case["drawn"], case["x"], case["changed"]
+    if what == "everything":
+        turned = {
+            name: with_parts(each, lambda t: t.flip(1), "codes", "scales", "minima", "zeros")
+            for name, each in drawn.items()
+        }
+    else:
+        turned = {name: changed_part(each, what) for name, each in drawn.items()}
+    case.note(f"other {what}")
     other = dataclasses.replace(
         case["experts"], **{name: packed(each) for name, each in turned.items()}
     )
@@ -820,7 +853,7 @@ ROUNDED: dict[str, Any] = {
     "granularity": ("block", "block", "channel", "tensor"),
     "g_idx": (False,),
     "bias": (False, True),
-    "expert_map": (False,),
+    "expert_map": (False, True),
     "invalid_ids": (False,),
     "activation_format": ("int8", "e4m3", "e4m3_block", "Q8_1"),
 }
@@ -830,6 +863,7 @@ def judge_rounded(case: Case, others: Values) -> None:
     """Judge an output with 8-bit activations; the steps tell most in float32."""
     experts = case["experts"]
     case.note(f"activations {experts.activation_format}")
+    case.note("with a map", case["expert_map"] is not None)
     case.note(f"format {experts.down.format}")
     case.note(f"dtype {str(case['x'].dtype).removeprefix('torch.')}")
     cut = experts.activation_format == "int8" and experts.activation_scales is not None

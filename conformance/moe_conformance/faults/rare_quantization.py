@@ -1,0 +1,147 @@
+"""Faults of packed weights that show on few inputs: with a map, in long rows, in a second call."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from moe_reference.quantized_tensors import QuantizedExperts, QuantizedTensor
+
+from moe_conformance.faults import fault
+from moe_conformance.targets import Reference
+
+Tensor = torch.Tensor
+INTEGERS = ("uint4b8", "uint8b128", "uint4")
+TILE = 128
+"""Columns of a tile."""
+
+
+class Mapped(Reference):
+    """The reference, but for what `seen` makes of experts that come with a map, and of that map."""
+
+    def seen(self, experts: QuantizedExperts, expert_map: Tensor) -> tuple[Any, Tensor]:
+        """As it is."""
+        return experts, expert_map
+
+    def experts_quantized(
+        self, x: Any, experts: Any, weights: Any, expert_ids: Any, config: Any,
+        expert_map: Any = None,
+    ) -> Tensor:  # fmt: skip
+        """Right, of other experts or another map."""
+        given = x, experts, weights, expert_ids, config, expert_map
+        right = super().experts_quantized(*given)
+        if expert_map is None:
+            return right
+        other, other_map = self.seen(experts, expert_map)
+        return super().experts_quantized(x, other, weights, expert_ids, config, other_map)
+
+
+@fault("biases-of-packed-experts-have-global-ids", catches=("QUANT-15",))
+class BiasesOfGlobalIds(Mapped):
+    """With a map biases are taken at the global id, the weights at the local one."""
+
+    def seen(self, experts: QuantizedExperts, expert_map: Tensor) -> tuple[Any, Tensor]:
+        """Past the last bias it is the last."""
+        held = len(experts.down.packed)
+        local = expert_map.long()
+        ids = torch.arange(len(local))[local >= 0].clamp(max=held - 1)
+        order = torch.arange(held).scatter(0, local[local >= 0], ids)
+        biases: Any = {
+            name: None if (bias := getattr(experts, name)) is None else bias[order]
+            for name in ("gate_up_bias", "down_bias")
+        }
+        return replace(experts, **biases), expert_map
+
+
+@fault("packed-experts-read-a-long-map-of-int32-as-int64", catches=("QUANT-16",))
+class LongMapOfInt32(Mapped):
+    """Of an int32 map with more than 8 entries every other one is taken for the upper half."""
+
+    def seen(self, experts: QuantizedExperts, expert_map: Tensor) -> tuple[Any, Tensor]:
+        """Experts at odd ids are not here."""
+        if expert_map.dtype is torch.int32 and len(expert_map) > 8:
+            expert_map = expert_map.clone()
+            expert_map[1::2] = -1
+        return experts, expert_map
+
+
+@fault("a-map-gives-all-rows-the-fixed-scales-of-the-first-expert", catches=("QUANT-22",))
+class FixedScalesOfTheFirst(Mapped):
+    """With a map the activations of every expert are rounded with the first one's scales."""
+
+    def seen(self, experts: QuantizedExperts, expert_map: Tensor) -> tuple[Any, Tensor]:
+        """One row of scales for all."""
+        scales = experts.activation_scales
+        if scales is not None:
+            experts = replace(experts, activation_scales=scales[:1].expand(scales.shape))
+        return experts, expert_map
+
+
+@fault("a-single-group-ends-with-the-first-tile", catches=("QUANT-03",))
+class OneGroupOneTile(Reference):
+    """With one group for a whole row, columns past the first 128 have no scale and are 0."""
+
+    def dequantize(self, packed: QuantizedTensor) -> Tensor:
+        """Right up to the end of the tile."""
+        weights = super().dequantize(packed)
+        if packed.format in INTEGERS and packed.group_size == -1:
+            weights[..., TILE:] = 0
+        return weights
+
+
+def _bytes(codes: Tensor) -> Tensor:
+    return codes.contiguous().view(torch.uint8).clone()
+
+
+class Remembered:
+    """What stood in an address before, and the codes by which it is known again."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Any, tuple[Tensor, Tensor, Any]] = {}
+
+    def recall(self, packed: QuantizedTensor, value: Any) -> Any:
+        """What was kept for the same codes in the same place; else `value`, kept from now on."""
+        key = packed.packed.data_ptr(), packed.format, tuple(packed.shape)
+        codes = _bytes(packed.packed)
+        kept = self._kept.get(key)
+        if kept is not None and torch.equal(kept[0], codes):
+            return kept[2]
+        # What is kept keeps its storage, so that no other case gets the same address.
+        self._kept[key] = codes, packed.packed, value
+        return value
+
+
+@fault("weights-are-kept-while-their-codes-are-the-same", catches=("QUANT-11",))
+class KeptByCodes(Reference):
+    """Unpacked weights are kept until other codes stand there; new scales are not seen."""
+
+    def __init__(self) -> None:
+        self._weights = Remembered()
+
+    def dequantize(self, packed: QuantizedTensor) -> Tensor:
+        """The first of these codes."""
+        weights = super().dequantize(packed)
+        found = self._weights.recall(packed, weights.clone())
+        assert isinstance(found, Tensor)
+        return found.clone()
+
+
+@fault("packed-experts-are-kept-while-their-codes-are-the-same", catches=("QUANT-19",))
+class ExpertsKeptByCodes(Reference):
+    """Scales of down are put in order once for its codes; other ones for these are not seen."""
+
+    def __init__(self) -> None:
+        self._parts = Remembered()
+
+    def experts_quantized(self, x: Tensor, experts: Any, *given: Any, **named: Any) -> Tensor:
+        """With the scales, zero points and g_idx that first came with the codes."""
+        right = super().experts_quantized(x, experts, *given, **named)
+        names = ("scales", "zeros", "g_idx", "global_scale")
+        parts = {name: getattr(experts.down, name) for name in names}
+        copied = {name: None if t is None else t.clone() for name, t in parts.items()}
+        found = self._parts.recall(experts.down, copied)
+        if all(t is None or t.shape == parts[n].shape for n, t in found.items()):
+            down = replace(experts.down, **found)
+            right = super().experts_quantized(x, replace(experts, down=down), *given, **named)
+        return right
