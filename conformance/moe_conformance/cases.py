@@ -25,7 +25,7 @@ from moe_conformance.target import Capabilities
 from moe_conformance.worker import place_arguments
 
 SCHEMA_VERSION = 1
-GENERATOR = "philox-2"
+GENERATOR = "philox-3"
 """Names how a plan becomes tensors; it changes whenever the same plan would give other bytes."""
 
 REPRO = '''"""{id} on {target}: {message}"""

@@ -118,8 +118,9 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            flat = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
-            return _tensor, (bytearray(flat.numpy()), value.dtype, tuple(value.shape))
+            sent = bytearray(value.numel() * value.element_size()), value.dtype, tuple(value.shape)
+            _tensor(*sent).copy_(value.detach())
+            return _tensor, sent
         for kind in PLAIN:
             if isinstance(value, kind):
                 return kind, (kind(value),)

@@ -84,6 +84,17 @@ def test_strides_a_gradient_and_a_subclass_stay_behind():
     assert leaf[1, 2] == 5
 
 
+@WAYS
+def test_any_strides_are_taken(way):
+    numbers = torch.arange(12.0).view(3, 4)
+    views = [numbers[:, ::2], numbers[1:2, 3:], numbers[::3, :1].flatten()[:1], numbers[0, 1::4]]
+    views += [numbers[:1, :1].expand(2, 3), numbers.T[1], numbers[2, 3].expand(1), numbers[1, 1]]
+    views += [torch.zeros(4, 2)[:, 1:2][3:], torch.arange(6)[1::5], torch.zeros(5)[::2][:1]]
+    for sent, came in zip(views, way(views), strict=True):
+        assert torch.equal(came, sent)
+        assert came.is_contiguous()
+
+
 @pytest.mark.parametrize("value", [object(), print, torch.nn.Linear(1, 1), 1j])
 def test_nothing_else_crosses(value):
     with pytest.raises(TypeError, match=r"^expected a tensor, number, string or configuration, "):
