@@ -66,6 +66,7 @@ from moe_reference.families import FAMILIES
 from moe_reference.layouts import Layout
 from moe_reference.presets import PRESETS
 from rich.console import Console
+from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 from typer.testing import CliRunner
 
@@ -138,6 +139,13 @@ EXAMPLE_REPORT = "example-report"
 COLUMNS = 88
 COLOURS = {"FORCE_COLOR": "1", "TTY_INTERACTIVE": "0", "TERM": "xterm-256color"}
 """What makes rich write colours into a pipe, and no moving parts."""
+SCREEN = TerminalTheme(
+    (20, 20, 24),
+    (245, 245, 245),
+    [(0, 0, 0), (255, 125, 125), (140, 220, 140), (240, 200, 110), (140, 175, 255),
+     (225, 155, 235), (110, 210, 220), (245, 245, 245)],
+)  # fmt: skip
+"""Each colour, and faint text, is at least 4.5 to 1 against the background."""
 SCALE_KEYS = ("model", "phase", "routing", "direction", "ranks")
 """The columns that tell the rows of a table of benchmarks/results/scale_model.json apart."""
 
@@ -661,7 +669,7 @@ def _screen(said):
     longest = max(map(len, text.plain.splitlines()))
     console = Console(record=True, width=longest, file=io.StringIO(), force_terminal=True)
     console.print(text)
-    svg = console.export_svg(title="moespec")
+    svg = console.export_svg(title="moespec", theme=SCREEN)
     # It would fetch its font from another host; any of fixed width will do.
     svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)
     # Markdown takes an empty line for the end of a block, and _ and * for emphasis.
