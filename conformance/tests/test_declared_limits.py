@@ -226,7 +226,12 @@ class Probabilities(Reference):
         return super().drop_to_capacity(weights, expert_ids, num_experts, capacity, policy)
 
 
-OF_CAPACITY = [each.id for each in requirements() if each.operation == "drop_to_capacity"]
+OF_CAPACITY = [
+    each.id
+    for each in requirements()
+    # One speaks of a policy that it does not declare.
+    if each.operation == "drop_to_capacity" and each.id != "DISPATCH-45"
+]
 
 
 @pytest.mark.parametrize("id", OF_CAPACITY)

@@ -444,7 +444,6 @@ mistaken(
     lambda t: t.format == "e4m3" and t.group_size == 64,
     _floats(lambda b: _only(b, (b & 127) < 8, 0.0)),
     "QUANT-06",
-    "QUANT-07",
 )
 
 misread(

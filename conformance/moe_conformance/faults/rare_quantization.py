@@ -91,7 +91,7 @@ class OneGroupOneTile(Reference):
 
 
 def _bytes(codes: Tensor) -> Tensor:
-    return codes.contiguous().view(torch.uint8).clone()
+    return codes.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
 
 
 class Remembered:
