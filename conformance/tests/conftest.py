@@ -99,6 +99,13 @@ def suite():
     return Suite()
 
 
+def pytest_generate_tests(metafunc):
+    """A test that takes `known` or `conforms` runs for each pair in that table of its file."""
+    for name in {"known", "conforms"} & set(metafunc.fixturenames):
+        table = getattr(metafunc.module, name.upper())
+        metafunc.parametrize(name, [(target, id) for target, ids in table.items() for id in ids])
+
+
 @pytest.fixture(scope="session")
 def broken():
     """What stands in for a library's function that a test breaks."""

@@ -53,13 +53,13 @@ CALLED = {
 }
 
 
-@pytest.mark.parametrize(("target", "id"), [(t, id) for t, ids in KNOWN.items() for id in ids])
-def test_what_is_known_is_found(suite, made, target, id):
+def test_what_is_known_is_found(suite, made, known):
+    target, id = known
     suite.fails(made(target), id, 30)
 
 
-@pytest.mark.parametrize(("target", "id"), [(t, id) for t, ids in CONFORMS.items() for id in ids])
-def test_the_rest_conforms(suite, made, target, id):
+def test_the_rest_conforms(suite, made, conforms):
+    target, id = conforms
     suite.passes(made(target), id, 2)
 
 

@@ -574,19 +574,17 @@ otherwise(
 )
 
 
-@fault("nan-logits-in-groups-are-cleared-in-place", catches=("GATE-24",))
-class ClearedInPlace(Reference):
+def nan_logits_cleared(out: Any, a: Arguments) -> Any:
     """With groups, logits that are NaN are overwritten with minus infinity, after the choice."""
+    if a["config"].num_groups > 1 and not a["logits"].requires_grad:
+        a["logits"].masked_fill_(a["logits"].isnan(), -torch.inf)
+    return out
 
-    def route(
-        self,
-        logits: torch.Tensor,
-        config: RoutingConfig,
-        bias: torch.Tensor | None = None,
-        token_ids: torch.Tensor | None = None,
-    ) -> Routed:
-        """See `moe_reference.gating.route`."""
-        routed = super().route(logits, config, bias, token_ids)
-        if config.num_groups > 1 and not logits.requires_grad:
-            logits.masked_fill_(logits.isnan(), -torch.inf)
-        return routed
+
+otherwise(
+    "route",
+    "nan-logits-in-groups-are-cleared-in-place",
+    None,
+    "GATE-24",
+    after=nan_logits_cleared,
+)

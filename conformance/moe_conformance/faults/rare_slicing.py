@@ -344,31 +344,25 @@ altered(
     "SLICE-15",
 )
 
-altered(
-    "assign_experts",
-    "half-an-expert-is-rounded-away",
-    "A number of experts that is a float, a quotient say, is rounded down.",
-    lambda a: isinstance(a["num_experts"], float),
-    lambda a: {"num_experts": int(a["num_experts"])},
-    "SLICE-03",
-)
 
-altered(
-    "assign_experts",
-    "ranks-may-be-a-float",
-    "A number of ranks that is a float is taken.",
-    lambda a: isinstance(a["world_size"], float),
-    lambda a: {"world_size": int(a["world_size"])},
-    "SLICE-03",
-)
+def rounded_down(operation: str, argument: str, name: str, what: str, catches: str) -> None:
+    """Register a fault that takes a number with a fraction, a quotient say, and rounds it down."""
+    altered(
+        operation,
+        name,
+        f"A number of {what} that is a float is rounded down.",
+        lambda a: isinstance(a[argument], float),
+        lambda a: {argument: int(a[argument])},
+        catches,
+    )
 
-altered(
-    "place_experts",
-    "places-may-be-a-float",
-    "A number of physical experts that is a float is taken.",
-    lambda a: isinstance(a["num_physical"], float),
-    lambda a: {"num_physical": int(a["num_physical"])},
-    "SLICE-21",
+
+rounded_down(
+    "assign_experts", "num_experts", "half-an-expert-is-rounded-away", "experts", "SLICE-03"
+)
+rounded_down("assign_experts", "world_size", "ranks-may-be-a-float", "ranks", "SLICE-03")
+rounded_down(
+    "place_experts", "num_physical", "places-may-be-a-float", "physical experts", "SLICE-21"
 )
 
 

@@ -989,13 +989,8 @@ def pairs_that_stay_are_unchanged(case: Case) -> None:
 def the_first_pairs_stay(case: Case) -> None:
     """No pair stays behind one of the same expert that was dropped."""
     found = _drop(case)
-    total = found.before.numel()
-    slot = torch.arange(total).reshape(found.before.shape)
-
-    def rule(ids: torch.Tensor) -> None:
-        _ranked(found.with_ids(ids), -slot, "slot")
-
-    case.judge(rule, found.ids, _exchanged(found, -slot))
+    slot = torch.arange(found.before.numel()).reshape(found.before.shape)
+    _judge_order(case, found, -slot, "slot")
 
 
 @requirement(
@@ -1022,12 +1017,16 @@ def the_largest_weights_stay(case: Case) -> None:
     signs = signed_weights(case.scope.capabilities, "probs")
     signed = (-drawn, drawn - drawn.mean()) if True in signs else ()
     for given in (drawn, *signed, 4 * drawn):
-        found, keys = _drop(case, weights=given), given.double()
+        _judge_order(case, _drop(case, weights=given), given.double(), "weight")
 
-        def rule(ids: torch.Tensor, found: Kept = found, keys: torch.Tensor = keys) -> None:
-            _ranked(found.with_ids(ids), keys, "weight")
 
-        case.judge(rule, found.ids, _exchanged(found, keys))
+def _judge_order(case: Case, found: Kept, keys: torch.Tensor, what: str) -> None:
+    """Whether of each expert's pairs those with the largest keys [T, K] stay."""
+
+    def rule(ids: torch.Tensor) -> None:
+        _ranked(found.with_ids(ids), keys, what)
+
+    case.judge(rule, found.ids, _exchanged(found, keys))
 
 
 def _ranked(kept: Kept, keys: torch.Tensor, what: str) -> None:
@@ -1728,11 +1727,7 @@ def the_first_choices_stay(case: Case) -> None:
     found = _drop(case)
     tokens, top_k = found.before.shape
     place = torch.arange(top_k) * tokens + torch.arange(tokens)[:, None]
-
-    def rule(ids: torch.Tensor) -> None:
-        _ranked(found.with_ids(ids), -place, "place")
-
-    case.judge(rule, found.ids, _exchanged(found, -place))
+    _judge_order(case, found, -place, "place")
 
 
 @requirement(
