@@ -205,12 +205,12 @@ def _same_nonfinite(what: str, actual: torch.Tensor, expected: torch.Tensor) -> 
             expected,
             actual,
         )
+    finite, expected_finite = torch.isfinite(actual), torch.isfinite(expected)
+    if bool((finite & expected_finite).all()):
+        return
     # Exactly where and exactly which: an expected NaN never stands for anything.
-    nonfinite = ~torch.isfinite(expected)
-    wrong = nonfinite & ~(
-        (actual.double() == expected) | (torch.isnan(actual) & torch.isnan(expected))
-    )
-    wrong = wrong | (~nonfinite & ~torch.isfinite(actual))
+    same = (actual.double() == expected) | (torch.isnan(actual) & torch.isnan(expected))
+    wrong = torch.where(expected_finite, ~finite, ~same)
     if bool(wrong.any()):
         raise Violation(_where(what, wrong, actual, expected), expected, actual)
 

@@ -224,13 +224,16 @@ def write_index(directory: Path, reports: Sequence[Report]) -> None:
     _write(directory / "junit.xml", _junit(reports))
 
 
-def write_matrix(reports: Sequence[Report], out: Path, findings: Sequence[Finding] = ()) -> Path:
+def write_matrix(
+    reports: Sequence[Report], out: Path, findings: Sequence[Finding] = (), *, back: str = ""
+) -> Path:
     """Write `matrix.html`: requirements by targets.
 
     Args:
         reports: from `read_report`; one column for each, an index gives one for each target.
         out: the folder to write it in; made if missing.
         findings: from `read_findings`; a cell that one of them explains links to it.
+        back: an address that the heading links to: where the page is part of a site.
 
     Returns:
         The page's path.
@@ -261,7 +264,7 @@ def write_matrix(reports: Sequence[Report], out: Path, findings: Sequence[Findin
     path = out / "matrix.html"
     found = {entry["status"] for column in columns for entry in column.values()}
     shown = [status for status in STATUSES if status in found]
-    content = {"reports": reports, "rows": rows, "statuses": shown}
+    content = {"reports": reports, "rows": rows, "statuses": shown, "back": back}
     _write(path, page("matrix.html.j2", again=_again, **content))
     return path
 

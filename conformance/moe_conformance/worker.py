@@ -382,7 +382,7 @@ def _run_call(
         if poisoned:
             # Fresh memory is filled with NaN, so what a target never wrote shows in its result.
             setattr(torch.utils.deterministic, FILL, True)
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.set_deterministic_debug_mode("warn")
         say("the forward pass")
         result = getattr(target, call["operation"])(**given)
         if wrt and call.get("backward") != "late":
@@ -423,7 +423,7 @@ def _error(error: BaseException) -> dict[str, Any]:
         "type": type(error).__name__,
         "message": str(error)[:2000],
         "unsupported": isinstance(error, Unsupported),
-        "traceback": "".join(traceback.format_exception(error)[-6:])[-4000:],
+        "traceback": "".join(traceback.format_exception(error, limit=-6)[-6:])[-4000:],
     }
 
 
@@ -587,7 +587,7 @@ def _global_state() -> dict[str, Any]:
         "default dtype": torch.get_default_dtype(),
         "grad mode": torch.is_grad_enabled(),
         "threads": torch.get_num_threads(),
-        DETERMINISTIC: torch.are_deterministic_algorithms_enabled(),
+        DETERMINISTIC: torch.get_deterministic_debug_mode(),
         "random state": torch.random.get_rng_state(),
     }
 
@@ -603,9 +603,16 @@ def _restore(state: dict[str, Any]) -> list[str]:
         "default dtype": torch.set_default_dtype,
         "grad mode": torch.set_grad_enabled,
         "threads": torch.set_num_threads,
-        DETERMINISTIC: torch.use_deterministic_algorithms,
+        DETERMINISTIC: _set_deterministic,
         "random state": torch.random.set_rng_state,
     }
     for name in changed:
         restore[name](state[name])
     return changed
+
+
+def _set_deterministic(mode: int) -> None:
+    if "torch._inductor.config" in sys.modules:
+        # Only this one changes the compiler's setting as well, and it imports the compiler.
+        torch.use_deterministic_algorithms(mode > 0, warn_only=mode == 1)
+    torch.set_deterministic_debug_mode(mode)

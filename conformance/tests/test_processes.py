@@ -1,4 +1,4 @@
-"""No process of a check outlives it."""
+"""No process of a check outlives it, and none imports torch's parts in the middle of a case."""
 
 import os
 import signal
@@ -9,9 +9,21 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="reads /proc to find the processes"
-)
+FIRST_GRADIENT = """
+import sys
+import moe_conformance.preloaded
+import torch
+before = set(sys.modules)
+x = torch.ones(2, requires_grad=True)
+torch.autograd.grad([2 * x], [x], [torch.ones(2)])
+torch.set_deterministic_debug_mode("warn")
+print(sorted(set(sys.modules) - before))
+"""
+
+
+def test_nothing_is_imported_by_the_first_gradient():
+    done = subprocess.run([sys.executable, "-c", FIRST_GRADIENT], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
 
 
 def parents():
@@ -42,6 +54,9 @@ def wait_until(condition, seconds):
     return condition()
 
 
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="reads /proc to find the processes"
+)
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_a_check_that_is_killed_leaves_nothing_running(how, tmp_path):
     command = [sys.executable, "-m", "moe_conformance", "check", "reference", "--profile", "cpu"]

@@ -60,7 +60,7 @@ def part(name):
 def write(site):
     """Write the whole matrix into the site, beside its page."""
     reports = [restored(each) for record in records() for each in record["reports"]]
-    return write_matrix(reports, Path(site) / "matrix", findings())
+    return write_matrix(reports, Path(site) / "matrix", findings(), back="index.html")
 
 
 def _rows():

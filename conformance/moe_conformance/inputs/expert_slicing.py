@@ -17,6 +17,7 @@ from moe_conformance.inputs.given import (
     Plans,
     Scope,
     choice,
+    planned,
     seeds,
     sizes,
     torch_dtype,
@@ -65,7 +66,6 @@ def sliced(*, least_experts: int = 1, most_count: int | None = None) -> Given:
         if not choices or least > most:
             return None
 
-        @st.composite
         def plan(draw: st.DrawFn) -> Plan:
             experts = draw(st.integers(least, most))
             start = draw(st.integers(0, experts - 1))
@@ -82,7 +82,7 @@ def sliced(*, least_experts: int = 1, most_count: int | None = None) -> Given:
                 "count": count if most_count is None else min(count, most_count),
             }
 
-        return plan()
+        return planned(plan)
 
     return Given(plans, build_sliced)
 
@@ -108,7 +108,6 @@ def cut(
             return None
         most_experts = min(4, scope.capabilities.max_experts or 4)
 
-        @st.composite
         def plan(draw: st.DrawFn) -> Plan:
             world_size = draw(_numbers(*ranks))
             part = draw(st.integers(1, 5)) * multiple
@@ -123,7 +122,7 @@ def cut(
                 "world_size": world_size,
             }
 
-        return plan()
+        return planned(plan)
 
     return Given(plans, build_cut)
 
@@ -163,7 +162,6 @@ def placed(
         most = min(72, scope.capabilities.max_experts or 72)
         least = min(scope.capabilities.min_experts, most)
 
-        @st.composite
         def plan(draw: st.DrawFn) -> Plan:
             count = draw(_numbers(*ranks))
             load = draw(choice(loads))
@@ -188,7 +186,7 @@ def placed(
                 "seed": draw(seeds()),
             }
 
-        return plan()
+        return planned(plan)
 
     return Given(plans, build_placed)
 

@@ -21,6 +21,7 @@ from moe_conformance.inputs.given import (
     Scope,
     choice,
     loads_inside,
+    planned,
     seeds,
     sizes,
     torch_dtype,
@@ -132,7 +133,6 @@ def _plans(
     shapes += ["many experts"] if many_experts else []
     shapes += ["many pairs"] if many_pairs else []
 
-    @st.composite
     def plan(draw: st.DrawFn) -> Plan:
         config = {name: draw(choice(values)) for name, values in choices.items()}
         extras = {name: config.pop(name) for name in ("bias", "expert_map", "invalid_ids")}
@@ -178,7 +178,7 @@ def _plans(
             "seed": draw(seeds()),
         }
 
-    return plan()
+    return planned(plan)
 
 
 def _widths(

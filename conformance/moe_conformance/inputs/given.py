@@ -47,6 +47,16 @@ class Scope:
     world_sizes: tuple[int, ...] = (2, 4)
 
 
+@st.composite
+def planned(draw: st.DrawFn, plan: Callable[[st.DrawFn], Plan]) -> Plan:
+    """The plans that a function draws.
+
+    Hypothesis reads the source of a function that it makes a strategy of: once here, and not of
+    each function for each requirement.
+    """
+    return plan(draw)
+
+
 @dataclass(frozen=True)
 class Given:
     """A way to draw plans inside a scope, and to build inputs from a plan.

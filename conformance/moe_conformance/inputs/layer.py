@@ -28,6 +28,7 @@ from moe_conformance.inputs.given import (
     Plans,
     Scope,
     choice,
+    planned,
     seeds,
     sizes,
     torch_dtype,
@@ -157,7 +158,6 @@ def _plans(
 
     fewest = min(8, capabilities.min_experts)
 
-    @st.composite
     def plan(draw: st.DrawFn) -> Plan:
         drawn = {name: draw(choice(values)) for name, values in choices.items()}
         allowed = dict(draw(choice(routings)))
@@ -235,7 +235,7 @@ def _plans(
             "seed": draw(seeds()),
         }
 
-    return plan()
+    return planned(plan)
 
 
 def _loss(draw: st.DrawFn, scope: Scope, loss: str | None, experts: int) -> Plan | None:

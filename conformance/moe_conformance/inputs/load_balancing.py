@@ -24,6 +24,7 @@ from moe_conformance.inputs.given import (
     choice,
     distinct_rows,
     loads_inside,
+    planned,
     seeds,
     sizes,
     torch_dtype,
@@ -232,7 +233,6 @@ def _balance_plans(
     if not losses or not routings or most < fewest:
         return None
 
-    @st.composite
     def plan(draw: st.DrawFn) -> Plan:
         loss = draw(choice(losses))
         experts = draw(_experts(fewest, most, capabilities.max_experts))
@@ -263,7 +263,7 @@ def _balance_plans(
             **distinct_rows(scope),
         }
 
-    return plan()
+    return planned(plan)
 
 
 def _most_experts(scope: Scope, wanted: int) -> int:
@@ -377,7 +377,6 @@ def at_boundaries(given: Given) -> Given:
         top_k = past(FEW, 1, min(most, capabilities.max_top_k or 33))
         tokens = past(BLOCKS, 1, largest)
 
-        @st.composite
         def plan(draw: st.DrawFn) -> Plan:
             drawn = dict(draw(base))
             length = "length" if "length" in drawn else "tokens"
@@ -393,7 +392,7 @@ def at_boundaries(given: Given) -> Given:
                 drawn["experts"] = min(most, max(drawn["top_k"] + more, least))
             return drawn | {"axis": axis}
 
-        return plan()
+        return planned(plan)
 
     return Given(plans, lambda plan: given.build(plan) | {"axis": plan["axis"]})
 
@@ -489,7 +488,6 @@ def router_logits(
         if not dtypes or not taken or most < fewest:
             return None
 
-        @st.composite
         def plan(draw: st.DrawFn) -> Plan:
             return {
                 "experts": draw(_experts(fewest, most, capabilities.max_experts)),
@@ -501,7 +499,7 @@ def router_logits(
                 "seed": draw(seeds()),
             }
 
-        return plan()
+        return planned(plan)
 
     return Given(plans, build_router_logits)
 
@@ -561,7 +559,6 @@ def biases(
         numbers = _experts(fewest, max(fewest, most), capabilities.max_experts)
         numbers = st.sampled_from(listed) if listed else numbers
 
-        @st.composite
         def plan(draw: st.DrawFn) -> Plan:
             load = draw(choice(loads))
             dtype = draw(choice(scope.dtypes))
@@ -583,7 +580,7 @@ def biases(
                 "seed": draw(seeds()),
             }
 
-        return plan()
+        return planned(plan)
 
     return Given(plans, build_biases)
 

@@ -30,6 +30,7 @@ from moe_conformance.inputs.given import (
     Plans,
     Scope,
     choice,
+    planned,
     seeds,
     torch_dtype,
 )
@@ -148,7 +149,6 @@ def packed_inputs(
         if not chosen:
             return None
 
-        @st.composite
         def plan(draw: st.DrawFn) -> Plan:
             format, choices = draw(choice(chosen))
             about = draw(_about(format, choices, orders))
@@ -167,7 +167,7 @@ def packed_inputs(
                 "seed": draw(seeds()),
             }
 
-        return plan()
+        return planned(plan)
 
     return Given(plans, build_packed)
 
@@ -346,7 +346,6 @@ def quantized_inputs(
         if not chosen or drawn is None:
             return None
 
-        @st.composite
         def plan(draw: st.DrawFn) -> Plan:
             # Groups in full, but where the requirement is about those that are not.
             orders = ("uneven",) if partial else ("shuffled", "shuffled", "in order")
@@ -365,7 +364,7 @@ def quantized_inputs(
                 **_changed(draw, about, changes),
             }
 
-        return plan()
+        return planned(plan)
 
     return Given(plans, build_quantized)
 

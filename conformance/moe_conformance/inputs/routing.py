@@ -18,6 +18,7 @@ from moe_conformance.inputs.given import (
     Plans,
     Scope,
     choice,
+    planned,
     seeds,
     sizes,
     torch_dtype,
@@ -162,7 +163,6 @@ def _plans(
         several = st.sampled_from([n for n in choices["num_groups"] if n > 1])
         numbers = st.one_of(st.just(1), several, several)
 
-    @st.composite
     def plan(draw: st.DrawFn) -> Plan:
         config = {
             name: draw(numbers if name == "num_groups" else st.sampled_from(values))
@@ -220,7 +220,7 @@ def _plans(
             "seed": draw(seeds()),
         }
 
-    return plan()
+    return planned(plan)
 
 
 def _vocabularies() -> st.SearchStrategy[int]:
@@ -276,7 +276,6 @@ def at_boundaries() -> Given:
             if found
         ]
 
-        @st.composite
         def plan(draw: st.DrawFn) -> Plan:
             drawn = dict(draw(base))
             axis, size = draw(st.one_of(axes))
@@ -289,7 +288,7 @@ def at_boundaries() -> Given:
                 drawn["tokens"] = min(drawn["tokens"], 9)
             return drawn | {"axis": axis}
 
-        return plan()
+        return planned(plan)
 
     return Given(plans, lambda plan: build_routing(plan) | {"axis": plan["axis"]})
 

@@ -22,6 +22,7 @@ from moe_conformance.inputs.given import (
     choice,
     distinct_rows,
     loads_inside,
+    planned,
     seeds,
     sizes,
     torch_dtype,
@@ -185,7 +186,6 @@ def _align_plans(
     if not _enough_experts(scope, *least):
         return None
 
-    @st.composite
     def plan(draw: st.DrawFn) -> Plan:
         drawn = _draw_ids(draw, scope, loads, choices["invalid_ids"], *least, long=long)
         experts, local = drawn["experts"], None
@@ -202,7 +202,7 @@ def _align_plans(
             "seed": draw(seeds()),
         }
 
-    return plan()
+    return planned(plan)
 
 
 def _enough_experts(scope: Scope, least: int, least_k: int) -> bool:
@@ -424,7 +424,6 @@ def _batched_plans(
     most = min(scope.capabilities.max_experts or 257, 16 if scope.interpreted else 257)
     edges = [e for e in (*EXPERTS, most) if e <= most]
 
-    @st.composite
     def plan(draw: st.DrawFn) -> Plan:
         few = st.integers(1, min(most, 9))
         many = [e for e in edges if e > 128] or edges
@@ -445,7 +444,7 @@ def _batched_plans(
             "seed": draw(seeds()),
         }
 
-    return plan()
+    return planned(plan)
 
 
 def build_batched(plan: Plan) -> Inputs:
@@ -508,13 +507,12 @@ def rows(
             return None
         least = max(least_experts, least_k)
 
-        @st.composite
         def plan(draw: st.DrawFn) -> Plan:
             drawn = _draw_ids(draw, scope, taken, wanted, least, least_k, long=long)
             slots = drawn["tokens"] * drawn["top_k"]
             return {**drawn, **_draw_rows(draw, scope, content, moved, slots)}
 
-        return plan()
+        return planned(plan)
 
     return Given(plans, build_rows)
 
@@ -614,7 +612,6 @@ def scattered(
             return None
         most = max(least_k, min(scope.capabilities.max_top_k or 16, 16))
 
-        @st.composite
         def plan(draw: st.DrawFn) -> Plan:
             tokens, top_k = _draw_shape(draw, scope, 1, least_k, most, long)
             return {
@@ -627,7 +624,7 @@ def scattered(
                 **_draw_rows(draw, scope, content, moved, tokens * top_k),
             }
 
-        return plan()
+        return planned(plan)
 
     return Given(plans, build_scattered)
 
@@ -680,7 +677,6 @@ def capacities(
             return None
         dtypes = tuple(dict.fromkeys(("float32", *scope.dtypes)))
 
-        @st.composite
         def plan(draw: st.DrawFn) -> Plan:
             drawn = _draw_ids(draw, scope, taken, wanted, 2 if tight else 1, 1)
             total = drawn["tokens"] * drawn["top_k"]
@@ -698,7 +694,7 @@ def capacities(
                 "seed": draw(seeds()),
             }
 
-        return plan()
+        return planned(plan)
 
     return Given(plans, build_capacities)
 
