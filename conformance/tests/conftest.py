@@ -100,10 +100,12 @@ def suite():
 
 
 def pytest_generate_tests(metafunc):
-    """A test that takes `known` or `conforms` runs for each pair in that table of its file."""
-    for name in {"known", "conforms"} & set(metafunc.fixturenames):
-        table = getattr(metafunc.module, name.upper())
-        metafunc.parametrize(name, [(target, id) for target, ids in table.items() for id in ids])
+    """A test that takes `one_of_known` runs for each pair of target and id in KNOWN of its file."""
+    for name in metafunc.fixturenames:
+        if name.startswith("one_of_"):
+            table = getattr(metafunc.module, name.removeprefix("one_of_").upper())
+            pairs = [(target, id) for target, ids in table.items() for id in ids]
+            metafunc.parametrize(name, pairs)
 
 
 @pytest.fixture(scope="session")

@@ -48,13 +48,13 @@ CALLED = {
 }
 
 
-def test_what_is_known_is_found(suite, made, known):
-    target, id = known
+def test_what_is_known_is_found(suite, made, one_of_known):
+    target, id = one_of_known
     suite.fails(made(target), id, 30)
 
 
-def test_the_rest_conforms(suite, made, conforms):
-    target, id = conforms
+def test_the_rest_conforms(suite, made, one_of_conforms):
+    target, id = one_of_conforms
     suite.passes(made(target), id, 2)
 
 
