@@ -588,3 +588,33 @@ otherwise(
     "GATE-24",
     after=nan_logits_cleared,
 )
+
+
+def a_row_scored_over_all(a: Arguments) -> Arguments:
+    """With a table, softmax is over all experts also where it is to be over the chosen ones."""
+    config = a["config"]
+    over = config if config.hash_table is None else replace(config, order="score_then_topk")
+    return a | {"config": over}
+
+
+otherwise("route", "a-table-row-is-scored-over-all", a_row_scored_over_all, "GATE-14")
+
+
+def through_the_clamp(out: Any, a: Arguments) -> Any:
+    """The gradient goes through the sum of the scores where that is clamped by epsilon, too."""
+    (weights, ids), config = out, a["config"]
+    clamps = config.renormalize and config.epsilon_mode == "clamp" and config.norm == "sum"
+    if not clamps or not weights.requires_grad or config.top_k == 1:
+        return out
+    plain = replace(config, renormalize=False, scale=1.0)
+    raw = Reference().route(a["logits"], plain, a["bias"], a["token_ids"])[0]
+    total = raw.sum(1, keepdim=True)
+    total = total + (total.clamp(min=config.epsilon) - total).detach()
+    scale = config.scale if config.scale_when == "always" else 1.0
+    through = raw / total * scale
+    return weights.detach() + through - through.detach(), ids
+
+
+otherwise(
+    "route", "the-gradient-goes-through-a-clamped-sum", None, "GATE-18", after=through_the_clamp
+)

@@ -60,7 +60,8 @@ VOCABULARIES = (257, 2049, 33000)
 
 CONTENTS = ("normal", "coarse", "wide", "shifted", "close", "negative")
 """Shapes of logits: normal; on a grid of 1/4, so that many tie; ten times as wide; with a large
-common offset per token; within a thousandth of each other; all far below zero."""
+common offset per token; within a thousandth of each other; all far below zero. There is also
+`vanishing`: a sigmoid of these is below the largest epsilon that is drawn."""
 
 
 def routing(
@@ -131,7 +132,7 @@ def _plans(
     wanted["hash_table"] = (hashed,)
     wanted.setdefault("num_groups", UNIVERSE["num_groups"])
     if hashed:
-        wanted |= {"num_groups": (1,), "order": ("score_then_topk",)}
+        wanted["num_groups"] = (1,)
         wanted["selection_bias"] = (bool(bias),)
     elif groups is not None:
         wanted["num_groups"] = tuple(n for n in wanted["num_groups"] if (n > 1) == groups)
@@ -221,6 +222,21 @@ def _plans(
         }
 
     return planned(plan)
+
+
+def vanishing() -> Given:
+    """Scores whose sum does not show beside epsilon, and is clamped where that is the mode."""
+    return routing(
+        contents=("vanishing",),
+        score=("sigmoid", "sqrtsoftplus"),
+        renormalize=(True,),
+        epsilon=(1e-9,),
+        # Added, it shows in other cases as well; and the sum is what nearly everybody takes.
+        epsilon_mode=("clamp", "clamp", "add"),
+        norm=("sum", "sum", "l2"),
+        scale=(1.0,),
+        bias=False,
+    )
 
 
 def _vocabularies() -> st.SearchStrategy[int]:
@@ -348,4 +364,6 @@ def fill_logits(content: Content, kind: str, tokens: int, experts: int) -> torch
         return 1 + logits * 1e-3
     if kind == "negative":
         return logits - 12
+    if kind == "vanishing":
+        return logits - 25
     return logits

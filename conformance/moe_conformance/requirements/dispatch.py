@@ -698,9 +698,13 @@ def pairs_without_a_row_contribute_nothing(case: Case) -> None:
     references=COMBINE,
 )
 def tokens_without_rows_get_zeros(case: Case) -> None:
-    """Exactly zero, with fresh memory full of NaN."""
-    found = _combine(case, poison=True)
+    """Exactly zero, with fresh memory full of NaN, and after a call in which others have none."""
     tokens, top_k = case["weights"].shape
+    given = {name: case[name] for name in ("rows", "slots", "weights")}
+    others = (case["slots"] + top_k) % max(1, tokens * top_k)
+    before = case.planned("combine", **given | {"slots": others})
+    answer = case.session([before, case.planned("combine", **given, poison=True)])[1]
+    found = _combined(answer, tokens, case["rows"].shape[1])
     rowless = torch.ones(tokens, dtype=torch.bool)
     rowless[case["slots"].long() // top_k] = False
     zeros = torch.zeros_like(found[rowless])

@@ -739,10 +739,13 @@ def the_output_is_linear_in_the_weights(case: Case) -> None:
     references=("experts.experts_batched",),
 )
 def batched_rows_are_each_experts_own(case: Case) -> None:
-    """The padding rows of the input hold NaN."""
+    """The padding rows of the input hold NaN; in the call before, every row is in use."""
     x, hidden = case["x"], case["x"].shape[-1]
     poisoned = _padded(case, torch.nan)
-    output = output_of(case.call("experts_batched", **_batch(case, x=poisoned)), x)
+    counts = torch.full_like(case["tokens_per_expert"], x.shape[1])
+    before = case.planned("experts_batched", **_batch(case, tokens_per_expert=counts))
+    call = case.planned("experts_batched", **_batch(case, x=poisoned))
+    output = output_of(case.session([before, call])[1], x)
     pairs = _as_pairs(case)
     real = (pairs["expert_ids"] >= 0).view(-1)
     spread = experts_oracle(**pairs, arithmetic=arithmetic_of(case, x))
@@ -833,12 +836,17 @@ def renaming_the_experts_changes_nothing(case: Case) -> None:
     references=("experts.experts",),
 )
 def a_token_without_experts_gets_zeros(case: Case) -> None:
-    """Every other token is sent nowhere, and is no number; memory that is not written is NaN."""
+    """Every other token is sent nowhere, and is no number; memory that is not written is NaN.
+
+    It has a row in the call before, for one that keeps its buffers.
+    """
     ids, x = case["expert_ids"].clone(), case["x"].clone()
     ids[::2] = -1
     if not case.scope.capabilities.finite_only:
         x[::4], x[2::4] = torch.nan, torch.inf
-    answer = case.call("experts", **arguments(case, x=x, expert_ids=ids), poison=True)
+    before = case.planned("experts", **arguments(case))
+    call = case.planned("experts", **arguments(case, x=x, expert_ids=ids), poison=True)
+    answer = case.session([before, call])[1]
     expected = torch.zeros_like(case["x"][::2])
     rule = equals("output of tokens without experts", expected)
     wrong = [("NaN", torch.full_like(expected, torch.nan)), ("ones", expected + 1)]

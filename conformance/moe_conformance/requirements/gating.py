@@ -27,6 +27,7 @@ from moe_conformance.inputs.routing import (
     either,
     fill_logits,
     routing,
+    vanishing,
 )
 from moe_conformance.judge import Violation, equal, within
 from moe_conformance.precision import TINY, UNIT
@@ -275,7 +276,10 @@ def weights_are_the_declared_scores(case: Case) -> None:
     "With `renormalize` the K weights MUST be divided by their norm (plus or clamped by epsilon).",
     reason="A forgotten or a double normalisation changes the size of the layer's output.",
     sources=("torchtitan #1448", "torchtitan #1418", "PaddleFormers #2844", "flashinfer #2889"),
-    given=routing(bias=False, renormalize=(True,), scale=(1.0,)),
+    given=either(
+        *[routing(bias=False, renormalize=(True,), scale=(1.0,))] * 2,
+        vanishing(),
+    ),
     references=("gating.route",),
 )
 def renormalised_weights_are_divided_by_their_norm(case: Case) -> None:
@@ -608,9 +612,11 @@ def what_cannot_work_raises(case: Case) -> None:
             routing(contents=("normal", "coarse", "wide", "shifted")),
             routing(contents=("normal", "coarse")),
             routing(hashed=True, contents=("normal", "coarse")),
+            vanishing(),
         ),
     ),
     references=("gating.route",),
+    kinds=2,
 )
 def the_router_gets_its_gradient(case: Case) -> None:
     """Autograd through the weights against autograd through the oracle at the same ids."""
