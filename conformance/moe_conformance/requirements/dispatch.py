@@ -25,12 +25,7 @@ from moe_conformance.inputs.given import (
     differentiable,
     torch_dtype,
 )
-from moe_conformance.inputs.slots import (
-    build_rows,
-    build_scattered,
-    rows,
-    scattered,
-)
+from moe_conformance.inputs.slots import build_rows, build_scattered, rows, scattered
 from moe_conformance.judge import Violation, equal, has_form, impostors, within
 from moe_conformance.precision import TINY, UNIT
 from moe_conformance.registry import MAY, MUST, SHOULD, requirement
