@@ -354,7 +354,8 @@ def _run_calls(
     ):
         if result is not None and call.get("backward") == "late":
             try:
-                answer["gradients"] = _gradients(result, given, call["wrt"], call)
+                answer["gradients"], written = _gradients(result, given, call["wrt"], call)
+                answer["changed"] += written
             except BaseException as error:
                 answer["error"] = _error(error)
         if result is not None and len(answers) > 1:
@@ -378,6 +379,7 @@ def _run_call(
     began = time.perf_counter()
     answer: dict[str, Any] = {"error": None, "gradients": {}, "changed": [], "shared": []}
     result = None
+    written: list[str] = []
     try:
         if poisoned:
             # Fresh memory is filled with NaN, so what a target never wrote shows in its result.
@@ -387,7 +389,7 @@ def _run_call(
         result = getattr(target, call["operation"])(**given)
         if wrt and call.get("backward") != "late":
             say("the backward pass")
-            answer["gradients"] = _gradients(result, given, wrt, call)
+            answer["gradients"], written = _gradients(result, given, wrt, call)
         if device == "cuda":
             torch.cuda.synchronize()
         say("the reading of its results")
@@ -407,7 +409,7 @@ def _run_call(
         path
         for (path, old), (_, new) in zip(before, walk(given), strict=True)
         if not _same(old, new)
-    ]
+    ] + written
     return answer, given, result
 
 
@@ -500,7 +502,8 @@ def lay_out(tensor: torch.Tensor, layout: str, between: int = 0) -> torch.Tensor
 
 def _gradients(
     result: Any, given: dict[str, Any], wrt: list[str], call: dict[str, Any]
-) -> dict[str, torch.Tensor | None]:
+) -> tuple[dict[str, torch.Tensor | None], list[str]]:
+    """The gradients, and which of those that came in the backward pass has written to."""
     outputs = dict(walk(_tree(result)))
     inputs = dict(walk(given))
     layout = call.get("cotangent_layout", "contiguous")
@@ -517,7 +520,8 @@ def _gradients(
         if path in outputs and outputs[path].requires_grad
     ]
     if not pairs:
-        return dict.fromkeys(wrt)
+        return dict.fromkeys(wrt), []
+    before = [cotangent.clone() for _, cotangent in pairs]
 
     def differentiate(keep: bool) -> Sequence[torch.Tensor | None]:
         return torch.autograd.grad(
@@ -531,10 +535,15 @@ def _gradients(
     if call.get("backward") == "twice":
         differentiate(True)
     found = differentiate(False)
+    written = [
+        "the gradient that comes in"
+        for old, (_, new) in zip(before, pairs, strict=True)
+        if not _same(old, new)
+    ]
     return {
         path: None if g is None else g.detach().to("cpu", copy=True)
         for path, g in zip(wrt, found, strict=True)
-    }
+    }, written[:1]
 
 
 def _tree(result: Any) -> Any:

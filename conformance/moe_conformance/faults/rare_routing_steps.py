@@ -618,3 +618,16 @@ def through_the_clamp(out: Any, a: Arguments) -> Any:
 otherwise(
     "route", "the-gradient-goes-through-a-clamped-sum", None, "GATE-18", after=through_the_clamp
 )
+
+
+def less_the_first_one(out: Any, a: Arguments) -> Any:
+    """Softmax over a table's row subtracts its first logit and not its greatest."""
+    (_weights, ids), config = out, a["config"]
+    if config.hash_table is None or (config.score, config.order) != ("softmax", "topk_then_score"):
+        return out
+    logits = gating.upcast(a["logits"]).gather(1, ids)
+    e = torch.exp(logits - logits[:, :1].detach())
+    return gating._renormalize_and_scale(e / e.sum(1, keepdim=True), config), ids
+
+
+otherwise("route", "softmax-over-a-table-row-overflows", None, "GATE-27", after=less_the_first_one)

@@ -1195,7 +1195,8 @@ def weights_of_a_batch_have_a_dtype_of_their_own(case: Case) -> None:
     "EXPERT-29",
     MUST,
     "experts",
-    "Arguments MUST NOT be changed where ids are not here or mapped, nor given back.",
+    "Arguments MUST NOT be changed where ids are not here or mapped, nor given back; neither MUST "
+    "the gradient that comes in be changed.",
     reason="Ids, weights and the map are rewritten for a kernel, and the next layer or the "
     "backward pass reads them again.",
     sources=("KernelBench zero_out", "TensorCast topk_weights /=", "vllm-ascend #9992"),
@@ -1203,7 +1204,10 @@ def weights_of_a_batch_have_a_dtype_of_their_own(case: Case) -> None:
     references=("experts.experts",),
 )
 def experts_leave_their_arguments_alone(case: Case) -> None:
-    """Every argument is compared with a copy made before the call."""
-    answer = case.call("experts", **arguments(case))
+    """Every argument is compared with a copy made before the call, and before the backward pass."""
+    asked: dict[str, Any] = {}
+    if "experts" in case.scope.capabilities.gradients:
+        asked = {"wrt": ["x", "weights"], "cotangents": {"": torch.ones_like(case["x"])}}
+    answer = case.call("experts", **arguments(case), **asked)
     case.note("a map", case["expert_map"] is not None)
     case.judge(left_alone("experts"), [*answer.changed, *answer.shared], [("x", ["x"])])

@@ -973,6 +973,9 @@ def _far(plan: Plan) -> Inputs:
     # Far below 0 every sigmoid is 0, and no weight is left to judge; a softmax has no such end.
     low = -900 if inputs["config"].score == "softmax" else 0
     moved = Content(plan["seed"]).uniform(low, 900, plan["tokens"], 1)
+    if inputs["config"].hash_table is not None:
+        # The first one of a row need not be the greatest, nor anywhere near it.
+        inputs["logits"] = inputs["logits"] * 60
     inputs["logits"] = (inputs["logits"].double() + moved).to(inputs["logits"].dtype)
     return inputs
 
@@ -984,7 +987,20 @@ def _far(plan: Plan) -> Inputs:
     "Large logits MUST NOT overflow, neither in the weights nor in their gradient.",
     reason="exp(89) is infinite in float32, and exp(12) in float16; infinity over infinity is NaN.",
     sources=("flashinfer #3803", "flashinfer #3946", "ST-MoE (arXiv 2202.08906)"),
-    given=Given(lambda scope: routing(contents=("normal",), largest=256).plans(scope), _far),
+    given=Given(
+        either(
+            *[routing(contents=("normal",), largest=256)] * 2,
+            # Over all experts, the scores of a row that is far from the greatest underflow.
+            routing(
+                hashed=True,
+                contents=("normal",),
+                score=("softmax",),
+                order=("topk_then_score",),
+                largest=256,
+            ),
+        ).plans,
+        _far,
+    ),
     references=("gating.route", "gating.scores"),
 )
 def large_logits_do_not_overflow(case: Case) -> None:
@@ -1006,12 +1022,18 @@ def large_logits_do_not_overflow(case: Case) -> None:
 
 
 def _with_absent_experts(plan: Plan) -> Inputs:
-    """Some experts of each token have a logit of minus infinity, and K at least have not."""
+    """Some experts of each token have a logit of minus infinity, and K at least have not.
+
+    Any ones, or the first ones.
+    """
     inputs = build_routing(plan)
     content, top_k = Content(plan["seed"] + 1), inputs["config"].top_k
     tokens, experts = inputs["logits"].shape
     present = content.integers(top_k, experts - 1, tokens, 1)
     rank = content.uniform(0, 1, tokens, experts).argsort(1).argsort(1)
+    if plan["seed"] % 2:
+        # The first ones: whole tiles of a kernel are then absent.
+        rank = torch.arange(experts - 1, -1, -1).expand(tokens, experts)
     inputs["logits"] = inputs["logits"].masked_fill(rank >= present, -torch.inf)
     return inputs
 

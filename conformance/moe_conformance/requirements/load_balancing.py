@@ -1283,8 +1283,16 @@ def padding_is_no_part_of_the_z_loss(case: Case) -> None:
     references=Z_LOSS,
 )
 def the_z_loss_of_nothing_is_zero(case: Case) -> None:
-    """[0, E] logits, and a mask without a real token where masks are taken."""
-    _judge_zero_loss(case, _z(case, logits=case["logits"][:0]))
+    """[0, E] logits, with a gradient too, and a mask without a real token where masks are taken."""
+    nothing = case["logits"][:0]
+    _judge_zero_loss(case, _z(case, logits=nothing))
+    if "z_loss" in case.scope.capabilities.gradients:
+        gradient = _z_differentiated(case, logits=nothing)[1]
+
+        def rule(found: torch.Tensor) -> None:
+            has_form("gradient of logits", found, tuple(nothing.shape), (nothing.dtype,))
+
+        case.judge(rule, gradient, [("of one token", nothing.new_zeros(1, nothing.shape[1]))])
     declared = case.scope.capabilities.alternatives("balance")
     if all(True in each.get("padding_mask", (True,)) for each in declared):
         mask = torch.zeros(len(case["logits"]), dtype=torch.bool)
@@ -1496,9 +1504,14 @@ def a_loss_of_zero_has_a_gradient_of_zeros(case: Case) -> None:
 
 
 def _absent(plan: dict[str, Any], logits: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Minus infinity for about half of the experts of each token, but not for those kept."""
+    """Minus infinity for about half of the experts of each token, but not for those kept.
+
+    Any half, or the first one: whole tiles of a kernel are then absent.
+    """
     content = Content(plan["seed"] + 1)
     absent = content.uniform(0, 1, *logits.shape) < 0.5
+    if plan["seed"] % 2:
+        absent = (torch.arange(logits.shape[1]) < logits.shape[1] // 2).repeat(len(logits), 1)
     absent[:, -1] = True
     return logits.masked_fill(absent & ~kept, -torch.inf)
 

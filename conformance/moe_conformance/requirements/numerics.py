@@ -177,15 +177,20 @@ def results_are_plain_tensors_on_the_inputs_device(case: Case) -> None:
     "NUM-02",
     MUST,
     ANY,
-    "Inputs MUST NOT be changed.",
-    reason="The caller goes on with them: router logits feed the loss, x feeds the residual.",
+    "Inputs MUST NOT be changed, and neither MUST the gradient that comes in.",
+    reason="The caller goes on with them: router logits feed the loss, x feeds the residual, whose "
+    "gradient is the one that came in.",
     sources=("transformers MoE jitter", "TensorCast topk_weights /=", "KernelBench zero_out"),
     given=any_operation(*_without(APART)),
 )
 def inputs_are_left_alone(case: Case) -> None:
-    """Every argument is compared with a copy made before the call."""
-    answer = case.call(case["operation"], **_given(case))
+    """Every argument is compared with a copy made before the call, and before the backward pass."""
+    operation, given = case["operation"], _given(case)
+    answer = case.call(operation, **given)
     _judge_none(case, "changed its input", answer.changed)
+    if operation in case.scope.capabilities.gradients and operation in DIFFERENTIABLE:
+        asked = {"wrt": _leaves(operation, given), "cotangents": _cotangents(answer.outputs)}
+        _judge_none(case, "changed its input", case.call(operation, **given, **asked).changed)
 
 
 @requirement(
