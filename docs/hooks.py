@@ -23,6 +23,7 @@ A marker is an HTML comment on a line of its own or inside a table cell:
 - `mutants: survivors` - what benchmarks/mutation.py recorded, with docs/data/mutants.toml; also
   `environment`
 - `help: check` - what `moespec check --help` prints
+- `rounding: points` - where a target may round, and what it declares then
 - `faults: rows` - what benchmarks/faults.py recorded; also `environment`, `operations`
 - `scale: links` - what benchmarks/scale_model.py recorded; also `environment`, `times`,
   `published`, `imbalance`, and one number as `scale: times: DeepSeek-V3, prefill, 16: pairs_us`
@@ -60,7 +61,7 @@ from moe_conformance.cli import app
 from moe_conformance.findings import read_findings
 from moe_conformance.pages import source_links
 from moe_conformance.registry import ANY, AREAS, requirements
-from moe_conformance.target import OPERATIONS
+from moe_conformance.target import OPERATIONS, ROUNDING_POINTS
 from moe_reference.config import RoutingConfig
 from moe_reference.families import FAMILIES
 from moe_reference.layouts import Layout
@@ -73,7 +74,7 @@ from typer.testing import CliRunner
 DOCS = Path(__file__).parent
 MARKER = re.compile(r"<!-- (requirements|requirements table|operations table|concepts table|presets"
                     r"|families|seen|document|documents table|documents|equivalences|calibration"
-                    r"|findings|faults|matrix|mutants|performance|picture|help|scale|screen|terminal)"
+                    r"|findings|faults|matrix|mutants|performance|picture|help|rounding|scale|screen|terminal)"
                     r"(?:: (.*?))? -->")  # fmt: skip
 LOADERS = re.compile(r"<!-- Load mathjax -->.*?<!-- End of mermaid configuration -->", re.DOTALL)
 THREAD = re.compile(r"([\w./-]+) ?(#\d+)")
@@ -259,6 +260,9 @@ def _fill(kind, argument, file):
         return getattr(import_module(f"pictures.{concept}"), name)()
     if kind == "help":
         return _fence(_help(argument))
+    if kind == "rounding":
+        rows = [[meaning, f"`{name}`"] for name, meaning in ROUNDING_POINTS.items()]
+        return _table(["what your code does", "declare"], rows)
     code, _, commands = argument.partition(": ")
     if kind == "screen":
         return _screen(_terminal(commands, int(code), colours=True))

@@ -76,6 +76,35 @@ ACCUMULATORS: tuple[str, ...] = ("float64", "float32", "tf32", "float16", "bfloa
 Choices = Mapping[str, Sequence[Any]]
 
 
+CHOICES: dict[str, tuple[str, ...]] = {
+    "routing": (
+        *("top_k", "score", "order", "renormalize", "norm", "epsilon", "epsilon_mode"),
+        *("renormalize_single", "scale", "scale_when", "num_groups", "topk_groups"),
+        *("group_score", "mask_fill", "hash_table", "selection_bias"),
+    ),
+    "experts": (
+        *("activation", "gated", "alpha", "limit", "weight_on"),
+        *("bias", "expert_map", "invalid_ids"),
+    ),
+    "layer": (
+        *("shared", "shared_gate", "shared_scale", "router_bias", "router_dtype"),
+        *("training", "padding_mask", "balance"),
+    ),
+    "align": ("drop_invalid", "expert_map", "invalid_ids"),
+    "balance": (
+        *("loss", "coefficient", "score", "epsilon", "sequence_length", "num_devices"),
+        *("padding_mask", "tokens_per_expert", "centred", "ids", "invalid_ids"),
+    ),
+    "capacity": ("policy", "signed_weights"),
+    "expert_parallel": ("placement", "part_of_world", "shares"),
+    "quantization": (
+        *("group_size", "scale_dtype", "g_idx", "padding", "granularity"),
+        *("activation_format", "activation_scales"),
+    ),
+}
+"""What may be declared of each area."""
+
+
 def _check_known(name: str, values: Sequence[Any], known: Sequence[Any]) -> None:
     for value in values:
         if value not in known:
@@ -102,13 +131,17 @@ class Capabilities:
         routing: allowed values of the fields of `RoutingConfig`, and of `selection_bias`
             (True, False: with and without) and `hash_table` (likewise). A field that is not named
             may have any value. A sequence of such mappings is a list of alternatives.
-        experts: the same for `ExpertsConfig`, and for `bias` (with and without),
-            `expert_map` (with and without) and `invalid_ids` (ids that mean *not here*).
-        layer: the same for `LayerConfig`, and for `shared` and `shared_gate` (with and without).
+        experts: the same for `ExpertsConfig`, and for `bias` (with and without; either of the two
+            may come alone), `expert_map` (with and without) and `invalid_ids` (ids that mean *not
+            here*).
+        layer: the same for `shared_scale`, `router_dtype` and `balance` (names of losses) of
+            `LayerConfig`, and for `shared`, `shared_gate`, `router_bias`, `padding_mask` and
+            `training` (with and without).
         align: the same for `drop_invalid`, `expert_map`, `invalid_ids` (also of `dispatch` and
             `drop_to_capacity`).
         balance: the same for `BalanceConfig`, for `padding_mask` and `tokens_per_expert` of the
-            losses (with and without), for `centred` of `update_bias`, and for `ids`: ("chosen",)
+            losses (with and without), for `invalid_ids`, for `centred` of `update_bias`, and for
+            `ids`: ("chosen",)
             where the loss selects again from the logits and takes no other ids.
         capacity: the same for `policy` of `drop_to_capacity`, and for `signed_weights` (with
             weights below 0 among them, and without).
@@ -123,7 +156,8 @@ class Capabilities:
             Routing weights on the output, the sum over K and the shared expert have x's dtype.
             Not "float16", whose range is smaller than that of the numbers drawn for other dtypes.
         min_experts: smallest E.
-        max_experts: largest E; None has no limit.
+        max_experts: largest E; None has no limit. One that keeps a module small which is made anew
+            for every call keeps a check short.
         max_top_k: largest K; None has no limit.
         hidden_multiple: H must be a multiple of this.
         intermediate_multiple: I must be a multiple of this.
@@ -140,7 +174,7 @@ class Capabilities:
             them. False where routes are a map [T, E] with one place for each.
         appended_rows: `combine` takes rows of the slot T·K, which belong to nobody. False where
             `dispatch` appends none.
-        strides: non-contiguous inputs are taken.
+        strides: non-contiguous inputs are taken. Where this is False none are drawn.
         mixed_dtypes: expert weights may have another dtype than x.
         finite_only: NaN and infinity are refused.
         deterministic: the same call gives the same bits.
@@ -189,6 +223,9 @@ class Capabilities:
     interpreted: bool = False
 
     def __post_init__(self) -> None:
+        for area, known in CHOICES.items():
+            for choice in self.alternatives(area):
+                _check_known(area, tuple(choice), known)
         _check_known("operations", self.operations or (), OPERATIONS)
         _check_known("dtypes", self.dtypes, DTYPES)
         _check_known("id_dtypes", self.id_dtypes, ("int32", "int64"))

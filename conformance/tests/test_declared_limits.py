@@ -1,5 +1,6 @@
 """Ids that differ within a row, no appended rows, no weights below 0, steps that are centred."""
 
+import dataclasses
 from dataclasses import replace
 
 import pytest
@@ -11,8 +12,9 @@ from moe_conformance.inputs.given import Content, Scope
 from moe_conformance.registry import MAY, requirement_named, requirements
 from moe_conformance.runner import Effort, run_requirement
 from moe_conformance.selfcheck import inline_scope
-from moe_conformance.target import OPERATIONS, Capabilities, Unsupported
+from moe_conformance.target import CHOICES, OPERATIONS, Capabilities, Unsupported
 from moe_conformance.targets import Reference
+from moe_reference.config import BalanceConfig, ExpertsConfig, RoutingConfig
 
 DTYPES = ("float32", "bfloat16")
 DISTINCT = Capabilities(dtypes=DTYPES, repeated_ids=False)
@@ -306,3 +308,18 @@ def test_who_always_centres_is_asked_too(id):
 )
 def test_a_centred_step_that_is_wrong_is_found(made, id):
     assert status(made(), id, 40).status == "fail"
+
+
+@pytest.mark.parametrize(
+    ("area", "config"),
+    [("routing", RoutingConfig), ("experts", ExpertsConfig), ("balance", BalanceConfig)],
+)
+def test_every_field_of_a_configuration_may_be_declared(area, config):
+    assert {field.name for field in dataclasses.fields(config)} <= set(CHOICES[area])
+
+
+@pytest.mark.parametrize("area", CHOICES)
+def test_what_nobody_draws_cannot_be_declared(area):
+    known = ", ".join(CHOICES[area])
+    with pytest.raises(ValueError, match=f"^{area}: expected any of {known}, got 'gate_bias'$"):
+        Capabilities(**{area: [{CHOICES[area][0]: (1,)}, {"gate_bias": (False,)}]})
