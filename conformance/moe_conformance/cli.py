@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -117,8 +118,12 @@ def check(
     raise typer.Exit(exit_code(outcomes))
 
 
+SILENCE = 10.0
+"""Seconds without a word, where there is no terminal: whoever reads a log wonders by then."""
+
+
 class _Display:
-    """A bar for each target on a terminal; a line for each target's end elsewhere."""
+    """A bar for each target on a terminal; elsewhere a line now and then, and at each one's end."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -133,6 +138,7 @@ class _Display:
         )
         self._tasks: dict[str, Any] = {}
         self._bad: dict[str, int] = {}
+        self._said = time.monotonic()
 
     def __enter__(self) -> _Display:
         if self._console.is_terminal:
@@ -155,10 +161,14 @@ class _Display:
         bad = f" · {self._bad[name]} not passed" if self._bad[name] else ""
         now = escape(f"{progress.id} {progress.status}{bad}")
         self._bars.update(self._tasks[name], completed=progress.done, total=progress.total, now=now)
-        if progress.done == progress.total and not self._console.is_terminal:
-            self._console.print(
-                f"{name}: {progress.done} requirements tried{bad}", markup=False, highlight=False
-            )
+        silent = time.monotonic() - self._said
+        if self._console.is_terminal or (progress.done < progress.total and silent < SILENCE):
+            return
+        of = "" if progress.done == progress.total else f" of {progress.total}"
+        self._console.print(
+            f"{name}: {progress.done}{of} requirements tried{bad}", markup=False, highlight=False
+        )
+        self._said = time.monotonic()
 
 
 @app.command()

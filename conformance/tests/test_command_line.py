@@ -1,5 +1,6 @@
 """The command line as a user meets it: verdicts, exit codes, replays, and sentences."""
 
+import io
 import json
 import shlex
 import shutil
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from moe_conformance import check
+from moe_conformance import check, cli
 from moe_conformance.cases import load_case
+from moe_conformance.check import Progress
+from rich.console import Console
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
@@ -341,3 +344,18 @@ def test_the_workflow_of_the_guide_runs_as_it_is_written(moespec, tmp_path):
     done = moespec(*arguments[:waivers], *arguments[waivers + 2 :], "--seed", "1", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "report" / "junit.xml").is_file()
+
+
+def test_a_log_is_told_how_far_it_is(monkeypatch):
+    said = io.StringIO()
+    monkeypatch.setattr(cli, "SILENCE", 0.0)
+    with cli._Display(Console(file=said)) as display:
+        for done, status in enumerate(("", "pass", "fail", "pass")):
+            display.notify(Progress("mine", done, 3, "GATE-01", status))
+    assert said.getvalue().strip().splitlines() == [
+        "mine: loading",
+        "mine: 0 of 3 requirements tried",
+        "mine: 1 of 3 requirements tried",
+        "mine: 2 of 3 requirements tried · 1 not passed",
+        "mine: 3 requirements tried · 1 not passed",
+    ]
