@@ -989,7 +989,7 @@ def _far(plan: Plan) -> Inputs:
     sources=("flashinfer #3803", "flashinfer #3946", "ST-MoE (arXiv 2202.08906)"),
     given=Given(
         either(
-            *[routing(contents=("normal",), largest=256)] * 2,
+            *[routing(contents=("normal",), largest=256)] * 4,
             # Over all experts, the scores of a row that is far from the greatest underflow.
             routing(
                 hashed=True,
@@ -1002,6 +1002,7 @@ def _far(plan: Plan) -> Inputs:
         _far,
     ),
     references=("gating.route", "gating.scores"),
+    kinds=2,
 )
 def large_logits_do_not_overflow(case: Case) -> None:
     """Rows of logits around any number from -900 to 900, for scores that are then not all 0."""
