@@ -141,8 +141,7 @@ class Capabilities:
             `drop_to_capacity`).
         balance: the same for `BalanceConfig`, for `padding_mask` and `tokens_per_expert` of the
             losses (with and without), for `invalid_ids`, for `centred` of `update_bias`, and for
-            `ids`: ("chosen",)
-            where the loss selects again from the logits and takes no other ids.
+            `ids`: ("chosen",) where the loss selects again from the logits and takes no other ids.
         capacity: the same for `policy` of `drop_to_capacity`, and for `signed_weights` (with
             weights below 0 among them, and without).
         expert_parallel: the same for `placement` (with and without), `part_of_world` (groups that

@@ -622,6 +622,7 @@ def _restore(state: dict[str, Any]) -> list[str]:
 
 def _set_deterministic(mode: int) -> None:
     if "torch._inductor.config" in sys.modules:
-        # Only this one changes the compiler's setting as well, and it imports the compiler.
+        # Changes the compiler's setting as well, and would import the compiler.
         torch.use_deterministic_algorithms(mode > 0, warn_only=mode == 1)
-    torch.set_deterministic_debug_mode(mode)
+    else:
+        torch.set_deterministic_debug_mode(mode)

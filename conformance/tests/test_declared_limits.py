@@ -1,6 +1,7 @@
 """Ids that differ within a row, no appended rows, no weights below 0, steps that are centred."""
 
 import dataclasses
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -316,6 +317,18 @@ def test_a_centred_step_that_is_wrong_is_found(made, id):
 )
 def test_every_field_of_a_configuration_may_be_declared(area, config):
     assert {field.name for field in dataclasses.fields(config)} <= set(CHOICES[area])
+
+
+@pytest.mark.parametrize(
+    ("area", "module"),
+    [
+        *[("routing", "routing"), ("experts", "experts"), ("layer", "layer")],
+        *[("balance", "load_balancing"), ("quantization", "quantization")],
+    ],
+)
+def test_everything_that_is_drawn_may_be_declared(area, module):
+    drawn = importlib.import_module(f"moe_conformance.inputs.{module}").UNIVERSE
+    assert set(drawn) <= set(CHOICES[area])
 
 
 @pytest.mark.parametrize("area", CHOICES)

@@ -550,36 +550,3 @@ class GradientsOfExpertsAddUp(Reference):
         """See the contract."""
         kept = replace(experts, gate_up=_AddsToTheLast.apply(experts.gate_up, self.kept))
         return super().experts(x, kept, weights, expert_ids, config, expert_map)
-
-
-class _ScalesInPlace(torch.autograd.Function):
-    """The backward multiplies the gradient that comes in by 1.5 and back."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        right = gradient.clone()
-        gradient.mul_(1.5)
-        return right
-
-
-@fault("the-gradient-that-comes-in-is-overwritten", catches=("EXPERT-29",), thread="ScatterMoE")
-class IncomingGradientOverwritten(Reference):
-    """The experts' backward weighs the gradient that comes in where it lies."""
-
-    def experts(
-        self,
-        x: Tensor,
-        experts: Any,
-        weights: Tensor,
-        expert_ids: Tensor,
-        config: Any,
-        expert_map: Tensor | None = None,
-    ) -> Tensor:
-        """See the contract."""
-        return _ScalesInPlace.apply(
-            super().experts(x, experts, weights, expert_ids, config, expert_map)
-        )

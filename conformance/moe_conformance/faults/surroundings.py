@@ -258,6 +258,30 @@ instead(
     "NUM-01",
 )
 
+# What comes in.
+
+
+def _overwritten(gradient: torch.Tensor) -> torch.Tensor:
+    before = gradient.clone()
+    gradient.mul_(1.5)
+    return before
+
+
+def overwrites(operation: str, name: str, catches: str) -> None:
+    """Register a fault whose backward weighs the gradient that comes in where it lies."""
+    instead(
+        operation,
+        name,
+        "The backward pass is right, and leaves another gradient where it found one.",
+        lambda a: True,
+        lambda a: with_gradient(right(operation, a), _overwritten),
+        catches,
+    )
+
+
+overwrites("experts", "the-gradient-that-comes-in-is-overwritten", "EXPERT-29")
+overwrites("combine", "the-gradient-of-a-sum-is-overwritten", "NUM-02")
+
 # Nothing to do.
 
 altered(
