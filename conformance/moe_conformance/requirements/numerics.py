@@ -182,6 +182,7 @@ def results_are_plain_tensors_on_the_inputs_device(case: Case) -> None:
     "gradient is the one that came in.",
     sources=("transformers MoE jitter", "TensorCast topk_weights /=", "KernelBench zero_out"),
     given=any_operation(*_without(APART)),
+    kinds=2,
 )
 def inputs_are_left_alone(case: Case) -> None:
     """Every argument is compared with a copy made before the call, and before the backward pass."""
