@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from moe_conformance.report import read_report, reports_in
-from moe_optimized.targets import Optimized, OptimizedTriton
+from moe_optimized.targets import Optimized, OptimizedFloat8, OptimizedTriton
 
 REPORTS = Path(__file__).parents[1] / "moespec-report" / "gpu"
 # By class and not by name: names need an installed package.
-TARGETS = {"optimized": Optimized, "optimized-triton": OptimizedTriton}
+TARGETS = {each.name: each for each in (Optimized, OptimizedTriton, OptimizedFloat8)}
 BROKEN = ("fail", "crash", "timeout", "inconclusive", "warn")
 
 
@@ -30,7 +30,7 @@ def conformance(
     only: Sequence[str] | None = None,
     reports: Path = REPORTS,
 ) -> list[dict[str, Any]]:
-    """Check both targets, one operation per process.
+    """Check each target, one operation per process.
 
     Args:
         device: its type.

@@ -163,7 +163,8 @@ class Capabilities:
         block_sizes: allowed block sizes of `align`; None allows any.
         world_sizes: numbers of ranks that `expert_parallel` runs on; () runs on any.
         formats: quantised formats, of `FORMATS`.
-        quantization: the same as `experts` for `group_size` (-1 is one group), `scale_dtype`,
+        quantization: the same as `experts` for `group_size` (-1 is one group; with e4m3 the side of
+            a block), `scale_dtype`,
             `g_idx` and `padding` (with and without) of packed tensors, for `granularity` of e4m3
             (tensor, channel, block), and for `activation_format` (None, int8, e4m3, e4m3_block,
             Q8_1) and `activation_scales` (with and without).

@@ -273,6 +273,22 @@ def test_every_format_and_every_kind_is_drawn():
             assert seen[kind, value] >= 2, (kind, value)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "blocks"), [((-1, 16, 24), {16}), ((-1, 32), {32}), ((-1,), set())]
+)
+def test_declared_group_sizes_bound_the_blocks_of_e4m3(sizes, blocks):
+    class Tiled(Reference):
+        capabilities = Capabilities(formats=("e4m3",), quantization={"group_size": sizes})
+
+    chosen = [requirement_named(id) for id in ("QUANT-01", "QUANT-21")]
+    seen = {
+        plan["group_size"]
+        for _, plan, _ in drawn(40, *chosen, target=Tiled())
+        if plan["granularity"] == "block"
+    }
+    assert seen == blocks
+
+
 def test_every_format_is_drawn_for_experts():
     seen = Counter()
     for _, plan, built in drawn(20, *(each for each in MINE if each.operation != "dequantize")):

@@ -213,6 +213,8 @@ class OptimizedTriton(Optimized):
         dtypes=("float32", "bfloat16", "float16"),
         rounding_points=_KERNEL_ROUNDING,
         formats=tuple(CODES),
+        # What is rounded to float8 has a declaration of its own: `OptimizedFloat8`.
+        quantization={"activation_format": (None,)},
         interpreted=INTERPRETED,
     )
 
@@ -347,6 +349,26 @@ class OptimizedTriton(Optimized):
         _quantized.check_experts_quantized(*given)
         _refuse(_quantized.refusal(x, experts, weights, config))
         return _quantized.experts_quantized_triton(*given)
+
+
+class OptimizedFloat8(OptimizedTriton):
+    """The kernels whose products are of float8 rows and float8 weights."""
+
+    name = "optimized-triton-float8"
+    capabilities = replace(
+        OptimizedTriton.capabilities,
+        operations=("experts_quantized",),
+        gradients=(),
+        formats=("e4m3",),
+        # Scales are counted in tiles of 16 columns and rows; what is rounded is each token's row,
+        # once, with a scale of its own.
+        quantization={
+            "activation_format": ("e4m3", "e4m3_block"),
+            "activation_scales": (False,),
+            "group_size": (-1, 16, 32, 64, 128),
+        },
+        experts={"weight_on": ("output",)},
+    )
 
 
 def _refuse_float64(name: str, tensor: torch.Tensor) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from moe_conformance.target import OPERATIONS, Unsupported
 from moe_optimized.interpreter import INTERPRETED, launches
-from moe_optimized.targets import Optimized, OptimizedTriton
+from moe_optimized.targets import Optimized, OptimizedFloat8, OptimizedTriton
 from moe_reference.config import (
     BalanceConfig,
     ExpertsConfig,
@@ -91,6 +91,24 @@ def test_every_operation_answers_in_every_declared_dtype(target):
             assert getattr(target(), operation)(*given) is not None
             # Only the kernels' target launches any, and all of its operations do.
             assert (launches.total() > before) == (target is OptimizedTriton)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("format", ["int8", "e4m3", "e4m3_block"])
+def test_rounded_rows_are_the_float8_targets(format):
+    """Each target takes what it declares: float8 rows with float8 weights, and no others."""
+    x, experts, *rest = arguments()["experts_quantized"]
+    weights = [
+        quantize(t, "e4m3", block_size=16) for t in (torch.randn(3, 8, 8), torch.randn(3, 8, 4))
+    ]
+    rounded = QuantizedExperts(*weights, activation_format=format)
+    if format == "int8":
+        with pytest.raises(Unsupported, match="activation_format: expected float8"):
+            OptimizedFloat8().experts_quantized(x, rounded, *rest)
+    else:
+        assert OptimizedFloat8().experts_quantized(x, rounded, *rest).shape == x.shape
+    declared = OptimizedTriton.capabilities.quantization["activation_format"]
+    assert format not in declared and OptimizedFloat8.operations() == ("experts_quantized",)
 
 
 @pytest.mark.triton

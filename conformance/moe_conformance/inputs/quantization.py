@@ -206,6 +206,11 @@ def _choices(
                     choices["granularity"] = tuple(
                         each for each in choices["granularity"] if each != "tensor"
                     )
+            choices["block"] = _sides(declared, BLOCKS)
+            choices["narrow_block"] = _sides(declared, NARROW_BLOCKS)
+            if not choices["block"]:
+                kinds = tuple(each for each in choices["granularity"] if each != "block")
+                choices |= {"granularity": kinds, "block": (-1,), "narrow_block": (-1,)}
             fitting = _rounding_beside(format)
             choices["activation_format"] = tuple(
                 each for each in choices["activation_format"] if each in fitting
@@ -216,6 +221,12 @@ def _choices(
             if all(choices.values()):
                 found.append((format, choices))
     return found
+
+
+def _sides(declared: Mapping[str, tuple[Any, ...]], usual: tuple[int, ...]) -> tuple[int, ...]:
+    """The sides of e4m3's blocks, which stand in `group_size` as well."""
+    sizes = declared.get("group_size", usual)
+    return tuple(B for B in usual if B in sizes) or tuple(B for B in sizes if B > 0)
 
 
 def _rounding_beside(format: str) -> tuple[str | None, ...]:
@@ -246,7 +257,7 @@ def _about(
     if integer:
         group_size = draw(choice(choices["group_size"]))
     elif granularity == "block":
-        group_size = draw(choice(NARROW_BLOCKS if rounded == "e4m3_block" else BLOCKS))
+        group_size = draw(choice(choices["narrow_block" if rounded == "e4m3_block" else "block"]))
     elif format != "e4m3":
         group_size = {"Q4_K": 256, "nvfp4": 16}.get(format, 32)
     has_scales = integer or format == "e4m3"
