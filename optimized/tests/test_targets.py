@@ -1,7 +1,13 @@
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+from moe_conformance.codec import walk
+from moe_conformance.executor import InlineExecutor
+from moe_conformance.registry import requirement_named
+from moe_conformance.runner import Effort, run_requirement
+from moe_conformance.selfcheck import inline_scope
 from moe_conformance.target import OPERATIONS, Unsupported
 from moe_optimized.interpreter import INTERPRETED, launches
 from moe_optimized.targets import Optimized, OptimizedFloat8, OptimizedTriton
@@ -91,6 +97,70 @@ def test_every_operation_answers_in_every_declared_dtype(target):
             assert getattr(target(), operation)(*given) is not None
             # Only the kernels' target launches any, and all of its operations do.
             assert (launches.total() > before) == (target is OptimizedTriton)
+
+
+MOVED_BACK_IN_TORCH = ("dispatch", "combine")
+"""Whose gradients are copies and sums of rows; the layer's have kernels of their own."""
+
+
+ASKED = (
+    *("GATE-18", "BALANCE-23", "BALANCE-29", "BALANCE-36", "ALIGN-01", "ALIGN-21", "DISPATCH-27"),
+    *("DISPATCH-28", "EXPERT-11", "EXPERT-22", "LAYER-10", "QUANT-01", "QUANT-14"),
+)
+"""Of each operation a requirement, on its gradients where it has any."""
+
+
+def counted(operation):
+    """An operation of the kernels' target that insists on a launch for each result and gradient."""
+    run = getattr(OptimizedTriton, operation)
+
+    def operate(self, *arguments, **named):
+        before = launches.total()
+        result = run(self, *arguments, **named)
+        tensors = [tensor for _, tensor in walk(result)]
+        if any(t.numel() for t in tensors):
+            assert launches.total() > before, f"{operation} gave an answer without a launch"
+            self.answers[operation] += 1
+        came_in = []
+        for tensor in tensors:
+            if tensor.requires_grad and tensor.numel():
+                tensor.register_hook(lambda _: came_in.append(launches.total()))
+        for _, tensor in walk([*arguments, named]):
+            if tensor.requires_grad and operation not in MOVED_BACK_IN_TORCH:
+                tensor.register_hook(lambda _: self.came_out(operation, came_in))
+        return result
+
+    return operate
+
+
+class Counted(OptimizedTriton):
+    """The kernels' target, where an answer or a gradient without a launch is an error."""
+
+    def __init__(self):
+        super().__init__()
+        self.answers, self.gradients = Counter(), Counter()
+
+    def came_out(self, operation, came_in):
+        assert launches.total() > came_in[0], f"{operation} gave a gradient without a launch"
+        self.gradients[operation] += 1
+
+
+for _operation in OptimizedTriton.operations():
+    setattr(Counted, _operation, counted(_operation))
+
+
+@pytest.mark.triton
+def test_what_the_suite_is_given_comes_from_kernels():
+    """Answers and gradients that the suite asks for, of every operation."""
+    target = Counted()
+    executor = InlineExecutor(target)
+    scope = replace(inline_scope(executor, ("float32",)), interpreted=True)
+    for id in ASKED:
+        found = run_requirement(requirement_named(id), scope, executor, Effort(2, 1, 0), 0)
+        assert found.status == "pass", (id, found.message)
+    assert set(target.answers) == set(OptimizedTriton.operations())
+    differentiable = set(OptimizedTriton.capabilities.gradients) - set(MOVED_BACK_IN_TORCH)
+    assert set(target.gradients) == differentiable
 
 
 @pytest.mark.triton
