@@ -186,8 +186,12 @@ def _raised(answers: dict[int, Any]) -> dict[int, dict[str, Any]]:
 FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<name>.*)$')
 
 
+OUTERMOST = (("worker.py", "run_session"), ("ranks.py", "join"))
+"""What the suite calls a target from."""
+
+
 def place_in(text: str) -> str:
-    """The innermost line outside torch of the stack of the thread that runs a session.
+    """The innermost line outside torch of the stack of the thread that joins or runs a session.
 
     >>> place_in('''Current thread 0x1 (most recent call first):
     ...   File "/python/torch/distributed/distributed_c10d.py", line 9 in all_to_all_single
@@ -198,7 +202,7 @@ def place_in(text: str) -> str:
     """
     for stack in reversed(re.split(r"^(?=Thread |Current thread )", text, flags=re.MULTILINE)):
         frames = [found for line in stack.splitlines() if (found := FRAME.match(line))]
-        if not any(frame["name"] == "run_session" for frame in frames):
+        if not any((Path(f["file"]).name, f["name"]) in OUTERMOST for f in frames):
             continue
         inside = [frame for frame in frames if "/torch/" not in frame["file"]]
         waiting = [f["name"] for f in frames if f["file"].endswith("distributed_c10d.py")]

@@ -113,7 +113,9 @@ def join(name: str, rank: int, world_size: int, store: str, device: str) -> dict
         LoadError: the target cannot be made, or the ranks do not find each other.
     """
     faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
+    _tell("the loading of the target")
     described = worker.load(name)
+    _tell("the rendezvous")
     try:
         if device == "cuda":
             torch.cuda.set_device(rank)

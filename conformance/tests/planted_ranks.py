@@ -84,6 +84,14 @@ class Leaves(_OnRankOne):
         return super().expert_parallel(x, weights, expert_ids, *rest, group=group, **named)
 
 
+class NeverArrives(_OnRankOne):
+    """The process of rank 1 sleeps before it has met the others."""
+
+    def __init__(self):
+        if os.path.realpath("/proc/self/fd/1").endswith("rank-1.log"):
+            time.sleep(3600)
+
+
 class SendsNothingBack(_OnRankOne):
     """Rank 1 multiplies its output by zero."""
 

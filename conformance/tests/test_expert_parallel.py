@@ -300,6 +300,29 @@ def test_a_lost_rank_ends_the_case_and_every_process(name, kind, said, executor,
     assert made.restarts == 1
 
 
+def test_a_rank_that_never_arrives_ends_every_process(executor, monkeypatch):
+    made = executor(planted("NeverArrives"))
+    made.prepare([2], "cpu")
+    pids, folder = pids_of(made), made._groups[2, "cpu"]._folder
+    until = time.monotonic() + 60
+    while not all(
+        said in (folder / f"rank-{rank}.log").read_text()
+        for rank, said in enumerate(("the rendezvous", "the loading"))
+    ):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    monkeypatch.setattr(rank_group, "LOAD_SECONDS", 0.5)
+    with pytest.raises(Violation) as found:
+        call(case_of(made))
+    assert found.value.kind == "timeout"
+    assert "no answer within 0.5 s: rank 0 is in the rendezvous, waiting in init" in str(
+        found.value
+    )
+    assert "rank 1 is in the loading of the target, planted_ranks.py line" in str(found.value)
+    assert not any(map(alive, pids))
+    assert not folder.exists()
+
+
 def test_a_lost_rank_costs_one_case(executor):
     made = executor(planted("Right"), timeout=20.0)
     first = call(case_of(made))

@@ -55,8 +55,9 @@ def balance_loss(
             `gshard` without a length takes the batch as one sequence.
         padding_mask: [T], bool, True = a real token. Padding changes nothing, whatever it holds.
         tokens_per_expert: [E], int or float: the counts of the global batch, instead of those of
-            `expert_ids`. The probabilities stay those of `logits`, so the mean over ranks with
-            equally many real tokens is the loss of the global batch.
+            `expert_ids`. The probabilities stay those of `logits`, so the mean over ranks or
+            micro-batches, weighted by their real tokens, is the loss of the global batch, and so is
+            its gradient, however the batch is cut. Unweighted it is where all have as many.
 
     Returns:
         A scalar, float32 (float64 for float64 logits), differentiable in the logits; 0 without
@@ -150,6 +151,8 @@ def concatenated_balance_loss(
 
 def z_loss(logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
     r"""The mean over tokens of $(\log \sum_i e^{x_i})^2$, which keeps the logits small.
+
+    Of a batch that is cut, too, the mean has to be weighted by the real tokens of the parts.
 
     Args:
         logits: [T, E], any float dtype.

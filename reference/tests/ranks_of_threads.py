@@ -42,3 +42,23 @@ def on_ranks(world_size, function):
     if hung:
         raise TimeoutError(f"ranks {hung} still wait for the others")
     return results
+
+
+def exchanges(monkeypatch):
+    """Rank, dtype, bytes sent and bytes received of every exchange of such ranks, as they happen.
+
+    Recorded where all collectives of a process group come together, whatever called them: one that
+    is not an all-to-all of one tensor raises.
+    """
+    calls, real = [], threaded.Collective.join
+
+    def recorded(self, rank, data):
+        if not isinstance(self._collective, threaded.AllToAllBase):
+            raise AssertionError(f"{type(self._collective).__name__}: only all-to-all is expected")
+        came, sent, *_ = data
+        sizes = (each.numel() * each.element_size() for each in (sent, came))
+        calls.append((rank, sent.dtype, *sizes))
+        return real(self, rank, data)
+
+    monkeypatch.setattr(threaded.Collective, "join", recorded)
+    return calls

@@ -46,7 +46,7 @@ _spec = importlib.util.spec_from_file_location(
 )
 _threads = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_threads)
-on_ranks = _threads.on_ranks
+on_ranks, exchanges = _threads.on_ranks, _threads.exchanges
 
 H, I, E, K = 4, 6, 5, 2
 CONFIG = ExpertsConfig("silu")
@@ -275,6 +275,52 @@ def test_padding_is_sent_nowhere(monkeypatch):
     assert before[2] == [[-1, -1], [-1, -1]]
 
 
+def exchanged_in_slices(monkeypatch):
+    """What three ranks with the same four tokens exchange, and how many pairs are of experts."""
+    whole, x = made(), normal(4, H)
+    held = held_experts(E, 3)
+    calls = exchanges(monkeypatch)
+
+    def run(rank):
+        group, local = ProcessRanks(), leaves(take_experts(whole, held[rank]))
+        [y] = sliced_expert_parallel([leaf(x)], router(ROUTING), [local], E, CONFIG, group, group)
+        y.sum().backward()
+
+    on_ranks(3, run)
+    sent = [
+        torch.bincount(ids.flatten(), minlength=E) for ids in router(ROUTING)(x, None)[1].split(2)
+    ]
+    return calls, held, [*sent, torch.zeros(E, dtype=torch.int64)]
+
+
+def test_slices_exchange_counts_rows_and_outputs_and_nothing_else(monkeypatch):
+    calls, held, sent = exchanged_in_slices(monkeypatch)
+    row = H * 8
+    for rank in range(3):
+        went = int(sent[rank].sum())
+        came = int(sum(counts[held[rank]].sum() for counts in sent))
+        there = torch.float64, went * row, came * row
+        back = torch.float64, came * row, went * row
+        # Padding makes two rows of every slice, the last of which are nobody's.
+        gathered = torch.float64, 3 * 2 * row, 3 * 2 * row
+        counts = torch.int64, E * 8, 3 * len(held[rank]) * 8
+        lengths = torch.int64, 3 * 8, 3 * 8
+        assert [call[1:] for call in calls if call[0] == rank] == [
+            *(counts, there, back, lengths, gathered),
+            # The backward goes the same way in the other order.
+            *(gathered, there, back),
+        ]
+
+
+def test_padding_that_is_routed_shows_in_the_bytes(monkeypatch):
+    real = domain_transforms.enter_slices
+    monkeypatch.setattr(domain_transforms, "enter_slices", lambda t, ranks, value=0: real(t, ranks))
+    calls, _, sent = exchanged_in_slices(monkeypatch)
+    [_, (_, _, went, _), *_] = [call for call in calls if call[0] == 2]
+    assert int(sent[2].sum()) == 0
+    assert went == 2 * K * H * 8
+
+
 # Without
 
 
@@ -309,6 +355,24 @@ def test_gathered_tokens_are_computed_as_own_ones(counts, hashed):
     assert_gradients_of_slices(
         parts, one_rank, lambda whole, rank: slice_tensor_parallel(whole, ranks.size, rank)
     )
+
+
+def test_gathering_exchanges_lengths_and_tokens_and_nothing_else(monkeypatch):
+    counts, row = [3, 0, 2], H * 8
+    calls = exchanges(monkeypatch)
+
+    def run(rank):
+        x = leaf(normal(counts[rank], H))
+        [y] = gather_compute_slice([x], lambda xs, ids: [each * 2 for each in xs], ProcessRanks())
+        y.sum().backward()
+
+    on_ranks(3, run)
+    lengths = torch.int64, 3 * 8, 3 * 8
+    for rank, count in enumerate(counts):
+        there, back = 3 * count * row, sum(counts) * row
+        assert [call[1:] for call in calls if call[0] == rank] == [
+            *(lengths, lengths, (torch.float64, there, back), (torch.float64, back, there))
+        ]
 
 
 # Partial sums

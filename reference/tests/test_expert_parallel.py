@@ -11,7 +11,6 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_reference import expert_parallel as module
-from moe_reference import ranks as ranks_module
 from moe_reference.config import ExpertsConfig, ExpertWeights, Placement
 from moe_reference.dispatch import dispatch
 from moe_reference.expert_parallel import (
@@ -31,7 +30,7 @@ _spec = importlib.util.spec_from_file_location(
 )
 _threads = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_threads)
-on_ranks = _threads.on_ranks
+on_ranks, exchanges = _threads.on_ranks, _threads.exchanges
 
 H, I = 4, 3
 CONFIGS = [
@@ -299,25 +298,12 @@ def test_two_processes_over_gloo_compute_what_one_rank_computes(tmp_path):
 # What is exchanged
 
 
-def record(monkeypatch):
-    calls = []
-    real = dist.all_to_all_single
-
-    def recorded(output, input, output_split_sizes, input_split_sizes, group=None):
-        size = input.element_size()
-        calls.append((dist.get_rank(), input.dtype, input.numel() * size, output.numel() * size))
-        return real(output, input, output_split_sizes, input_split_sizes, group=group)
-
-    monkeypatch.setattr(ranks_module.dist, "all_to_all_single", recorded)
-    return calls
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("config", CONFIGS[:2])
 def test_counts_and_rows_are_exchanged_and_nothing_else(monkeypatch, dtype, config):
     problem = Problem([3, 0, 5], 4, config=config, dtype=dtype, seed=3)
     held, _ = problem.locals()
-    calls = record(monkeypatch)
+    calls = exchanges(monkeypatch)
     outputs, x_grads, _, _ = on_threads(problem)
     assert all(y.dtype == g.dtype == dtype for y, g in zip(outputs, x_grads, strict=True))
     row = H * problem.xs[0].element_size()
@@ -328,6 +314,28 @@ def test_counts_and_rows_are_exchanged_and_nothing_else(monkeypatch, dtype, conf
         there, back = (dtype, sent * row, came * row), (dtype, came * row, sent * row)
         # The backward goes the same way in the other order.
         assert [call[1:] for call in calls if call[0] == rank] == [counts, there, back, there, back]
+
+
+@pytest.mark.parametrize(
+    "collective",
+    [
+        lambda t, group: dist.all_reduce(t, group=group),
+        lambda t, group: dist.broadcast(t, 0, group=group),
+        lambda t, group: dist.all_gather([t.clone() for _ in range(2)], t, group=group),
+        lambda t, group: dist.all_to_all([t.clone() for _ in range(2)], [t, t], group=group),
+        lambda t, group: dist.reduce_scatter(t.clone(), [t, t], group=group),
+        lambda t, group: dist.all_gather_object([None] * 2, t, group=group),
+    ],
+    ids=["reduce", "broadcast", "gather", "list", "scatter", "object"],
+)
+def test_experts_that_are_exchanged_in_another_way_show(monkeypatch, collective):
+    def with_weights(x, weights, ids, local, num_experts, config, group, placement):
+        collective(local.down.detach().clone(), group)
+        return expert_parallel(x, weights, ids, local, num_experts, config, group, placement)
+
+    exchanges(monkeypatch)
+    with pytest.raises(AssertionError, match="only all-to-all is expected"):
+        on_threads(Problem([3, 5], 4), with_weights)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
