@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from moe_conformance.target import OPERATIONS, Unsupported
 from moe_optimized.interpreter import INTERPRETED, launches
 from moe_optimized.targets import Optimized, OptimizedTriton
@@ -28,6 +29,7 @@ PROVIDED = {
     "experts",
     "experts_batched",
     "layer",
+    "expert_parallel",
     "dequantize",
     "experts_quantized",
 }
@@ -66,6 +68,7 @@ def arguments(dtype=torch.float32):
         "experts": (x, experts, torch.rand(5, 2), ids, how),
         "experts_batched": (torch.randn(3, 2, 8).to(dtype), counts, experts, how),
         "layer": (x[None], layer, LayerConfig(routing)),
+        "expert_parallel": (x, torch.rand(5, 2), ids, experts, 3, how, None),
         "dequantize": (down,),
         "experts_quantized": (x, QuantizedExperts(gate_up, down), torch.rand(5, 2), ids, how),
     }
@@ -80,7 +83,15 @@ def test_provides_what_it_says(target):
     assert type(target.capabilities).from_json(target.capabilities.to_json()) == target.capabilities
 
 
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()
+
+
 @targets
+@pytest.mark.usefixtures("one_rank")
 def test_every_operation_answers_in_every_declared_dtype(target):
     device = target.capabilities.devices[0]
     if device == "cuda":
@@ -94,6 +105,7 @@ def test_every_operation_answers_in_every_declared_dtype(target):
 
 
 @pytest.mark.triton
+@pytest.mark.usefixtures("one_rank")
 def test_float64_is_unsupported_by_the_kernels():
     for operation, given in arguments(torch.float64).items():
         if not operation.startswith("align"):
