@@ -3,6 +3,7 @@
 | module | what it holds |
 |---|---|
 | `gating`, `load_balancing`, `alignment`, `dispatch`, `experts`, `layer` | the functions |
+| `expert_parallel` | the same for experts that are spread over the ranks of a process group |
 | `quantized_experts`, `quantized_layout` | the same for packed weights; `prepare`, for a loader |
 | `modules` | the layer as a module, and `optimize`, which turns the layers of a model |
 | `transformers_experts` | `use_fast_experts`, for a model of Hugging Face transformers |
@@ -23,5 +24,6 @@ What they are made of:
 | `router` | the product in front of the routing |
 | `gating_backward`, `load_balancing_kernels` | kernels of the concept before the underscore |
 | `experts_cpu`, `experts_torch`, `experts_triton`, `experts_backward` | ways to compute experts |
+| `expert_parallel_order`, `expert_parallel_pipeline` | who sends what where, and when |
 | `quantized_kernels`, `quantized_dequantize` | kernels that read packed weights |
 """

@@ -5,7 +5,9 @@ Stages, and what each gains:
 1. `dispatch_torch`: one stable sort of the T·K ids gives the order of the rows, one gather moves
    them. Its backward adds a token's K gradients up in float32, whatever the dtype of the rows.
 2. `combine_torch`: packed rows times their weights are added to their tokens in float32.
-3. `dispatch_triton`: the order comes from the tile table's kernel, which needs no sort.
+3. `dispatch_triton`: the order comes from the tile table's kernel, which needs no sort. A kernel
+   copies the rows, writes the zeros past the last one, and multiplies by the routing weights where
+   rows leave with them, so that neither takes a pass of its own.
 4. `combine_triton`: one kernel gathers the K rows of a token and adds them up in registers. No
    atomics, so the same bits every time, and no weighted copy of the rows.
 
@@ -64,21 +66,18 @@ def dispatch_torch(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `dispatch`, in whole-tensor torch operations."""
     _check_dispatch(x, expert_ids, num_experts)
-    order, ends = sort_slots(local_ids(expert_ids, num_experts), num_experts)
-    return _move(x, expert_ids.shape[1], order, ends)
+    counts, slots = sort_pairs_torch(expert_ids, num_experts)
+    return spread_torch(x, slots, expert_ids.shape[1]), counts, slots
 
 
 def dispatch_triton(
     x: torch.Tensor, expert_ids: torch.Tensor, num_experts: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `dispatch`, with the order from the tile table's kernel; torch copies the rows."""
+    """As `dispatch`, with the order and the rows from kernels; float64 is not supported."""
+    check_tensor("x", x, ("T", "H"), KERNEL_DTYPES)
     _check_dispatch(x, expert_ids, num_experts)
-    # Tiles of one row: the table's experts are those of the rows.
-    table = tile_table(expert_ids, 1, num_experts)
-    keys = torch.where(table.experts < 0, num_experts, table.experts)
-    experts = torch.arange(num_experts, dtype=torch.int32, device=x.device)
-    ends = torch.searchsorted(keys, experts, right=True)
-    return _move(x, expert_ids.shape[1], table.order.long(), ends)
+    counts, slots = sort_pairs_triton(expert_ids, num_experts)
+    return spread_triton(x, slots, expert_ids.shape[1]), counts, slots
 
 
 def _check_dispatch(x: torch.Tensor, expert_ids: torch.Tensor, num_experts: int) -> None:
@@ -87,16 +86,69 @@ def _check_dispatch(x: torch.Tensor, expert_ids: torch.Tensor, num_experts: int)
     check_count("num_experts", num_experts)
 
 
-def _move(
-    x: torch.Tensor, K: int, order: torch.Tensor, ends: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def sort_pairs_torch(
+    expert_ids: torch.Tensor, num_experts: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first half of `dispatch`, where each row comes from: its counts [E] and its slots [S]."""
+    return _counts_and_slots(*sort_slots(local_ids(expert_ids, num_experts), num_experts))
+
+
+def sort_pairs_triton(
+    expert_ids: torch.Tensor, num_experts: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `sort_pairs_torch`, from the tile table's kernel."""
+    # Tiles of one row: the table's experts are those of the rows.
+    table = tile_table(expert_ids, 1, num_experts)
+    keys = torch.where(table.experts < 0, num_experts, table.experts)
+    experts = torch.arange(num_experts, dtype=torch.int32, device=keys.device)
+    ends = torch.searchsorted(keys, experts, right=True)
+    return _counts_and_slots(table.order.long(), ends)
+
+
+def _counts_and_slots(order: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     counts = ends.diff(prepend=ends.new_zeros(1))
-    if not x.is_cuda:
-        slots = order[: int(counts.sum())].clone()
-        return spread(x, slots, K), counts, slots
-    here = torch.arange(order.numel(), device=x.device) < counts.sum()
-    rows = spread(x, torch.where(here, order, 0), K)
-    return torch.where(here[:, None], rows, 0.0), counts, torch.where(here, order, order.numel())
+    if not order.is_cuda:
+        return counts, order[: int(counts.sum())].clone()
+    here = torch.arange(order.numel(), device=order.device) < counts.sum()
+    return counts, torch.where(here, order, order.numel())
+
+
+def spread_torch(
+    x: torch.Tensor, slots: torch.Tensor, K: int, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The second half of `dispatch`: the token of each slot, times its weight where there are any.
+
+    Args:
+        x: [T, H], any float dtype.
+        slots: [S], int64; on a GPU those of T·K give rows of zeros.
+        K: experts per token.
+        weights: [T, K], any float dtype; multiplied in float32 (float64 for float64 x).
+
+    Returns:
+        [S, H], x's dtype.
+    """
+    here = None
+    if slots.is_cuda:
+        here = (slots < x.shape[0] * K)[:, None]
+        slots = torch.where(here[:, 0], slots, 0)
+    rows = spread(x, slots, K)
+    rows = rows if here is None else torch.where(here, rows, 0.0)
+    if weights is None:
+        return rows
+    factors = weights.to(accumulation_dtype(x)).flatten()[slots][:, None]
+    factors = factors if here is None else torch.where(here, factors, 0.0)
+    return (rows * factors).to(x.dtype)
+
+
+def spread_triton(
+    x: torch.Tensor, slots: torch.Tensor, K: int, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """As `spread_torch`, in one Triton kernel; float64 is not supported.
+
+    Slots of T·K give zeros on any device. Gradients can be taken once: a gradient of theirs raises
+    RuntimeError.
+    """
+    return _SpreadRows.apply(x, slots, K, weights)
 
 
 def combine(rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -121,6 +173,13 @@ def combine(rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> t
 def combine_torch(rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """As `combine`, in whole-tensor torch operations."""
     _check_combine(rows, slots, weights)
+    return weighted_sum_torch(rows, slots, weights, rows.dtype)
+
+
+def weighted_sum_torch(
+    rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """`combine_torch` on checked arguments, in the dtype that the caller goes on with."""
     T, K = weights.shape
     wide = accumulation_dtype(rows)
     somebodys = (slots >= 0) & (slots < T * K)
@@ -128,7 +187,7 @@ def combine_torch(rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor
         rows, slots = rows[somebodys], slots[somebodys]
     slots = slots.long()
     weighted = rows.to(wide) * weights.to(wide).flatten()[slots][:, None]
-    return gather_sum(weighted, slots, T, K).to(rows.dtype)
+    return gather_sum(weighted, slots, T, K).to(dtype)
 
 
 def combine_triton(rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -139,7 +198,14 @@ def combine_triton(rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tenso
     """
     check_tensor("rows", rows, ("S", "H"), KERNEL_DTYPES)
     _check_combine(rows, slots, weights)
-    return _Combine.apply(rows, slots.long(), weights)
+    return weighted_sum_triton(rows, slots, weights, rows.dtype)
+
+
+def weighted_sum_triton(
+    rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """`combine_triton` on checked arguments, in the dtype that the caller goes on with."""
+    return _Combine.apply(rows, slots.long(), weights, dtype)
 
 
 def drop_to_capacity(
@@ -274,29 +340,64 @@ def _sum_places_torch(rows: torch.Tensor, places: torch.Tensor, T: int, K: int) 
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor
+        ctx: Any,
+        rows: torch.Tensor,
+        slots: torch.Tensor,
+        weights: torch.Tensor,
+        dtype: torch.dtype,
     ) -> torch.Tensor:
         ctx.save_for_backward(rows, slots, weights)
         T, K = weights.shape
-        return sum_places(rows, places_of(slots, T * K), weights, T, K, rows.dtype)
+        return sum_places(rows, places_of(slots, T * K), weights, T, K, dtype)
 
     @staticmethod
     @once("combine_triton")
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor, None]:
         rows, slots, weights = ctx.saved_tensors
         T, K = weights.shape
-        somebodys = (slots >= 0) & (slots < T * K)
         if T * K == 0:
-            return torch.zeros_like(rows), None, torch.zeros_like(weights)
+            return torch.zeros_like(rows), None, torch.zeros_like(weights), None
+        somebodys = (slots >= 0) & (slots < T * K)
         known = torch.where(somebodys, slots, 0)
         row_grads = grad.float()[known // K]
         to_rows = row_grads * weights.float().flatten()[known][:, None]
         to_rows = torch.where(somebodys[:, None], to_rows, 0.0)
-        to_weights = weights.new_zeros(T * K + 1, dtype=torch.float32)
-        products = (row_grads * rows.float()).sum(1)
-        to_weights.scatter_(0, torch.where(somebodys, slots, T * K), products)
-        to_weights = to_weights[:-1].view(T, K)
-        return to_rows.to(rows.dtype), None, to_weights.to(weights.dtype)
+        to_weights = _dots_of_slots(row_grads, rows, slots, weights)
+        return to_rows.to(rows.dtype), None, to_weights, None
+
+
+class _SpreadRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, slots: torch.Tensor, K: int, weights: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(slots, weights, None if weights is None else x)
+        ctx.T, ctx.K = x.shape[0], K
+        return spread_rows(x, slots, K, weights)
+
+    @staticmethod
+    @once("dispatch_triton")
+    def backward(
+        ctx: Any, grad: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None, torch.Tensor | None]:
+        slots, weights, x = ctx.saved_tensors
+        T, K = ctx.T, ctx.K
+        to_x = sum_places(grad, places_of(slots, T * K), weights, T, K, grad.dtype)
+        if weights is None:
+            return to_x, None, None, None
+        tokens = torch.where(slots < T * K, slots, 0) // max(K, 1)
+        return to_x, None, None, _dots_of_slots(x.index_select(0, tokens), grad, slots, weights)
+
+
+def _dots_of_slots(
+    left: torch.Tensor, right: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """The gradient of the weights: each slot's product of two rows, 0 where it has none."""
+    num_slots = weights.numel()
+    found = weights.new_zeros(num_slots + 1, dtype=torch.float32)
+    index = torch.where((slots >= 0) & (slots < num_slots), slots, num_slots)
+    found.scatter_(0, index, (left.float() * right.float()).sum(1))
+    return found[:-1].view(weights.shape).to(weights.dtype)
 
 
 def places_of(slots: torch.Tensor, num_slots: int) -> torch.Tensor:
@@ -354,6 +455,37 @@ def sum_places(
     return out
 
 
+def spread_rows(
+    x: torch.Tensor, slots: torch.Tensor, K: int, weights: torch.Tensor | None
+) -> torch.Tensor:
+    """The kernel of `spread_triton`, whose arguments and result these are."""
+    (T, H), S = x.shape, slots.numel()
+    out = x.new_empty(S, H)
+    if INTERPRETED:
+        block_s, block_h = min(power_of_two(S), 64), min(power_of_two(H), 1024)
+    else:
+        block_s, block_h = 1, min(power_of_two(H, least=128), 1024)
+    launch(
+        spread_rows_kernel,
+        (-(-S // block_s), -(-H // block_h)),
+        x,
+        slots,
+        x if weights is None else weights.contiguous(),
+        out,
+        S,
+        T * K,
+        H,
+        max(K, 1),
+        x.stride(0),
+        x.stride(1),
+        WEIGH=weights is not None,
+        ROUND_BITS=needs_widening(x.dtype),
+        BLOCK_S=block_s,
+        BLOCK_H=block_h,
+    )
+    return out
+
+
 @jit
 def combine_rows_kernel(
     rows_ptr,
@@ -389,3 +521,37 @@ def combine_rows_kernel(
     out = out_ptr + tokens[:, None] * width + columns[None, :]
     total = narrow(total, out_ptr.dtype.element_ty, ROUND_BITS)
     tl.store(out, total, mask=in_tokens[:, None] & in_columns)
+
+
+@jit
+def spread_rows_kernel(
+    x_ptr,
+    slots_ptr,
+    weights_ptr,
+    out_ptr,
+    num_rows,
+    num_slots,
+    width,
+    top_k,
+    stride_xt,
+    stride_xh,
+    WEIGH: tl.constexpr,
+    ROUND_BITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """The tokens of BLOCK_S slots, BLOCK_H columns of them; zeros for a slot of nobody."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
+    columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    in_rows = rows < num_rows
+    in_columns = (columns < width)[None, :]
+    slots = tl.load(slots_ptr + rows, mask=in_rows, other=num_slots)
+    here = slots < num_slots
+    offsets = (slots // top_k)[:, None] * stride_xt + columns.to(tl.int64)[None, :] * stride_xh
+    values = tl.load(x_ptr + offsets, mask=here[:, None] & in_columns, other=0.0)
+    if WEIGH:
+        weights = tl.load(weights_ptr + slots, mask=here, other=0.0).to(tl.float32)
+        values = values.to(tl.float32) * weights[:, None]
+        values = narrow(values, out_ptr.dtype.element_ty, ROUND_BITS)
+    out = out_ptr + rows[:, None] * width + columns[None, :]
+    tl.store(out, values, mask=in_rows[:, None] & in_columns)

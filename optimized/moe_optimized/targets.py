@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from moe_conformance.target import Capabilities, Target, Unsupported, suite_version
 from moe_reference.config import (
     BalanceConfig,
@@ -11,12 +12,14 @@ from moe_reference.config import (
     LayerConfig,
     LayerOutput,
     LayerWeights,
+    Placement,
     RoutingConfig,
 )
 from moe_reference.quantized_checks import check_quantized
 from moe_reference.quantized_tensors import QuantizedExperts, QuantizedTensor
 
 from moe_optimized import alignment, dispatch, gating, layer, load_balancing
+from moe_optimized import expert_parallel as _expert_parallel
 from moe_optimized import experts as _experts
 from moe_optimized import quantized_experts as _quantized
 from moe_optimized.dispatch import Policy
@@ -62,6 +65,7 @@ class Optimized(Target):
             "experts",
             "experts_batched",
             "layer",
+            "expert_parallel",
         ),
         ties="lowest",
         rounding_points=_TORCH_ROUNDING + (_GPU_ROUNDING if torch.cuda.is_available() else ()),
@@ -176,6 +180,22 @@ class Optimized(Target):
     ) -> LayerOutput:
         """See `moe_optimized.layer.layer`."""
         return layer.layer(x, parameters, config, token_ids, padding_mask, training)
+
+    def expert_parallel(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        expert_ids: torch.Tensor,
+        local: ExpertWeights,
+        num_experts: int,
+        config: ExpertsConfig,
+        group: dist.ProcessGroup | None,
+        placement: Placement | None = None,
+    ) -> torch.Tensor:
+        """See `moe_optimized.expert_parallel.expert_parallel`."""
+        return _expert_parallel.expert_parallel(
+            x, weights, expert_ids, local, num_experts, config, group, placement
+        )
 
     def dequantize(self, packed: QuantizedTensor) -> torch.Tensor:
         """See `moe_optimized.quantized_experts.dequantize`."""
@@ -327,6 +347,23 @@ class OptimizedTriton(Optimized):
         """See `moe_optimized.layer.layer_triton`."""
         _refuse_float64("x", x)
         return layer.layer_triton(x, parameters, config, token_ids, padding_mask, training)
+
+    def expert_parallel(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        expert_ids: torch.Tensor,
+        local: ExpertWeights,
+        num_experts: int,
+        config: ExpertsConfig,
+        group: dist.ProcessGroup | None,
+        placement: Placement | None = None,
+    ) -> torch.Tensor:
+        """See `moe_optimized.expert_parallel.expert_parallel_triton`."""
+        _refuse_float64("x", x)
+        return _expert_parallel.expert_parallel_triton(
+            x, weights, expert_ids, local, num_experts, config, group, placement
+        )
 
     def dequantize(self, packed: QuantizedTensor) -> torch.Tensor:
         """See `moe_optimized.quantized_experts.dequantize_triton`."""

@@ -5,7 +5,7 @@ import pytest
 import torch
 from moe_optimized.alignment import local_ids, sort_slots
 from moe_optimized.autograd import once
-from moe_optimized.dispatch import combine, combine_triton, dispatch
+from moe_optimized.dispatch import combine, combine_triton, dispatch, dispatch_triton
 from moe_optimized.gating import route_triton
 from moe_optimized.load_balancing import balance_loss_triton, z_loss_triton
 from moe_reference.config import BalanceConfig, RoutingConfig
@@ -34,7 +34,7 @@ def refused(out, leaf, graph):
 
 
 @pytest.mark.parametrize("graph", [False, True])
-@pytest.mark.parametrize("name", ["route", "balance_loss", "z_loss", "combine"])
+@pytest.mark.parametrize("name", ["route", "balance_loss", "z_loss", "dispatch", "combine"])
 @pytest.mark.triton
 def test_kernels_refuse_it(name, graph):
     logits, ids = drawn(5, 4), ids_of(5, 4, 2)
@@ -43,6 +43,7 @@ def test_kernels_refuse_it(name, graph):
         "route": lambda: (route_triton(logits, RoutingConfig(top_k=2))[0], logits),
         "balance_loss": lambda: (balance_loss_triton(logits, ids, BalanceConfig()), logits),
         "z_loss": lambda: (z_loss_triton(logits), logits),
+        "dispatch": lambda: (dispatch_triton(rows, ids.expand(2, 5, 2).reshape(10, 2), 4)[0], rows),
         "combine": lambda: (
             combine_triton(rows, rows_of_all_slots(ids, 4), torch.rand(5, 2)), rows
         ),

@@ -10,6 +10,8 @@ from moe_optimized.dispatch import (
     gather_sum,
     places_of,
     spread,
+    spread_torch,
+    spread_triton,
 )
 from moe_optimized.interpreter import launches
 from moe_reference import dispatch as reference
@@ -50,6 +52,48 @@ def test_dispatch_agrees_with_the_reference(implementation, shape, dtype, assert
     rows.sum().backward()
     expected.sum().backward()
     assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.triton
+@dtypes
+@shapes
+def test_rows_leave_with_their_weights(shape, dtype, assert_close):
+    T, K, E, H = shape
+    ids = torch.randint(-2, E + 2, (T, K))
+    x, weights = torch.randn(T, H + 3).to(dtype)[:, 3:], torch.rand(T, K)
+    weights[(ids < 0) | (ids >= E)] = float("nan")
+    _, _, slots = reference.dispatch(x, ids, E)
+    cotangent = torch.randn(len(slots), H).to(dtype)
+    found = []
+    for run in (spread_triton, spread_torch):
+        leaves = x.clone().requires_grad_(), weights.clone().requires_grad_()
+        rows = run(leaves[0], slots, K, leaves[1])
+        rows.backward(cotangent)
+        found.append((rows, leaves[0].grad, leaves[1].grad))
+    (rows, *gradients), (expected, *expected_gradients) = found
+    assert torch.equal(rows, expected)
+    for actual, right in zip(gradients, expected_gradients, strict=True):
+        assert actual.dtype is right.dtype
+        # Products are rounded to x's dtype before torch adds them up.
+        assert_close(actual, right, dtype)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("weighted", [False, True])
+def test_rows_of_nobody_are_zero_and_have_no_gradient(weighted, assert_close):
+    x = torch.randn(3, 5, requires_grad=True)
+    weights = torch.rand(3, 2, requires_grad=True) if weighted else None
+    slots = torch.tensor([4, 0, 1, 6, 6])
+    rows = spread_triton(x, slots, 2, weights)
+    expected = spread_torch(x, slots[:3], 2, weights)
+    assert torch.equal(rows, torch.cat([expected, torch.zeros(2, 5)]))
+    cotangent = torch.randn(5, 5)
+    leaves = (x, weights) if weighted else (x,)
+    found = torch.autograd.grad(rows, leaves, cotangent)
+    for actual, right in zip(
+        found, torch.autograd.grad(expected, leaves, cotangent[:3]), strict=True
+    ):
+        assert_close(actual, right)
 
 
 @combines
@@ -149,6 +193,12 @@ def test_the_kernels_are_launched():
     x, ids = torch.randn(4, 3), torch.randint(0, 3, (4, 2))
     rows, _, slots = dispatch_triton(x, ids, 3)
     combine_triton(rows, slots, torch.rand(4, 2))
-    assert launches - before == {"align_place_kernel": 1, "combine_rows_kernel": 1}
+    assert launches - before == {
+        "align_place_kernel": 1,
+        "spread_rows_kernel": 1,
+        "combine_rows_kernel": 1,
+    }
+    with pytest.raises(TypeError, match="x: expected dtype"):
+        dispatch_triton(x.double(), ids, 3)
     with pytest.raises(TypeError, match="rows: expected dtype"):
         combine_triton(rows.double(), slots, torch.rand(4, 2))

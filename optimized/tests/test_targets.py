@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from moe_conformance.codec import walk
 from moe_conformance.executor import InlineExecutor
 from moe_conformance.registry import requirement_named
@@ -34,6 +35,7 @@ PROVIDED = {
     "experts",
     "experts_batched",
     "layer",
+    "expert_parallel",
     "dequantize",
     "experts_quantized",
 }
@@ -72,6 +74,7 @@ def arguments(dtype=torch.float32):
         "experts": (x, experts, torch.rand(5, 2), ids, how),
         "experts_batched": (torch.randn(3, 2, 8).to(dtype), counts, experts, how),
         "layer": (x[None], layer, LayerConfig(routing)),
+        "expert_parallel": (x, torch.rand(5, 2), ids, experts, 3, how, None),
         "dequantize": (down,),
         "experts_quantized": (x, QuantizedExperts(gate_up, down), torch.rand(5, 2), ids, how),
     }
@@ -86,7 +89,15 @@ def test_provides_what_it_says(target):
     assert type(target.capabilities).from_json(target.capabilities.to_json()) == target.capabilities
 
 
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()
+
+
 @targets
+@pytest.mark.usefixtures("one_rank")
 def test_every_operation_answers_in_every_declared_dtype(target):
     device = target.capabilities.devices[0]
     if device == "cuda":
@@ -98,6 +109,9 @@ def test_every_operation_answers_in_every_declared_dtype(target):
             # Only the kernels' target launches any, and all of its operations do.
             assert (launches.total() > before) == (target is OptimizedTriton)
 
+
+AMONG_RANKS = {"expert_parallel"}
+"""Ranks in one process are threads, and the interpreter is not made for those."""
 
 MOVED_BACK_IN_TORCH = ("dispatch", "combine")
 """Whose gradients are copies and sums of rows; the layer's have kernels of their own."""
@@ -158,9 +172,9 @@ def test_what_the_suite_is_given_comes_from_kernels():
     for id in ASKED:
         found = run_requirement(requirement_named(id), scope, executor, Effort(2, 1, 0), 0)
         assert found.status == "pass", (id, found.message)
-    assert set(target.answers) == set(OptimizedTriton.operations())
-    differentiable = set(OptimizedTriton.capabilities.gradients) - set(MOVED_BACK_IN_TORCH)
-    assert set(target.gradients) == differentiable
+    assert set(target.answers) == set(OptimizedTriton.operations()) - AMONG_RANKS
+    elsewhere = {*MOVED_BACK_IN_TORCH, *AMONG_RANKS}
+    assert set(target.gradients) == set(OptimizedTriton.capabilities.gradients) - elsewhere
 
 
 @pytest.mark.triton
@@ -183,6 +197,7 @@ def test_rounded_rows_are_the_float8_targets(format):
 
 
 @pytest.mark.triton
+@pytest.mark.usefixtures("one_rank")
 def test_float64_is_unsupported_by_the_kernels():
     for operation, given in arguments(torch.float64).items():
         if not operation.startswith("align"):

@@ -1,4 +1,3 @@
-import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -11,108 +10,38 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_reference import expert_parallel as module
-from moe_reference.config import ExpertsConfig, ExpertWeights, Placement
+from moe_reference.config import ExpertWeights
 from moe_reference.dispatch import dispatch
 from moe_reference.expert_parallel import (
     exchange_counts,
     expert_major,
     expert_parallel,
     expert_parallel_on_list,
-    held_experts,
 )
-from moe_reference.expert_slicing import slice_experts, take_experts
-from moe_reference.experts import experts, init_experts
+from moe_reference.expert_slicing import slice_experts
+from moe_reference.experts import experts
 from moe_reference.placement import make_placement, place_experts
 from moe_reference.ranks import ListOfRanks, all_gather, all_reduce, mesh_of_list
 
 _spec = importlib.util.spec_from_file_location(
-    "ranks_of_threads", Path(__file__).with_name("ranks_of_threads.py")
+    "rank_problems", Path(__file__).with_name("rank_problems.py")
 )
-_threads = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_threads)
-on_ranks, exchanges = _threads.on_ranks, _threads.exchanges
-
-H, I = 4, 3
-CONFIGS = [
-    ExpertsConfig("silu"),
-    ExpertsConfig("gelu", gated=False, weight_on="input"),
-    ExpertsConfig("swigluoai", limit=0.7),
-]
-# Both sides add the same float64 products in another order.
-TIGHT = {"rtol": 1e-12, "atol": 1e-12}
-OUTSIDE = (-1, -7, 99)
-
-
-@dataclasses.dataclass
-class Problem:
-    """The tokens of each rank, and all experts."""
-
-    counts: list
-    num_experts: int
-    top_k: int = 2
-    config: ExpertsConfig = CONFIGS[0]
-    seed: int = 0
-    dtype: torch.dtype = torch.float64
-    placement: Placement | None = None
-
-    def __post_init__(self):
-        generator = torch.Generator().manual_seed(self.seed)
-        whole = init_experts(
-            self.num_experts, H, I, self.config.gated, True, generator, dtype=torch.float64
-        )
-        self.whole = ExpertWeights(**{n: t.to(self.dtype) for n, t in vars(whole).items()})
-        self.xs, self.weights, self.ids, self.targets = [], [], [], []
-        for count in self.counts:
-            draw = torch.randn(2, count, H, generator=generator, dtype=torch.float64)
-            x, target = draw.to(self.dtype)
-            shape = count, self.top_k
-            w = torch.rand(shape, generator=generator, dtype=torch.float64)
-            ids = torch.randint(0, max(self.num_experts, 1), shape, generator=generator)
-            where = torch.rand(shape, generator=generator)
-            for outside, share in zip(OUTSIDE, (0.05, 0.1, 0.15), strict=True):
-                gone = (where < share) & (where >= share - 0.05)
-                ids = ids.masked_fill(gone, outside)
-            gone = (ids < 0) | (ids >= self.num_experts)
-            self.xs.append(x)
-            self.weights.append(w.masked_fill(gone, float("nan")))
-            self.ids.append(ids)
-            self.targets.append(target)
-
-    @property
-    def world_size(self):
-        return len(self.counts)
-
-    def locals(self):
-        held = held_experts(self.num_experts, self.world_size, self.placement)
-        if self.placement is not None:
-            logical = self.placement.physical_to_logical.tolist()
-            held = [[logical[p] for p in ids] for ids in held]
-        return held, [take_experts(self.whole, ids) for ids in held]
-
-
-def leaf(tensor):
-    return tensor.detach().clone().requires_grad_()
-
-
-def leaves(weights):
-    return ExpertWeights(**{n: leaf(t) for n, t in vars(weights).items()})
-
-
-def gradients(weights):
-    return {name: tensor.grad for name, tensor in vars(weights).items()}
-
-
-def on_one_rank(problem):
-    """Outputs and gradients of every token and every expert without any ranks: `experts`."""
-    whole = leaves(problem.whole)
-    xs, weights = [*map(leaf, problem.xs)], [*map(leaf, problem.weights)]
-    outputs = [
-        experts(x, whole, w, ids, problem.config)
-        for x, w, ids in zip(xs, weights, problem.ids, strict=True)
-    ]
-    loss = sum((y * t).sum() for y, t in zip(outputs, problem.targets, strict=True))
-    loss.backward()
-    return outputs, [x.grad for x in xs], [w.grad for w in weights], gradients(whole)
+_problems = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_problems)
+AWKWARD, CONFIGS, H, Problem = (
+    _problems.AWKWARD,
+    _problems.CONFIGS,
+    _problems.H,
+    _problems.Problem,
+)
+on_ranks, on_threads, exchanges = _problems.on_ranks, _problems.on_threads, _problems.exchanges
+leaf, leaves, gradients, summed = (
+    _problems.leaf,
+    _problems.leaves,
+    _problems.gradients,
+    _problems.summed,
+)
+assert_same, differs, on_one_rank = _problems.assert_same, _problems.differs, _problems.on_one_rank
 
 
 def on_a_list(problem, run=expert_parallel_on_list):
@@ -126,48 +55,6 @@ def on_a_list(problem, run=expert_parallel_on_list):
     loss.backward()
     of_ranks = [gradients(local) for local in locals_]
     return outputs, [x.grad for x in xs], [w.grad for w in weights], summed(problem, held, of_ranks)
-
-
-def on_threads(problem, call=expert_parallel):
-    held, locals_ = problem.locals()
-
-    def run(rank):
-        x, w = leaf(problem.xs[rank]), leaf(problem.weights[rank])
-        local = leaves(locals_[rank])
-        placement = problem.placement
-        args = problem.ids[rank], local, problem.num_experts, problem.config, None, placement
-        y = call(x, w, *args)
-        (y * problem.targets[rank]).sum().backward()
-        return y.detach(), x.grad, w.grad, gradients(local)
-
-    outputs, x_grads, w_grads, of_ranks = zip(*on_ranks(problem.world_size, run), strict=True)
-    return [*outputs], [*x_grads], [*w_grads], summed(problem, held, of_ranks)
-
-
-def summed(problem, held, of_ranks):
-    """The gradients of the ranks put together; those of the copies of an expert are added."""
-    together = {}
-    for name, tensor in vars(problem.whole).items():
-        together[name] = torch.zeros_like(tensor)
-        for ids, local in zip(held, of_ranks, strict=True):
-            assert local[name] is not None, name
-            together[name].index_add_(0, torch.tensor(ids, dtype=torch.int64), local[name])
-    return together
-
-
-def assert_same(got, expected, **tolerance):
-    tolerance = tolerance or TIGHT
-    for one, other in zip(got[:3], expected[:3], strict=True):
-        for a, b in zip(one, other, strict=True):
-            torch.testing.assert_close(a, b, **tolerance)
-    for name, gradient in expected[3].items():
-        torch.testing.assert_close(got[3][name], gradient, **tolerance)
-
-
-def differs(got, expected):
-    with pytest.raises(AssertionError):
-        assert_same(got, expected)
-    return True
 
 
 # Any number of ranks computes what one rank computes
@@ -197,21 +84,6 @@ def problems(draw, most_ranks=8):
 @given(problems())
 def test_a_list_of_ranks_computes_what_one_rank_computes(problem):
     assert_same(on_a_list(problem), on_one_rank(problem))
-
-
-AWKWARD = {
-    "one rank": Problem([5], 3),
-    "even": Problem([4, 4], 4),
-    "one idle rank": Problem([6, 0], 4),
-    "all idle": Problem([0, 0, 0], 4),
-    "uneven": Problem([3, 1, 7], 5, config=CONFIGS[1]),
-    "ranks without experts": Problem([3, 2, 4, 1], 2),
-    "one expert, one busy rank": Problem([0, 0, 5, 0], 1, config=CONFIGS[2]),
-    "no experts": Problem([2, 3], 0),
-    "copies": Problem(
-        [5, 0, 2], 3, placement=make_placement(torch.tensor([2, 0, 0, 1, 2, 0]), 3, 3)
-    ),
-}
 
 
 @pytest.mark.parametrize("name", AWKWARD)
