@@ -48,7 +48,7 @@ notebooks: setup ## run every notebook that has changed from the first cell to t
 	$(BIN)/python docs/run_notebooks.py
 
 lab: setup ## open the notebooks in JupyterLab
-	cd notebooks && ../$(BIN)/jupyter lab
+	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" notebooks/01_gating.ipynb
 
 bench: setup ## time the experts on this processor, and dry-run the timing matrix of `make gpu`
 	$(BIN)/python benchmarks/cpu_experts.py --operation forward

@@ -41,6 +41,7 @@ import html
 import io
 import json
 import os
+import posixpath
 import re
 import shlex
 import shutil
@@ -79,6 +80,8 @@ MARKER = re.compile(r"<!-- (requirements|requirements table|operations table|con
 LOADERS = re.compile(r"<!-- Load mathjax -->.*?<!-- End of mermaid configuration -->", re.DOTALL)
 THREAD = re.compile(r"([\w./-]+) ?(#\d+)")
 ANY_COMMENT = re.compile(r"<!-- [a-z ]+(?::.*?)? -->")
+BESIDE = re.compile(r'(?<= href=")(?!\w+:|#)([^"#]+)(?=[#"])')
+"""The file that a link of a notebook leads to, where it is one of this repository."""
 
 PAGES = {
     area: f"spec/{area}.md" for area in AREAS.values() if (DOCS / "spec" / f"{area}.md").exists()
@@ -169,6 +172,21 @@ def on_page_markdown(markdown, page, config, files):
     if unknown:
         raise PluginError(f"{page.file.src_uri}: unknown marker {unknown[0]}")
     return filled
+
+
+def on_page_content(content, page, config, files):
+    """Turn a notebook's links, which fit its folder in the repository, into those of the site."""
+    if not page.file.src_uri.endswith(".ipynb"):
+        return content
+
+    def address(link):
+        path = posixpath.normpath(posixpath.join("notebooks", link[1]))
+        target = files.get_file_from_path(path.removeprefix("docs/"))
+        if target is None or not target.is_documentation_page():
+            raise PluginError(f"{page.file.src_uri}: {link[1]} leads to no page")
+        return get_relative_url(target.url, page.url)
+
+    return BESIDE.sub(address, content)
 
 
 def on_post_page(output, page, config):
