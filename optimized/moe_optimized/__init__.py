@@ -3,7 +3,8 @@
 | module | what it holds |
 |---|---|
 | `gating`, `load_balancing`, `alignment`, `dispatch`, `experts`, `layer` | the functions |
-| `quantized_experts`, `quantized_layout` | the same for packed weights; `prepare`, for a loader |
+| `quantized_experts`, `quantized_layout` | the same for packed weights, and their layout |
+| `quantized_loading` | `load_prepared_experts`: read and laid out, once |
 | `modules` | the layer as a module, and `optimize`, which turns the layers of a model |
 | `transformers_experts` | `use_fast_experts`, for a model of Hugging Face transformers |
 | `operators` | the functions as operators of torch, for `torch.compile` |
