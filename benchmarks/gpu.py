@@ -23,7 +23,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from moe_optimized.gating import route, route_triton
 from moe_optimized.interpreter import HAS_TRITON, launch
 from moe_optimized.quantized_experts import experts_quantized, experts_quantized_triton
 from moe_optimized.quantized_layout import prepare
+from moe_reference.activation_quantization import round_activations
 from moe_reference.config import ExpertsConfig, ExpertWeights, RoutingConfig
 from moe_reference.quantization import dequantize, packed_bytes, quantize_experts
 from peers import PEERS, Given, imported, look_in_folder
@@ -74,10 +75,10 @@ FIRST_CALLS = 40.0
 """Seconds that the first calls of a peer may take in all: some try out tiles for minutes."""
 
 PACKED = {
-    "fp8": ("e4m3", {"granularity": "block", "block_size": 128}),
-    "w4a16": ("uint4b8", {"group_size": 32, "scale_dtype": torch.float16}),
+    "fp8": ("e4m3", {"granularity": "block", "block_size": 128}, "e4m3_block"),
+    "w4a16": ("uint4b8", {"group_size": 32, "scale_dtype": torch.float16}, None),
 }
-"""Format and options of weights that are packed; x and the products stay as they are."""
+"""Format and options of weights that are packed, and what rows are rounded to before a product."""
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
 """Of the norm: a bfloat16 has a relative error of 1.7e-3 (root mean square), and four of them add
@@ -105,7 +106,8 @@ class Case:
 class Work:
     """The implementations of a row, what they have to give, and what it takes at least.
 
-    `ways` are the ways of timing on a GPU; `capturable` those that a graph can hold.
+    `ways` are the ways of timing on a GPU; `capturable` those that a graph can hold. `expected_of`
+    has what an implementation has to give that computes something else than the others.
     """
 
     sizes: dict[str, Any]
@@ -118,6 +120,7 @@ class Work:
     absent: dict[str, str] = field(default_factory=dict)
     exact: bool = False
     dtype: torch.dtype | None = None
+    expected_of: dict[str, Callable[[], Tensors]] = field(default_factory=dict)
 
 
 def plan() -> list[Case]:
@@ -311,6 +314,8 @@ class Bench:
         row |= {"flops": work.flops, "bytes": work.bytes, **self._floor(work)}
         row |= {"absent": work.absent, "wrong": {}, "first_call_s": {}, "ways": {}}
         good = self._checked(work, row)
+        if case.kind in PACKED:
+            row["peak_bytes"] = {name: forward_peak(run, self.device) for name, run in good.items()}
         ways = work.ways if self.device == "cuda" else ("cpu",)
         for way in ways:
             self._time(way, {n: r for n, r in good.items() if self._takes(n, way, work)}, row)
@@ -335,7 +340,8 @@ class Bench:
                 # The first result: a backward may write over what its graph keeps.
                 seconds, given = one_call(self.clock, run)
                 given = given if isinstance(given, tuple) else (given,)
-                wrong = difference(given, expected, work.dtype or self.dtype, work.exact)
+                right = work.expected_of[name]() if name in work.expected_of else expected
+                wrong = difference(given, right, work.dtype or self.dtype, work.exact)
             except Exception as error:
                 self._lost(name, error)
                 row["absent"][name] = f"{type(error).__name__}: {_first_line(error)}"
@@ -504,10 +510,11 @@ class Bench:
     def _packed(self, case: Case) -> Work:
         given, sizes = self._drawn(case, training=False)
         x, weights, ids, gate_up, down = given
-        format, options = PACKED[case.kind]
+        format, options, rounded = PACKED[case.kind]
         if self.tiny:
             options = {n: 16 if isinstance(each, int) else each for n, each in options.items()}
         packed = quantize_experts(ExpertWeights(gate_up, down), format, **options)
+        packed = replace(packed, activation_format=rounded)
         # What is packed is what counts, so the unpacked weights go to everybody.
         plain = [dequantize(each) for each in (packed.gate_up, packed.down)]
         matrices = ExpertWeights(*(each.to(x.dtype) for each in plain))
@@ -521,14 +528,23 @@ class Bench:
         flops, unpacked = forward_floor(T, H, I, K, sizes["touched"], x.element_size())
         one = sum(packed_bytes(each) for each in (packed.gate_up, packed.down)) // sizes["E"]
         saved = 3 * H * I * x.element_size() - one
+        sizes |= {"activations": rounded, "one_expert_bytes": 3 * H * I * x.element_size()}
+        unrounded = Given(x, weights, ids, *plain)
+
+        def rows_of(rows: torch.Tensor) -> torch.Tensor:
+            # As the kernels have them: hidden rows are of x's dtype before they are rounded.
+            narrow = rows.to(x.dtype).float()
+            return round_activations(narrow, rounded, packed.down.group_size).to(rows.dtype)
+
         return Work(
             sizes,
             {name: torch.no_grad()(run) for name, run in runs.items()},
-            lambda: (_expected(Given(x, weights, ids, *plain)),),
+            lambda: (_expected(unrounded, rows_of=rows_of if rounded else None),),
             flops,
             unpacked - sizes["touched"] * saved,
             ("eager", "graph"),
             {OURS, "unpacked"},
+            expected_of={"unpacked": lambda: (_expected(unrounded),)} if rounded else {},
         )
 
     def _grouped_gemm(self, case: Case) -> Work:
@@ -776,6 +792,18 @@ def peak_bytes(
     return torch.cuda.max_memory_allocated() - before
 
 
+def forward_peak(run: Callable[[], Any], device: str) -> int | None:
+    """The most memory that a call takes on top of what was there; None on a CPU."""
+    if device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def difference(
     given: Sequence[torch.Tensor], expected: Tensors, dtype: torch.dtype, exact: bool
 ) -> str | None:
@@ -818,8 +846,18 @@ def _wide(operations: int) -> torch.dtype:
     return torch.float64 if operations < 1e9 else torch.float32
 
 
-def _expected(given: Given, wide: torch.dtype | None = None) -> torch.Tensor:
-    """A product per expert in a wider dtype, one expert's matrices widened at a time."""
+def _expected(
+    given: Given,
+    wide: torch.dtype | None = None,
+    rows_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """A product per expert in a wider dtype, one expert's matrices widened at a time.
+
+    Args:
+        given: what everybody gets.
+        wide: the dtype, or None for that of `_wide`.
+        rows_of: what becomes of the rows before each product, or None: they stay as they are.
+    """
     x, weights, ids, gate_up, down = given
     wide = wide or _wide(ids.numel() * down[0].numel())
     out = torch.zeros(x.shape, dtype=wide, device=x.device)
@@ -827,8 +865,12 @@ def _expected(given: Given, wide: torch.dtype | None = None) -> torch.Tensor:
         tokens, ks = torch.where(ids == e)
         if tokens.numel() == 0:
             continue
-        gate, up = F.linear(x[tokens].to(wide), gate_up[e].to(wide)).chunk(2, dim=-1)
-        rows = F.linear(F.silu(gate) * up, down[e].to(wide))
+        rows = x[tokens].to(wide)
+        rows = rows if rows_of is None else rows_of(rows)
+        gate, up = F.linear(rows, gate_up[e].to(wide)).chunk(2, dim=-1)
+        hidden = F.silu(gate) * up
+        hidden = hidden if rows_of is None else rows_of(hidden)
+        rows = F.linear(hidden, down[e].to(wide))
         out = out.index_add(0, tokens, rows * weights[tokens, ks, None].to(wide))
     return out
 

@@ -118,6 +118,7 @@ CONCEPT_OF = {
     "layouts": "experts",
     "loading": "quantization",
     "loss_graph": "load_balancing",
+    "marlin_float8": "quantization",
     "marlin_layout": "quantization",
     "packed_joining": "quantization",
     "packed_slicing": "quantization",

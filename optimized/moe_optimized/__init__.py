@@ -4,7 +4,8 @@
 |---|---|
 | `gating`, `load_balancing`, `alignment`, `dispatch`, `experts`, `layer` | the functions |
 | `expert_parallel` | the same for experts that are spread over the ranks of a process group |
-| `quantized_experts`, `quantized_layout` | the same for packed weights; `prepare`, for a loader |
+| `quantized_experts`, `quantized_layout` | the same for packed weights, and their layout |
+| `quantized_loading` | `load_prepared_experts`: read and laid out, once |
 | `modules` | the layer as a module, and `optimize`, which turns the layers of a model |
 | `transformers_experts` | `use_fast_experts`, for a model of Hugging Face transformers |
 | `operators` | the functions as operators of torch, for `torch.compile` |

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import moe_optimized.quantized_experts
 import pytest
 import torch
 
@@ -194,6 +195,29 @@ def test_memory_counts_what_is_kept_and_not_the_matrices(bench, modules):
     row = bench.row(gpu.Case("memory", "OLMoE-1B-7B", 4096))
     assert row["implementations"]["moespec"]["kept_bytes"] <= row["kept_at_most"]
     assert row["implementations"]["moespec"]["peak_bytes"] is None
+
+
+@pytest.mark.parametrize("kind", ["fp8", "w4a16"])
+def test_rows_of_packed_experts_round_what_they_are_to_round(bench, modules, monkeypatch, kind):
+    gpu, given = modules["gpu"], []
+
+    def seen(x, packed, *rest):
+        given.append(packed)
+        return moe_optimized.quantized_experts.experts_quantized(x, packed, *rest)
+
+    monkeypatch.setattr(gpu, "experts_quantized", seen)
+    row = bench.row(gpu.Case(kind, "Qwen3-30B-A3B", 64))
+    expected = "e4m3_block" if kind == "fp8" else None
+    assert {each.activation_format for each in given} == {row["activations"]} == {expected}
+    assert row["wrong"] == {}
+    assert set(row["ways"]["cpu"]) == {"moespec", "unpacked"}
+    # Measured on a GPU alone.
+    assert row["peak_bytes"] == {"moespec": None, "unpacked": None}
+    # Rounded rows are no rounding of the result: they are told from those that are not.
+    work = bench._packed(gpu.Case(kind, "Qwen3-30B-A3B", 64))
+    plain = work.runs["unpacked"]()
+    wrong = gpu.difference((plain,), work.expected(), torch.float32, False)
+    assert (wrong is None) == (kind == "w4a16")
 
 
 def test_a_dry_run_writes_every_row_and_an_end(tmp_path, modules):

@@ -46,7 +46,7 @@ class MarlinTensor:
     """A matrix of each of E experts as Marlin's kernels read it.
 
     Attributes:
-        format: uint4b8, uint8b128 or uint4.
+        format: uint4b8, uint8b128 or uint4; e4m3 of `marlin_float8`.
         qweight: int32 [E, D / 16, O · bits / 2].
         scales: [E, G, O], permuted.
         zeros: int32 [E, G, O / 8], permuted and packed, or None.
@@ -102,7 +102,7 @@ def to_marlin(tensor: QuantizedTensor) -> MarlinTensor:
         check_zeros(tensor.zeros[:, :O], 0, 15, "4 bits")
         zeros_EGO = _rows_by_thread(tensor.zeros[:, :O].transpose(1, 2))
         zeros = pack_words(zeros_EGO, 4, "awq")
-    scales_EGO = _permute_scales(tensor.scales[:, :O].transpose(1, 2))
+    scales_EGO = permute_scales(tensor.scales[:, :O].transpose(1, 2))
     return MarlinTensor(
         tensor.format, qweight, scales_EGO, zeros, g_idx, sort_indices, tensor.group_size,
         tensor.shape,
@@ -145,7 +145,7 @@ def from_marlin(marlin: MarlinTensor) -> QuantizedTensor:
     tensor = QuantizedTensor(
         marlin.format,
         pack_words(codes_EOD, bits),
-        _permute_scales(marlin.scales).transpose(1, 2).contiguous(),
+        permute_scales(marlin.scales).transpose(1, 2).contiguous(),
         zeros,
         g_idx,
         group_size=marlin.group_size,
@@ -215,12 +215,19 @@ def from_marlin_words(words: torch.Tensor, bits: int) -> torch.Tensor:
     return tiles.permute(0, 2, 5, b, 3, 1, h, 4, p).flatten(5, 8).flatten(1, 4).contiguous()
 
 
-def _permute_scales(scales_EGO: torch.Tensor) -> torch.Tensor:
-    """To Marlin's order and back: a square is transposed, which is its own inverse."""
-    if scales_EGO.shape[1] == 1:
-        runs = scales_EGO.unflatten(2, (-1, 4, 4, 2))
+def permute_scales(scales: torch.Tensor) -> torch.Tensor:
+    """To Marlin's order and back: a square is transposed, which is its own inverse.
+
+    Args:
+        scales: [E, G, O], any dtype, O a multiple of 64.
+
+    >>> permute_scales(torch.arange(64).view(1, 1, 64)).flatten().tolist()[:8]
+    [0, 1, 8, 9, 16, 17, 24, 25]
+    """
+    if scales.shape[1] == 1:
+        runs = scales.unflatten(2, (-1, 4, 4, 2))
         return runs.transpose(3, 4).flatten(2).contiguous()
-    return _rows_by_thread(scales_EGO)
+    return _rows_by_thread(scales)
 
 
 def _rows_by_thread(rows_EGO: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,8 @@ families stand in files of their own:
 - `float8`: e4m3, with a scale per tensor, channel or block
 - `float4`: mxfp4 and nvfp4
 - `gguf_blocks`: Q8_0, Q8_1, Q4_K
-- `gptq_packing`, `awq_packing`, `marlin_layout`: where checkpoints and kernels put the same bits
+- `gptq_packing`, `awq_packing`, `marlin_layout`, `marlin_float8`: where checkpoints and kernels
+  put the same bits
 
 `quantized_tensors` says what a `QuantizedTensor` of each format holds.
 

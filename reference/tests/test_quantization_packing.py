@@ -6,6 +6,7 @@ inverse of ours.
 """
 
 import zlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,12 @@ from moe_reference.bit_packing import (
     unpack_words,
 )
 from moe_reference.gptq_packing import from_gptq, to_gptq
-from moe_reference.integer_quantization import dequantize_integer, unpack_integer
+from moe_reference.integer_quantization import (
+    dequantize_integer,
+    quantize_integer,
+    unpack_integer,
+)
+from moe_reference.marlin_float8 import from_marlin_float8, to_marlin_float8
 from moe_reference.marlin_layout import (
     from_marlin,
     from_marlin_words,
@@ -256,6 +262,94 @@ def test_an_awq_checkpoint_by_hand():
     assert read[0, :, 0].tolist() == [-7.0, -5.0, -3.0, -1.0, 1.0, 3.0, 5.0, 7.0]
 
 
+@st.composite
+def packed_as(draw, formats, awq=False):
+    """A tensor of any size that words hold, with one group or many; zero points from 0 to 15."""
+    format = draw(st.sampled_from(formats))
+    in_word = 4 if format == "uint8b128" else 8
+    D = in_word * draw(st.integers(1, 6))
+    groups = draw(st.sampled_from([G for G in range(1, D + 1) if D % G == 0]))
+    shape = (draw(st.integers(1, 3)), in_word * draw(st.integers(1, 4)), D)
+    order = not awq and draw(st.booleans())
+    seed = draw(st.integers(0, 2**32 - 1))
+    return random_tensor(format, shape, -1 if groups == 1 else D // groups, order, seed)
+
+
+def word_of(codes, bits, places):
+    """Eight or four codes in one word, as Python's integers have it."""
+    return sum(int(codes[place]) << bits * i for i, place in enumerate(places))
+
+
+@pytest.mark.parametrize("zero_points", ["v1", "v1_wrapped", "v2"])
+@settings(deadline=None, max_examples=25)
+@given(tensor=packed_as(["uint4b8", "uint8b128", "uint4"]), data=st.data())
+def test_gptq_and_back_at_any_size(zero_points, tensor, data):
+    bits = 8 if tensor.format == "uint8b128" else 4
+    in_word, (E, O, D) = 32 // bits, tensor.shape
+    G = tensor.scales.shape[2]
+    if tensor.zeros is not None and zero_points == "v1":
+        tensor.zeros.add_(1)
+    qweight, qzeros, scales, g_idx = stored = to_gptq(tensor, zero_points)
+    assert qweight.shape == (E, D // in_word, O)
+    assert qzeros.shape == (E, G, O // in_word)
+    assert torch.equal(scales, tensor.scales.transpose(1, 2))
+    e, w, o = (data.draw(st.integers(0, size - 1)) for size in qweight.shape)
+    codes = unpack_integer(tensor)[e, o, in_word * w : in_word * (w + 1)]
+    assert unsigned(qweight[e, w, o]) == [word_of(codes, bits, range(in_word))]
+    e, g, w = (data.draw(st.integers(0, size - 1)) for size in qzeros.shape)
+    if tensor.zeros is None:
+        zeros = torch.full((in_word,), 2 ** (bits - 1))
+    else:
+        zeros = tensor.zeros[e, in_word * w : in_word * (w + 1), g].int()
+    zeros = (zeros - int(zero_points != "v2")) % 2**bits
+    assert unsigned(qzeros[e, g, w]) == [word_of(zeros, bits, range(in_word))]
+    in_order = torch.arange(D).expand(E, D) // (D // G)
+    if tensor.g_idx is None or torch.equal(tensor.g_idx.long(), in_order):
+        assert torch.equal(g_idx.long(), in_order)
+        tensor = replace(tensor, g_idx=None)
+    assert_same(from_gptq(*stored, bits, zero_points, tensor.format != "uint4"), tensor)
+
+
+@settings(deadline=None, max_examples=40)
+@given(tensor=packed_as(["uint4"], awq=True), data=st.data())
+def test_awq_and_back_at_any_size(tensor, data):
+    E, O, D = tensor.shape
+    qweight, qzeros, scales = stored = to_awq(tensor)
+    assert (qweight.shape, qzeros.shape) == ((E, D, O // 8), (E, scales.shape[1], O // 8))
+    e, k, w = (data.draw(st.integers(0, size - 1)) for size in qweight.shape)
+    codes = unpack_integer(tensor)[e, 8 * w : 8 * (w + 1), k]
+    assert unsigned(qweight[e, k, w]) == [word_of(codes, 4, (0, 2, 4, 6, 1, 3, 5, 7))]
+    assert_same(from_awq(*stored), tensor)
+
+
+@pytest.mark.parametrize("format", ["uint4b8", "uint8b128", "uint4"])
+@settings(deadline=None, max_examples=25)
+@given(data=st.data())
+def test_sizes_that_words_or_groups_do_not_divide_are_refused(format, data):
+    bits = 8 if format == "uint8b128" else 4
+    in_word = 32 // bits
+    wrong = data.draw(st.integers(1, 40).filter(lambda size: size % in_word))
+    D = in_word * data.draw(st.integers(1, 4))
+    with pytest.raises(ValueError, match=f"multiple of {in_word} rows .*, got {wrong}$"):
+        to_gptq(random_tensor(format, (1, wrong, D), -1), "v2")
+    with pytest.raises(ValueError, match=f"multiple of {in_word} columns, one word of .* {wrong}$"):
+        quantize_integer(torch.zeros(1, 1, wrong), format, group_size=-1)
+    B = data.draw(st.integers(1, D).filter(lambda size: D % size))
+    with pytest.raises(ValueError, match=f"multiple of {B} columns, the group of .*, got {D}$"):
+        quantize_integer(torch.zeros(1, 1, D), format, group_size=B)
+    G = data.draw(st.integers(1, 2 * D).filter(lambda count: D % count))
+    words = torch.zeros(1, D // in_word, in_word, dtype=torch.int32)
+    zeros, scales = torch.zeros(1, G, 1, dtype=torch.int32), torch.ones(1, G, in_word)
+    with pytest.raises(ValueError, match=f"groups that divide {D} columns evenly, got {G} groups"):
+        from_gptq(words, zeros, scales, None, bits, "v2", symmetric=False)
+    if format == "uint4":
+        with pytest.raises(ValueError, match=f"multiple of 8 rows .*, got {wrong}$"):
+            to_awq(random_tensor(format, (1, wrong, D), -1))
+        words = torch.zeros(1, wrong, 1, dtype=torch.int32)
+        with pytest.raises(ValueError, match=f"columns that 8 and the 1 groups .*, got {wrong}$"):
+            from_awq(words, torch.zeros(1, 1, 1, dtype=torch.int32), torch.ones(1, 1, 8))
+
+
 def test_what_gptq_and_awq_cannot_hold_is_refused():
     words = torch.zeros(1, 2, 8, dtype=torch.int32)
     zeros, scales = torch.zeros(1, 1, 1, dtype=torch.int32), torch.ones(1, 1, 8)
@@ -360,6 +454,71 @@ def test_marlin_and_back(format, group_size, act_order):
             to_marlin(tensor)
         return
     assert_same(from_marlin(to_marlin(tensor)), tensor)
+
+
+def marlin_row(place, single):
+    """The row whose scale stands at a place, as vLLM's two tables have it."""
+    if single:
+        table = [2 * i + j for i in range(4) for j in (0, 1, 8, 9, 16, 17, 24, 25)]
+    else:
+        table = [i + 8 * j for i in range(8) for j in range(8)]
+    return place // len(table) * len(table) + table[place % len(table)]
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "block"])
+@settings(deadline=None, max_examples=8)
+@given(
+    E=st.integers(1, 2), tiles=st.integers(1, 2), columns=st.integers(1, 5),
+    B=st.sampled_from([16, 24, 128]), seed=st.integers(0, 2**32 - 1),
+)  # fmt: skip
+def test_float8_for_marlin_and_back(granularity, E, tiles, columns, B, seed):
+    O, D = 64 * tiles, 16 * columns
+    codes = random_codes(E, O, D, bits=8, seed=seed)
+    sizes = {"tensor": (1, 1), "channel": (O, 1), "block": (-(-O // B), -(-D // B))}
+    scales = torch.rand(E, *sizes[granularity], generator=torch.Generator().manual_seed(seed))
+    tensor = QuantizedTensor(
+        "e4m3",
+        codes.view(torch.float8_e4m3fn),
+        scales,
+        group_size=B if granularity == "block" else -1,
+        shape=(E, O, D),
+    )
+    marlin = to_marlin_float8(tensor)
+    # A fragment of the first tile of columns, and every scale by the rows and columns it is for.
+    assert unsigned(marlin.qweight[0, 0, :2]) == [
+        fragment_word(codes[0, :, :16], 8, 0, 0, 0, word) for word in range(2)
+    ]
+    G = marlin.scales.shape[1]
+    assert marlin.scales.shape == (E, sizes[granularity][1], O)
+    for e in range(E):
+        for g in range(G):
+            rows = [marlin_row(place, G == 1) for place in range(O)]
+            if granularity == "block":
+                rows = [row // B for row in rows]
+            elif granularity == "tensor":
+                rows = [0] * O
+            assert marlin.scales[e, g].tolist() == scales[e, rows, g].tolist()
+    back = from_marlin_float8(marlin)
+    if granularity == "tensor":
+        tensor = replace(tensor, scales=scales.expand(E, O, 1).contiguous())
+    assert (back.group_size, back.shape) == (tensor.group_size, tensor.shape)
+    assert torch.equal(back.packed.view(torch.uint8), codes)
+    assert torch.equal(back.scales, tensor.scales)
+
+
+def test_what_is_no_float8_for_marlin_is_refused():
+    with pytest.raises(ValueError, match="tensor: expected the format 'e4m3', got 'uint4'"):
+        to_marlin_float8(random_tensor())
+    codes, scales = random_codes(1, 64, 16, bits=8), torch.ones(1, 4, 1)
+    tensor = QuantizedTensor(
+        "e4m3", codes.view(torch.float8_e4m3fn), scales, group_size=16, shape=(1, 64, 16)
+    )
+    marlin = to_marlin_float8(tensor)
+    marlin.scales[0, 0, 3] = 2.0
+    with pytest.raises(ValueError, match="scales: expected the same for all rows of a block"):
+        from_marlin_float8(marlin)
+    with pytest.raises(ValueError, match="scales"):
+        from_marlin_float8(replace(marlin, scales=marlin.scales[:, :, :32]))
 
 
 def test_act_order_sorts_the_columns_by_group():
