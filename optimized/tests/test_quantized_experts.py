@@ -1,5 +1,7 @@
 """Packed experts: the layout, the kernels and the way of torch, against the reference."""
 
+import gc
+import weakref
 from collections import Counter
 from dataclasses import replace
 
@@ -7,7 +9,7 @@ import pytest
 import torch
 from moe_optimized import quantized_experts as fast
 from moe_optimized.experts_triton import TileShape
-from moe_optimized.interpreter import launches
+from moe_optimized.interpreter import COMPILED, launches
 from moe_optimized.quantized_experts import (
     experts_batched_quantized,
     experts_quantized,
@@ -20,10 +22,13 @@ from moe_reference import quantized_experts as reference
 from moe_reference.activation_quantization import round_activations
 from moe_reference.activations import activate
 from moe_reference.config import ExpertsConfig
+from moe_reference.loading import move
 from moe_reference.quantization import dequantize, quantize
 from moe_reference.quantized_slicing import slice_quantized_tensor_parallel
 from moe_reference.quantized_tensors import QuantizedExperts, QuantizedTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 FORMATS = [
     ("uint4b8", {"group_size": 32}),
@@ -470,49 +475,142 @@ def test_the_kernels_are_launched_and_the_way_of_torch_launches_none():
     assert launches - before == Counter(dequantize_kernel=1)
 
 
-class Allocations(TorchDispatchMode):
-    """The most bytes, and the most floats, of any tensor that an operation returns."""
+class LiveBytes(TorchDispatchMode):
+    """What operations allocate less what was freed again, in bytes: now, and at most.
+
+    Floats are counted apart, those of one byte not among them: they are codes.
+    """
 
     def __init__(self):
         super().__init__()
-        self.bytes, self.floats = 0, 0
+        self.now = Counter()
+        self.peak = Counter()
+        self.known = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # What is given to an operation and was not made by one was there before.
+        for t in tree_leaves((args, kwargs)):
+            if isinstance(t, torch.Tensor):
+                self.known.setdefault(t.untyped_storage(), True)
         out = func(*args, **(kwargs or {}))
-        # The interpreter looks at whole arguments, by way of operations that work in place.
-        if not func._schema.name.endswith("_"):
-            for t in out if isinstance(out, tuple | list) else (out,):
-                if isinstance(t, torch.Tensor):
-                    self.bytes = max(self.bytes, t.numel() * t.element_size())
-                    if t.is_floating_point() and t.element_size() > 1:
-                        self.floats = max(self.floats, t.numel())
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage() not in self.known:
+                self.made(t)
         return out
+
+    def made(self, t):
+        storage = t.untyped_storage()
+        self.known[storage] = True
+        kinds = ["all"]
+        if t.is_floating_point() and t.element_size() > 1:
+            kinds.append("floats")
+        for kind in kinds:
+            self.now[kind] += storage.nbytes()
+            self.peak[kind] = max(self.peak[kind], self.now[kind])
+        weakref.finalize(storage, self.freed, kinds, storage.nbytes()).atexit = False
+
+    def freed(self, kinds, size):
+        for kind in kinds:
+            self.now[kind] -= size
+
+
+def peak_of(call, device="cpu"):
+    """The most bytes that a call has at a time: all, and of floats. A GPU counts all as one."""
+    if torch.device(device).type == "cuda":
+        call()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return Counter(dict.fromkeys(("all", "floats"), torch.cuda.max_memory_allocated() - before))
+    with LiveBytes() as live:
+        out = call()
+    assert live.now["all"] >= out.numel() * out.element_size()
+    del out
+    # The interpreter's cycles keep what a kernel was given, which makes the peak no smaller.
+    gc.collect()
+    assert live.now["all"] == 0
+    return live.peak
+
+
+def test_live_bytes_are_counted_until_they_are_freed():
+    x = torch.ones(1000)
+
+    def call():
+        first = x + 1
+        second = first.view(10, 100) * 2
+        del first
+        third = second.to(torch.uint8)
+        return (second[:1] * 2) + third.sum()
+
+    # Two of 4000 bytes; a view keeps what it is of, and x was there.
+    peak = peak_of(call)
+    assert peak["floats"] == 8000
+    assert peak["all"] == 8000
+    with LiveBytes() as live:
+        view = (x + 1)[:5]
+        assert live.now["all"] == 4000
+        x.view(10, 100).add_(1)
+        assert live.now["all"] == 4000
+        del view
+        assert live.now["all"] == 0
+
+
+TEMPORARIES = 8
+"""Times a gate_up matrix in float32: what one expert's unpacking has at a time. Its codes as
+numbers, its scales spread over them and their product, in float64 where that is exact."""
+
+MEASURED = [
+    *((name, options, None) for name, options in FORMATS),
+    ("uint4b8", {"group_size": 32}, "act-order"),
+    ("uint4", {"group_size": 16}, "act-order"),
+    ("uint8b128", {"group_size": 32}, "act-order"),
+    *(("e4m3", options, rows) for rows, options in ROUNDED[3:]),
+    ("e4m3", {"block_size": 16}, "e4m3_block"),
+]
 
 
 @implementations
-@pytest.mark.parametrize("format", ["uint4b8", "uint8b128", "e4m3", "mxfp4"])
-def test_the_weights_of_all_experts_are_never_unpacked(implementation, format):
-    E, H, I, config = 8, 64, 64, ExpertsConfig()
-    options = {"e4m3": {"block_size": 32}, "mxfp4": {}}.get(format, {"group_size": 32})
+@pytest.mark.parametrize(("format", "options", "how"), MEASURED, ids=lambda v: str(v))
+def test_the_weights_of_all_experts_are_never_unpacked(implementation, format, options, how):
+    E, T, K, config = 12, 4, 2, ExpertsConfig()
+    H = I = 96 if options.get("group_size") in (24, 48) else 64
+    device = "cuda" if implementation is experts_quantized_triton and COMPILED else "cpu"
     experts = quantize_experts_of(format, options, E=E, H=H, I=I)
-    x, weights, ids = torch.randn(4, H), torch.rand(4, 2), torch.randint(0, E, (4, 2))
-    one = 2 * I * H
-    with Allocations() as found:
-        implementation(x, experts, weights, ids, config)
-    # Laying out makes no floats but scales; the way of torch those of one expert.
-    assert found.floats <= one
-    if implementation is experts_quantized_triton:
-        packed = experts.gate_up.packed
-        assert found.bytes <= packed.numel() * packed.element_size()
-        assert found.floats < one
-
-    prepared = prepare(experts)
-    with Allocations() as found:
-        implementation(x, prepared, weights, ids, config)
-    assert found.floats <= one
-    if implementation is experts_quantized_triton:
-        # The eight pairs' hidden and output rows.
-        assert found.bytes <= 4 * 8 * max(H, I)
+    if how == "act-order":
+        parts = []
+        for D, tensor in ((H, experts.gate_up), (I, experts.down)):
+            order = act_order(E, D, D // options["group_size"])
+            parts.append(quantize(dequantize(tensor), format, g_idx=order, **options))
+        experts = QuantizedExperts(*parts)
+    elif how is not None:
+        experts = replace(experts, activation_format=how)
+    x, weights, ids = torch.randn(T, H), torch.rand(T, K), torch.randint(0, E, (T, K))
+    prepared, x, weights, ids = (
+        each.to(device) if isinstance(each, torch.Tensor) else move(each, device)
+        for each in (prepare(experts), x, weights, ids)
+    )
+    one_matrix = 4 * 2 * I * H
+    # Groups that no part fits are filled up with columns of nobody, which are unpacked as well.
+    laid_out = prepared.gate_up.packed.shape[1] * prepared.gate_up.run
+    filled_matrix = one_matrix * laid_out // H
+    # Rows of x as codes, hidden rows, output rows, and the result; what else there is are indices.
+    activations = 4 * (2 * T * H + T * K * (2 * I + H))
+    for given in (prepared, move(experts, device)):
+        peak = peak_of(lambda given=given: implementation(x, given, weights, ids, config), device)
+        if implementation is experts_quantized_torch:
+            matrix = filled_matrix if given is prepared else one_matrix
+            assert peak["floats"] <= activations + TEMPORARIES * matrix
+        elif given is prepared:
+            # A GPU gives out whole pieces of 512 bytes, tables of indices among them.
+            assert device == "cuda" or peak["floats"] <= activations
+            assert peak["all"] < one_matrix
+        else:
+            # The layout is made on the way: codes of one expert beside that, and no floats of it.
+            packed = sum(each.packed.nbytes for each in (prepared.gate_up, prepared.down))
+            assert peak["all"] < 2 * packed + 2 * one_matrix
+        assert peak["floats"] < E * filled_matrix
 
 
 def test_what_is_prepared_is_a_copy():
