@@ -21,6 +21,7 @@ from moe_reference.checks import FLOATS, IDS, check_count, check_tensor
 
 from moe_optimized.alignment import local_ids, sort_slots, tile_table
 from moe_optimized.autograd import once
+from moe_optimized.compiling import opaque
 from moe_optimized.interpreter import (
     INTERPRETED,
     KERNEL_DTYPES,
@@ -68,6 +69,7 @@ def dispatch_torch(
     return _move(x, expert_ids.shape[1], order, ends)
 
 
+@opaque
 def dispatch_triton(
     x: torch.Tensor, expert_ids: torch.Tensor, num_experts: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -99,6 +101,7 @@ def _move(
     return torch.where(here[:, None], rows, 0.0), counts, torch.where(here, order, order.numel())
 
 
+@opaque
 def combine(rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Add each token's weighted rows up in float32 (float64 for float64 rows).
 
@@ -118,6 +121,7 @@ def combine(rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> t
     return run(rows, slots, weights)
 
 
+@opaque
 def combine_torch(rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """As `combine`, in whole-tensor torch operations."""
     _check_combine(rows, slots, weights)
@@ -131,6 +135,7 @@ def combine_torch(rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor
     return gather_sum(weighted, slots, T, K).to(rows.dtype)
 
 
+@opaque
 def combine_triton(rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """As `combine`, in one Triton kernel; float64 is not supported.
 
