@@ -8,7 +8,7 @@
 | `quantized_loading` | `load_prepared_experts`: read and laid out, once |
 | `modules` | the layer as a module, and `optimize`, which turns the layers of a model |
 | `transformers_experts` | `use_fast_experts`, for a model of Hugging Face transformers |
-| `operators` | the functions as operators of torch, for `torch.compile` |
+| `operators`, `quantized_operators` | the functions as operators of torch, for `torch.compile` |
 | `targets` | the functions as targets of the conformance suite |
 | `interpreter` | whether there is Triton and a GPU, and what that changes |
 
@@ -21,6 +21,7 @@ What they are made of:
 | module | what it holds |
 |---|---|
 | `autograd` | backward passes that are written out, and refuse their own gradient |
+| `compiling` | functions that the compiler of torch does not look into |
 | `activations`, `scores` | the activations of experts, the scores of routers |
 | `router` | the product in front of the routing |
 | `gating_backward`, `load_balancing_kernels` | kernels of the concept before the underscore |

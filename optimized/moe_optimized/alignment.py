@@ -20,12 +20,14 @@ from dataclasses import dataclass
 import torch
 from moe_reference.checks import IDS, check_count, check_tensor
 
+from moe_optimized.compiling import opaque
 from moe_optimized.interpreter import COMPILED, INTERPRETED, jit, launch, power_of_two, tl
 
 _LARGEST = torch.iinfo(torch.int32).max
 _CHUNK = 4096
 
 
+@opaque
 def align(
     expert_ids: torch.Tensor,
     block_size: int,
@@ -55,6 +57,7 @@ def align(
     return run(expert_ids, block_size, num_experts, expert_map, drop_invalid)
 
 
+@opaque
 def align_batched(
     tokens_per_expert: torch.Tensor, max_tokens: int, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -78,6 +81,7 @@ def align_batched(
     return run(tokens_per_expert, max_tokens, block_size)
 
 
+@opaque
 def align_torch(
     expert_ids: torch.Tensor,
     block_size: int,
@@ -100,6 +104,7 @@ def align_torch(
     return _fill(order, expert_of, rank, here, counts, names, size, block_size, expert_ids.numel())
 
 
+@opaque
 def align_batched_torch(
     tokens_per_expert: torch.Tensor, max_tokens: int, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -113,6 +118,7 @@ def align_batched_torch(
     return _fill(rows, expert_of, rank, here, counts, None, size, block_size, rows.numel())
 
 
+@opaque
 def align_triton(
     expert_ids: torch.Tensor,
     block_size: int,
@@ -262,6 +268,7 @@ def _place(
     )
 
 
+@opaque
 def align_batched_triton(
     tokens_per_expert: torch.Tensor, max_tokens: int, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

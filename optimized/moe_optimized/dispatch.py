@@ -23,6 +23,7 @@ from moe_reference.checks import FLOATS, IDS, check_count, check_tensor
 
 from moe_optimized.alignment import local_ids, sort_slots, tile_table
 from moe_optimized.autograd import once
+from moe_optimized.compiling import opaque
 from moe_optimized.interpreter import (
     INTERPRETED,
     KERNEL_DTYPES,
@@ -70,6 +71,7 @@ def dispatch_torch(
     return spread_torch(x, slots, expert_ids.shape[1]), counts, slots
 
 
+@opaque
 def dispatch_triton(
     x: torch.Tensor, expert_ids: torch.Tensor, num_experts: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -151,6 +153,7 @@ def spread_triton(
     return _SpreadRows.apply(x, slots, K, weights)
 
 
+@opaque
 def combine(rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Add each token's weighted rows up in float32 (float64 for float64 rows).
 
@@ -170,6 +173,7 @@ def combine(rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> t
     return run(rows, slots, weights)
 
 
+@opaque
 def combine_torch(rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """As `combine`, in whole-tensor torch operations."""
     _check_combine(rows, slots, weights)
@@ -190,6 +194,7 @@ def weighted_sum_torch(
     return gather_sum(weighted, slots, T, K).to(dtype)
 
 
+@opaque
 def combine_triton(rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """As `combine`, in one Triton kernel; float64 is not supported.
 

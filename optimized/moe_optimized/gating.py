@@ -22,6 +22,7 @@ from moe_reference.checks import FLOATS, IDS, check_tensor
 from moe_reference.config import RoutingConfig
 
 from moe_optimized.autograd import once
+from moe_optimized.compiling import opaque
 from moe_optimized.dispatch import count_tokens
 from moe_optimized.gating_backward import norm_block, route_gradient
 from moe_optimized.interpreter import (
@@ -150,6 +151,7 @@ def route_with_counts_torch(
     return weights, expert_ids, count_tokens(counted, logits.shape[1])
 
 
+@opaque
 def route_triton(
     logits: torch.Tensor,
     config: RoutingConfig,
@@ -164,6 +166,7 @@ def route_triton(
     return weights, expert_ids
 
 
+@opaque
 def route_with_counts_triton(
     logits: torch.Tensor,
     config: RoutingConfig,

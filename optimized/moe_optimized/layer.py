@@ -9,7 +9,8 @@ expert of its own that every token is sent to, with its gate and scale as the we
    shared expert adds its own four, and the sum of both outputs.
 
 Neither waits for the host on a GPU, so a call can be captured in a CUDA graph, and under
-`torch.compile` both are whole graphs: what cannot be traced is an operator of `operators`.
+`torch.compile` both are whole graphs: what cannot be traced is an operator of `operators`. The one
+exception is a hash table: its token ids are read and checked, but not while a graph is captured.
 
 Dimension key: N sequences, L tokens per sequence, T = N·L tokens, H hidden size, E experts,
 K experts per token.
@@ -17,12 +18,12 @@ K experts per token.
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from moe_reference.checks import FLOATS, IDS, check_tensor
-from moe_reference.config import LayerConfig, LayerOutput, LayerWeights, RoutingConfig
+from moe_reference.config import LayerConfig, LayerOutput, LayerWeights
 
 from moe_optimized import operators
 from moe_optimized.dispatch import accumulation_dtype
@@ -108,27 +109,9 @@ class _Means(NamedTuple):
 _TORCH = _Means(router_logits, route_with_counts_torch, sum_of_experts, balance_loss_torch)
 
 
-def _route_triton(
-    logits: torch.Tensor,
-    config: RoutingConfig,
-    bias: torch.Tensor | None,
-    token_ids: torch.Tensor | None,
-    padding_mask: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if not torch.compiler.is_compiling():
-        return route_with_counts_triton(logits, config, bias, token_ids, padding_mask)
-    how = operators.how_route(config)
-    table = config.hash_table
-    return operators.route(logits, bias, token_ids, padding_mask, table, torch.int64, *how)
-
-
-def _balance_loss_triton(*arguments: Any) -> torch.Tensor:
-    # What has no operator is left to the compiler.
-    compiling = torch.compiler.is_compiling()
-    return (balance_loss_torch if compiling else balance_loss_triton)(*arguments)
-
-
-_TRITON = _Means(operators.router, _route_triton, sum_of_experts_triton, _balance_loss_triton)
+_TRITON = _Means(
+    operators.router, route_with_counts_triton, sum_of_experts_triton, balance_loss_triton
+)
 
 
 def _run(

@@ -30,6 +30,7 @@ from moe_reference.checks import FLOATS, IDS, check_tensor
 from moe_reference.config import BalanceConfig
 
 from moe_optimized.autograd import once
+from moe_optimized.compiling import opaque
 from moe_optimized.interpreter import (
     INTERPRETED,
     KERNEL_DTYPES,
@@ -92,7 +93,7 @@ def balance_loss_torch(
     """As `balance_loss`, in whole-tensor torch operations."""
     _check_balance(logits, expert_ids, config, padding_mask, tokens_per_expert)
     T, E = logits.shape
-    L = _tokens_per_sequence(T, config)
+    L = tokens_per_sequence(T, config.loss, config.sequence_length)
     N = T // L if T > 0 else 0
     wide = logits if logits.dtype is torch.float64 else logits.float()
     if padding_mask is not None:
@@ -125,6 +126,7 @@ def balance_loss_torch(
     return (pull * mass).sum() * factor / (real > 0).sum().clamp(min=1)
 
 
+@opaque
 def balance_loss_triton(
     logits: torch.Tensor,
     expert_ids: torch.Tensor,
@@ -133,8 +135,6 @@ def balance_loss_triton(
     tokens_per_expert: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `balance_loss`, in Triton kernels; float64 is not supported."""
-    check_tensor("logits", logits, ("T", "E"), KERNEL_DTYPES)
-    _check_balance(logits, expert_ids, config, padding_mask, tokens_per_expert)
     return _Balance.apply(logits, expert_ids, padding_mask, tokens_per_expert, config)
 
 
@@ -167,10 +167,9 @@ def z_loss_torch(logits: torch.Tensor, padding_mask: torch.Tensor | None = None)
     return squares.sum() / padding_mask.sum().clamp(min=1)
 
 
+@opaque
 def z_loss_triton(logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
     """As `z_loss`, in Triton kernels; float64 is not supported."""
-    check_tensor("logits", logits, ("T", "E"), KERNEL_DTYPES)
-    _check_z(logits, padding_mask)
     return _ZLoss.apply(logits, padding_mask)
 
 
@@ -209,6 +208,7 @@ def update_bias_torch(
     return wide + step.to(wide.dtype)
 
 
+@opaque
 def update_bias_triton(
     bias: torch.Tensor, tokens_per_expert: torch.Tensor, rate: float, centred: bool
 ) -> torch.Tensor:
@@ -253,7 +253,7 @@ def _check_balance(
     length, devices = config.sequence_length, config.num_devices
     if config.loss == "deepseek_sequence" and length is None:
         raise ValueError("sequence_length: expected a number with 'deepseek_sequence', got None")
-    if T > 0 and T % _tokens_per_sequence(T, config) != 0:
+    if T > 0 and T % tokens_per_sequence(T, config.loss, config.sequence_length) != 0:
         raise ValueError(f"sequence_length: expected a divisor of T = {T}, got {length}")
     if config.loss == "deepseek_device" and (devices is None or E % devices != 0):
         raise ValueError(f"num_devices: expected a divisor of E = {E}, got {devices}")
@@ -270,9 +270,9 @@ def _check_update(bias: torch.Tensor, tokens_per_expert: torch.Tensor) -> None:
     check_tensor("tokens_per_expert", tokens_per_expert, tuple(bias.shape), IDS + FLOATS)
 
 
-def _tokens_per_sequence(T: int, config: BalanceConfig) -> int:
-    per_sequence = config.loss in ("gshard", "deepseek_sequence")
-    return config.sequence_length if per_sequence and config.sequence_length else T
+def tokens_per_sequence(T: int, loss: str, length: int | None) -> int:
+    """L: all tokens, but for a loss that is taken per sequence."""
+    return length if loss in ("gshard", "deepseek_sequence") and length else T
 
 
 def _devices(E: int, config: BalanceConfig) -> int:
@@ -335,54 +335,107 @@ class _Balance(torch.autograd.Function):
         tokens_per_expert: torch.Tensor | None,
         config: BalanceConfig,
     ) -> torch.Tensor:
-        T, E = logits.shape
-        loss = logits.new_zeros((), dtype=torch.float32)
-        ctx.empty = logits.numel() == 0
-        if ctx.empty:
-            ctx.save_for_backward(logits)
-            return loss
-        L = _tokens_per_sequence(T, config)
-        mask = None if padding_mask is None else padding_mask.view(torch.uint8)
-        pull = logits.new_empty((T // L, E), dtype=torch.float32)
-        scale = torch.empty_like(loss)
-        _launch_balance(logits, expert_ids, mask, tokens_per_expert, config, L, pull, loss, scale)
-        ctx.save_for_backward(logits, mask, pull, scale)
-        ctx.config, ctx.length = config, L
+        loss, pull, scale = balance_forward(
+            logits, expert_ids, padding_mask, tokens_per_expert, config
+        )
+        ctx.save_for_backward(logits, padding_mask, pull, scale)
+        ctx.config = config
         return loss
 
     @staticmethod
     @once("balance_loss_triton")
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
-        if ctx.empty:
-            return torch.zeros_like(ctx.saved_tensors[0]), None, None, None, None
-        logits, mask, pull, scale = ctx.saved_tensors
-        T, E = logits.shape
-        out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        rows = _share_out(1, T, E)
-        launch(
-            balance_gradient_kernel,
-            (-(-T // rows.block_t),),
-            logits,
-            logits if mask is None else mask,
-            pull,
-            scale,
-            grad,
-            out,
-            T,
-            E,
-            ctx.length,
-            logits.stride(0),
-            logits.stride(1),
-            0 if mask is None else mask.stride(0),
-            float(ctx.config.epsilon),
-            SCORE=ctx.config.score,
-            PADDED=mask is not None,
-            ROUND_BITS=needs_widening(logits.dtype),
-            BLOCK_T=rows.block_t,
-            BLOCK_E=rows.block_e,
-            num_warps=8,
-        )
-        return out, None, None, None, None
+        return balance_backward(grad, *ctx.saved_tensors, ctx.config), None, None, None, None
+
+
+def balance_forward(
+    logits: torch.Tensor,
+    expert_ids: torch.Tensor,
+    padding_mask: torch.Tensor | None,
+    tokens_per_expert: torch.Tensor | None,
+    config: BalanceConfig,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The kernels of `balance_loss`, below autograd.
+
+    Args:
+        logits: [T, E].
+        expert_ids: [T, K].
+        padding_mask: [T], bool, or None.
+        tokens_per_expert: [E], or None.
+        config: which loss.
+
+    Returns:
+        loss: a scalar, float32.
+        pull: [N, E], float32, and scale, a scalar, float32: what the gradient is made of.
+    """
+    check_tensor("logits", logits, ("T", "E"), KERNEL_DTYPES)
+    _check_balance(logits, expert_ids, config, padding_mask, tokens_per_expert)
+    T, E = logits.shape
+    L = tokens_per_sequence(T, config.loss, config.sequence_length)
+    loss = logits.new_zeros((), dtype=torch.float32)
+    pull = logits.new_empty((T // max(L, 1), E), dtype=torch.float32)
+    scale = torch.empty_like(loss)
+    if logits.numel():
+        mask = _bytes(padding_mask)
+        _launch_balance(logits, expert_ids, mask, tokens_per_expert, config, L, pull, loss, scale)
+    return loss, pull, scale
+
+
+def balance_backward(
+    grad: torch.Tensor,
+    logits: torch.Tensor,
+    padding_mask: torch.Tensor | None,
+    pull: torch.Tensor,
+    scale: torch.Tensor,
+    config: BalanceConfig,
+) -> torch.Tensor:
+    """The gradient of `balance_forward`.
+
+    Args:
+        grad: a scalar, the gradient of the loss.
+        logits: [T, E].
+        padding_mask: [T], bool, or None.
+        pull: [N, E], from the forward pass.
+        scale: a scalar, from the forward pass.
+        config: which loss.
+
+    Returns:
+        [T, E], the dtype of the logits.
+    """
+    T, E = logits.shape
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    if not logits.numel():
+        return out
+    mask = _bytes(padding_mask)
+    rows = _share_out(1, T, E)
+    launch(
+        balance_gradient_kernel,
+        (-(-T // rows.block_t),),
+        logits,
+        logits if mask is None else mask,
+        pull,
+        scale,
+        grad,
+        out,
+        T,
+        E,
+        tokens_per_sequence(T, config.loss, config.sequence_length),
+        logits.stride(0),
+        logits.stride(1),
+        0 if mask is None else mask.stride(0),
+        float(config.epsilon),
+        SCORE=config.score,
+        PADDED=mask is not None,
+        ROUND_BITS=needs_widening(logits.dtype),
+        BLOCK_T=rows.block_t,
+        BLOCK_E=rows.block_e,
+        num_warps=8,
+    )
+    return out
+
+
+def _bytes(padding_mask: torch.Tensor | None) -> torch.Tensor | None:
+    return None if padding_mask is None else padding_mask.view(torch.uint8)
 
 
 def _launch_balance(
@@ -470,66 +523,107 @@ def _launch_balance(
 class _ZLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
-        T, E = logits.shape
-        mask = None if padding_mask is None else padding_mask.view(torch.uint8)
-        rows = _share_out(1, T, E)
-        C = rows.chunks
-        logs = logits.new_empty(T, dtype=torch.float32)
-        squares = logits.new_empty(C, dtype=torch.float32)
-        real = torch.empty(C, dtype=torch.int32, device=logits.device)
-        launch(
-            z_sums_kernel,
-            (C,),
-            logits,
-            logits if mask is None else mask,
-            logs,
-            squares,
-            real,
-            T,
-            E,
-            rows.steps,
-            logits.stride(0),
-            logits.stride(1),
-            0 if mask is None else mask.stride(0),
-            PADDED=mask is not None,
-            BLOCK_T=rows.block_t,
-            BLOCK_E=rows.block_e,
-            num_warps=8,
-        )
-        loss = logits.new_empty((), dtype=torch.float32)
-        scale = torch.empty_like(loss)
-        _launch_mean(squares, real, loss, scale, 1.0)
-        ctx.save_for_backward(logits, mask, logs, scale)
+        loss, logs, scale = z_forward(logits, padding_mask)
+        ctx.save_for_backward(logits, padding_mask, logs, scale)
         return loss
 
     @staticmethod
     @once("z_loss_triton")
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        logits, mask, logs, scale = ctx.saved_tensors
-        T, E = logits.shape
-        out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        rows = _share_out(1, T, E)
-        launch(
-            z_gradient_kernel,
-            (-(-T // rows.block_t) if E else 0,),
-            logits,
-            logits if mask is None else mask,
-            logs,
-            scale,
-            grad,
-            out,
-            T,
-            E,
-            logits.stride(0),
-            logits.stride(1),
-            0 if mask is None else mask.stride(0),
-            PADDED=mask is not None,
-            ROUND_BITS=needs_widening(logits.dtype),
-            BLOCK_T=rows.block_t,
-            BLOCK_E=rows.block_e,
-            num_warps=8,
-        )
-        return out, None
+        return z_backward(grad, *ctx.saved_tensors), None
+
+
+def z_forward(
+    logits: torch.Tensor, padding_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The kernels of `z_loss`, below autograd.
+
+    Args:
+        logits: [T, E].
+        padding_mask: [T], bool, or None.
+
+    Returns:
+        loss: a scalar, float32.
+        logs: [T], float32, and scale, a scalar, float32: what the gradient is made of.
+    """
+    check_tensor("logits", logits, ("T", "E"), KERNEL_DTYPES)
+    _check_z(logits, padding_mask)
+    T, E = logits.shape
+    mask = _bytes(padding_mask)
+    rows = _share_out(1, T, E)
+    C = rows.chunks
+    logs = logits.new_empty(T, dtype=torch.float32)
+    squares = logits.new_empty(C, dtype=torch.float32)
+    real = torch.empty(C, dtype=torch.int32, device=logits.device)
+    launch(
+        z_sums_kernel,
+        (C,),
+        logits,
+        logits if mask is None else mask,
+        logs,
+        squares,
+        real,
+        T,
+        E,
+        rows.steps,
+        logits.stride(0),
+        logits.stride(1),
+        0 if mask is None else mask.stride(0),
+        PADDED=mask is not None,
+        BLOCK_T=rows.block_t,
+        BLOCK_E=rows.block_e,
+        num_warps=8,
+    )
+    loss = logits.new_empty((), dtype=torch.float32)
+    scale = torch.empty_like(loss)
+    _launch_mean(squares, real, loss, scale, 1.0)
+    return loss, logs, scale
+
+
+def z_backward(
+    grad: torch.Tensor,
+    logits: torch.Tensor,
+    padding_mask: torch.Tensor | None,
+    logs: torch.Tensor,
+    scale: torch.Tensor,
+) -> torch.Tensor:
+    """The gradient of `z_forward`.
+
+    Args:
+        grad: a scalar, the gradient of the loss.
+        logits: [T, E].
+        padding_mask: [T], bool, or None.
+        logs: [T], from the forward pass.
+        scale: a scalar, from the forward pass.
+
+    Returns:
+        [T, E], the dtype of the logits.
+    """
+    T, E = logits.shape
+    mask = _bytes(padding_mask)
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    rows = _share_out(1, T, E)
+    launch(
+        z_gradient_kernel,
+        (-(-T // rows.block_t) if E else 0,),
+        logits,
+        logits if mask is None else mask,
+        logs,
+        scale,
+        grad,
+        out,
+        T,
+        E,
+        logits.stride(0),
+        logits.stride(1),
+        0 if mask is None else mask.stride(0),
+        PADDED=mask is not None,
+        ROUND_BITS=needs_widening(logits.dtype),
+        BLOCK_T=rows.block_t,
+        BLOCK_E=rows.block_e,
+        num_warps=8,
+    )
+    return out
 
 
 def _launch_mean(

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from moe_reference.config import LayerOutput
-from moe_reference.gates import jitter
 from moe_reference.modules import MoELayer as ReferenceLayer
 from torch import nn
 
@@ -32,31 +31,14 @@ class MoELayer(ReferenceLayer):
     tensor([3])
     """
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        token_ids: torch.Tensor | None = None,
-        padding_mask: torch.Tensor | None = None,
-    ) -> LayerOutput:
-        """`moe_optimized.layer.layer` on the module's weights, with its arguments and errors.
+    compute = staticmethod(layer)
 
-        In training mode the balance loss is computed where the configuration has one; it is the
-        caller's to add.
-        """
-        routing = replace(self.config.routing, hash_table=self.hash_table)
-        config = replace(self.config, routing=routing)
-        if self.training:
-            x = jitter(x, self.jitter_epsilon)
-        parameters = self.parameters_of_layer()
-        result = layer(x, parameters, config, token_ids, padding_mask, self.training)
-        if self.training and result.output.requires_grad:
-            # Counted when a gradient arrives: a forward that checkpointing repeats gets none.
-            counts = result.tokens_per_expert
-            if torch.compiler.is_compiling():
-                output = _Counted.apply(result.output, counts, self.tokens_per_expert)
-                return replace(result, output=output)
-            result.output.register_hook(self._count_once(counts))
-        return result
+    def _counted(self, result: LayerOutput) -> LayerOutput:
+        if not torch.compiler.is_compiling():
+            return super()._counted(result)
+        counts = result.tokens_per_expert
+        output = _Counted.apply(result.output, counts, self.tokens_per_expert)
+        return replace(result, output=output)
 
 
 class _Counted(torch.autograd.Function):

@@ -13,14 +13,16 @@ whatever the ids are, so that nothing depends on data and T may change without c
 | `router` | `router.router_logits_triton` |
 | `route`, `route_backward` | the kernels of `gating`, counts included |
 | `look_up` | the ids of a hash table; it stands in `gating` |
-| `dispatch` | `dispatch.dispatch` with T·K rows on every device |
-| `combine` | `dispatch.combine` |
-| `align`, `align_batched` | those of `alignment` |
+| `balance_loss`, `balance_loss_backward` | the kernels of `load_balancing` |
+| `z_loss`, `z_loss_backward`, `update_bias` | likewise |
+| `dispatch`, `dispatch_triton` | those of `dispatch`, with T·K rows on every device |
+| `combine`, `combine_torch`, `combine_triton` | those of `dispatch` |
+| `align`, `align_torch`, `align_triton` | those of `alignment` |
+| `align_batched`, `align_batched_torch`, `align_batched_triton` | likewise |
 | `add_counts` | `counter += tokens_per_expert`, in a compiled backward pass |
 
-`moe_optimized.experts` and `moe_optimized.layer` call them where it is needed, and check what goes
-in. Whoever calls one directly, `operators.dispatch_rows` in a compiled function for example, passes
-what the function of the same concept takes.
+Those of packed experts are in `quantized_operators`. Nobody has to call one: in a compiled function
+the functions of the concepts do, those that are `compiling.opaque`.
 
 Dimension key: T tokens, H hidden size, J rows of gate_up, E experts, K experts per token.
 """
@@ -30,9 +32,10 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from moe_reference.config import ExpertsConfig, ExpertWeights, RoutingConfig
+from moe_reference.config import BalanceConfig, ExpertsConfig, ExpertWeights, RoutingConfig
 
-from moe_optimized import alignment, dispatch, gating
+from moe_optimized import alignment, dispatch, gating, load_balancing
+from moe_optimized.compiling import make_operator, make_operators, stands_for
 from moe_optimized.experts_backward import Needs, run_backward
 from moe_optimized.experts_cpu import backward_on_cpu, forward_on_cpu
 from moe_optimized.experts_torch import backward_grouped, forward_grouped
@@ -42,7 +45,8 @@ from moe_optimized.router import router_logits_triton
 
 Tensor = torch.Tensor
 
-_SCHEMA_TYPES = {int: "int", float: "float", bool: "bool", str: "str"}
+# What may be None is a length.
+_SCHEMA_TYPES = {int: "int", float: "float", bool: "bool", str: "str", type(None): "SymInt?"}
 
 
 def _fields(config: Any, *without: str) -> dict[str, str]:
@@ -51,13 +55,16 @@ def _fields(config: Any, *without: str) -> dict[str, str]:
     return {name: _SCHEMA_TYPES[type(getattr(config, name))] for name in names}
 
 
-_EXPERTS_FIELDS = _fields(ExpertsConfig())
+EXPERTS_FIELDS = _fields(ExpertsConfig())
+"""The fields of an `ExpertsConfig`, with their types in a schema."""
+
 _ROUTING_FIELDS = _fields(RoutingConfig(top_k=1), "hash_table")
+_BALANCE_FIELDS = _fields(BalanceConfig())
 
 
 def how_experts(config: ExpertsConfig) -> tuple[Any, ...]:
     """The configuration as the operators of the experts take it."""
-    return tuple(getattr(config, name) for name in _EXPERTS_FIELDS)
+    return tuple(getattr(config, name) for name in EXPERTS_FIELDS)
 
 
 def how_route(config: RoutingConfig) -> tuple[Any, ...]:
@@ -65,17 +72,8 @@ def how_route(config: RoutingConfig) -> tuple[Any, ...]:
     return tuple(getattr(config, name) for name in _ROUTING_FIELDS)
 
 
-def _operator(name: str, arguments: str, results: str, run: Callable[..., Any]) -> Any:
-    # Operators stand below autograd. Functions that build a graph by themselves must not start one.
-    return torch.library.custom_op(
-        f"moespec::{name}",
-        torch.no_grad()(run),
-        mutates_args=(),
-        schema=f"({arguments}) -> {results}",
-    )
-
-
-def _listed(fields_and_types: dict[str, str]) -> str:
+def listed(fields_and_types: dict[str, str]) -> str:
+    """Fields as they stand in a schema."""
     return ", ".join(f"{kind} {name}" for name, kind in fields_and_types.items())
 
 
@@ -83,8 +81,8 @@ _EXPERTS = (
     "Tensor x, Tensor weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, "
     "Tensor? down_bias, Tensor expert_ids, Tensor? expert_map"
 )
-_FORWARD = f"{_EXPERTS}, ScalarType dtype, bool keep, {_listed(_EXPERTS_FIELDS)}"
-_BACKWARD = f"Tensor grad, Tensor pre, {_EXPERTS}, bool[] needs, {_listed(_EXPERTS_FIELDS)}"
+_FORWARD = f"{_EXPERTS}, ScalarType dtype, bool keep, {listed(EXPERTS_FIELDS)}"
+_BACKWARD = f"Tensor grad, Tensor pre, {_EXPERTS}, bool[] needs, {listed(EXPERTS_FIELDS)}"
 
 
 def _in_torch(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -208,8 +206,8 @@ def _fake_experts_backward(grad: Tensor, pre: Tensor, *arguments: Any) -> list[T
 
 
 def _register_experts(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Any:
-    run = _operator(name, _FORWARD, "(Tensor out, Tensor pre)", forward)
-    run_back = _operator(f"{name}_backward", _BACKWARD, "Tensor[]", backward)
+    run = make_operator(name, _FORWARD, "(Tensor out, Tensor pre)", forward)
+    run_back = make_operator(f"{name}_backward", _BACKWARD, "Tensor[]", backward)
     run.register_fake(_fake_experts)
     run_back.register_fake(_fake_experts_backward)
 
@@ -320,15 +318,15 @@ def _differentiate_route(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tu
     return (found, *[None] * (5 + len(ctx.how)))
 
 
-_ROUTE = _listed(_ROUTING_FIELDS)
-route = _operator(
+_ROUTE = listed(_ROUTING_FIELDS)
+route = make_operator(
     "route",
     "Tensor logits, Tensor? bias, Tensor? token_ids, Tensor? padding_mask, Tensor? table, "
     f"ScalarType ids_dtype, {_ROUTE}",
     "(Tensor weights, Tensor expert_ids, Tensor tokens_per_expert)",
     _route,
 )
-route_backward = _operator(
+route_backward = make_operator(
     "route_backward",
     f"Tensor grad, Tensor logits, Tensor expert_ids, {_ROUTE}",
     "Tensor",
@@ -339,12 +337,169 @@ route.register_autograd(_differentiate_route, setup_context=_setup_route)
 route_backward.register_fake(lambda grad, logits, *_: logits.new_empty(logits.shape))
 
 
-def _dispatch(x: Tensor, expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    rows, counts, slots = dispatch.dispatch(x, expert_ids, num_experts)
-    missing = expert_ids.numel() - rows.shape[0]
-    # On a CPU the rows of nobody are left out; here they are, as on a GPU.
-    rows = torch.cat([rows, rows.new_zeros(missing, rows.shape[1])])
-    return rows, counts, torch.cat([slots, slots.new_full((missing,), expert_ids.numel())])
+@stands_for(gating.route_with_counts_triton)
+def _route_with_counts(
+    logits: Tensor,
+    config: RoutingConfig,
+    bias: Tensor | None = None,
+    token_ids: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+    ids_dtype: torch.dtype = torch.int64,
+) -> tuple[Tensor, Tensor, Tensor]:
+    table, how = config.hash_table, how_route(config)
+    return route(logits, bias, token_ids, padding_mask, table, ids_dtype, *how)
+
+
+@stands_for(gating.route_triton)
+def _route_alone(
+    logits: Tensor,
+    config: RoutingConfig,
+    bias: Tensor | None = None,
+    token_ids: Tensor | None = None,
+    ids_dtype: torch.dtype = torch.int64,
+) -> tuple[Tensor, Tensor]:
+    return _route_with_counts(logits, config, bias, token_ids, None, ids_dtype)[:2]
+
+
+def _balance_loss(
+    logits: Tensor,
+    expert_ids: Tensor,
+    padding_mask: Tensor | None,
+    tokens_per_expert: Tensor | None,
+    *how: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    config = BalanceConfig(*how)
+    return load_balancing.balance_forward(
+        logits, expert_ids, padding_mask, tokens_per_expert, config
+    )
+
+
+def _fake_balance_loss(
+    logits: Tensor,
+    expert_ids: Tensor,
+    padding_mask: Tensor | None,
+    tokens_per_expert: Tensor | None,
+    loss: str,
+    coefficient: float,
+    score: str,
+    epsilon: float,
+    sequence_length: int | None,
+    num_devices: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    T, E = logits.shape
+    L = load_balancing.tokens_per_sequence(T, loss, sequence_length)
+    number = logits.new_empty((), dtype=torch.float32)
+    return number, number.new_empty(T // max(L, 1), E), torch.empty_like(number)
+
+
+def _balance_loss_backward(
+    grad: Tensor,
+    logits: Tensor,
+    padding_mask: Tensor | None,
+    pull: Tensor,
+    scale: Tensor,
+    *how: Any,
+) -> Tensor:
+    config = BalanceConfig(*how)
+    return load_balancing.balance_backward(grad, logits, padding_mask, pull, scale, config)
+
+
+def _setup_balance_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, _, padding_mask, _, *ctx.how = inputs
+    ctx.save_for_backward(logits, padding_mask, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_balance_loss(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple:
+    saved = ctx.saved_tensors
+    found = None if grad is None else balance_loss_backward(grad, *saved, *ctx.how)
+    return (found, *[None] * (3 + len(ctx.how)))
+
+
+_BALANCE = listed(_BALANCE_FIELDS)
+balance_loss = make_operator(
+    "balance_loss",
+    "Tensor logits, Tensor expert_ids, Tensor? padding_mask, Tensor? tokens_per_expert, "
+    f"{_BALANCE}",
+    "(Tensor loss, Tensor pull, Tensor scale)",
+    _balance_loss,
+)
+balance_loss_backward = make_operator(
+    "balance_loss_backward",
+    f"Tensor grad, Tensor logits, Tensor? padding_mask, Tensor pull, Tensor scale, {_BALANCE}",
+    "Tensor",
+    _balance_loss_backward,
+)
+balance_loss.register_fake(_fake_balance_loss)
+balance_loss.register_autograd(_differentiate_balance_loss, setup_context=_setup_balance_loss)
+balance_loss_backward.register_fake(lambda grad, logits, *_: logits.new_empty(logits.shape))
+
+
+@stands_for(load_balancing.balance_loss_triton)
+def _balance_loss_alone(
+    logits: Tensor,
+    expert_ids: Tensor,
+    config: BalanceConfig,
+    padding_mask: Tensor | None = None,
+    tokens_per_expert: Tensor | None = None,
+) -> Tensor:
+    how = (getattr(config, name) for name in _BALANCE_FIELDS)
+    return balance_loss(logits, expert_ids, padding_mask, tokens_per_expert, *how)[0]
+
+
+def _fake_z_loss(logits: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    number = logits.new_empty((), dtype=torch.float32)
+    return number, number.new_empty(logits.shape[0]), torch.empty_like(number)
+
+
+def _setup_z_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_z_loss(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple:
+    return None if grad is None else z_loss_backward(grad, *ctx.saved_tensors), None
+
+
+z_loss = make_operator(
+    "z_loss",
+    "Tensor logits, Tensor? padding_mask",
+    "(Tensor loss, Tensor logs, Tensor scale)",
+    load_balancing.z_forward,
+)
+z_loss_backward = make_operator(
+    "z_loss_backward",
+    "Tensor grad, Tensor logits, Tensor? padding_mask, Tensor logs, Tensor scale",
+    "Tensor",
+    load_balancing.z_backward,
+)
+z_loss.register_fake(_fake_z_loss)
+z_loss.register_autograd(_differentiate_z_loss, setup_context=_setup_z_loss)
+z_loss_backward.register_fake(lambda grad, logits, *_: logits.new_empty(logits.shape))
+
+
+@stands_for(load_balancing.z_loss_triton)
+def _z_loss_alone(logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+    return z_loss(logits, padding_mask)[0]
+
+
+update_bias = make_operator(
+    "update_bias",
+    "Tensor bias, Tensor tokens_per_expert, float rate, bool centred",
+    "Tensor",
+    load_balancing.update_bias_triton,
+)
+update_bias.register_fake(lambda bias, *_: bias.new_empty(bias.shape, dtype=torch.float32))
+
+
+@stands_for(load_balancing.update_bias_triton)
+def _update_bias_detached(
+    bias: Tensor, tokens_per_expert: Tensor, rate: float, centred: bool
+) -> Tensor:
+    # An operator without a gradient, asked for one, would raise in the backward pass.
+    return update_bias(bias.detach(), tokens_per_expert.detach(), rate, centred)
 
 
 def _fake_dispatch(
@@ -367,14 +522,27 @@ def _differentiate_dispatch(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor,
     return combine(grad, slots, ones), None, None
 
 
-dispatch_rows = _operator(
-    "dispatch",
-    "Tensor x, Tensor expert_ids, int num_experts",
-    "(Tensor rows, Tensor tokens_per_expert, Tensor slots)",
-    _dispatch,
-)
-dispatch_rows.register_fake(_fake_dispatch)
-dispatch_rows.register_autograd(_differentiate_dispatch, setup_context=_setup_dispatch)
+def _dispatch_operator(function: Callable[..., Any]) -> Any:
+    def run(x: Tensor, expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+        rows, counts, slots = function(x, expert_ids, num_experts)
+        missing = expert_ids.numel() - rows.shape[0]
+        # On a CPU the rows of nobody are left out; here they are, as on a GPU.
+        rows = torch.cat([rows, rows.new_zeros(missing, rows.shape[1])])
+        return rows, counts, torch.cat([slots, slots.new_full((missing,), expert_ids.numel())])
+
+    operator = make_operator(
+        function.__name__,
+        "Tensor x, Tensor expert_ids, int num_experts",
+        "(Tensor rows, Tensor tokens_per_expert, Tensor slots)",
+        run,
+    )
+    operator.register_fake(_fake_dispatch)
+    operator.register_autograd(_differentiate_dispatch, setup_context=_setup_dispatch)
+    return operator
+
+
+dispatch_rows = _dispatch_operator(dispatch.dispatch)
+stands_for(dispatch.dispatch_triton)(_dispatch_operator(dispatch.dispatch_triton))
 
 
 def _setup_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -397,19 +565,22 @@ def _differentiate_combine(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor
     return to_rows.to(rows.dtype), None, to_weights[:-1].view(T, K).to(weights.dtype)
 
 
-combine = _operator(
-    "combine", "Tensor rows, Tensor slots, Tensor weights", "Tensor", dispatch.combine
+combine, *_ = make_operators(
+    dispatch,
+    "combine",
+    "Tensor rows, Tensor slots, Tensor weights",
+    "Tensor",
+    lambda rows, slots, weights: rows.new_empty(weights.shape[0], rows.shape[1]),
+    (_differentiate_combine, _setup_combine),
 )
-combine.register_fake(lambda rows, slots, weights: rows.new_empty(weights.shape[0], rows.shape[1]))
-combine.register_autograd(_differentiate_combine, setup_context=_setup_combine)
 
 
 def _fake_align(
     expert_ids: Tensor,
     block_size: int,
     num_experts: int,
-    expert_map: Tensor | None,
-    drop_invalid: bool,
+    expert_map: Tensor | None = None,
+    drop_invalid: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     numel = expert_ids.shape[0] * expert_ids.shape[1]
     size = numel + num_experts * (block_size - 1)
@@ -430,20 +601,21 @@ def _int32(like: Tensor, *sizes: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 _ALIGNED = "(Tensor sorted_slots, Tensor block_experts, Tensor padded_length)"
-align = _operator(
+align, *_ = make_operators(
+    alignment,
     "align",
-    "Tensor expert_ids, int block_size, int num_experts, Tensor? expert_map, bool drop_invalid",
+    "Tensor expert_ids, int block_size, int num_experts, Tensor? expert_map=None, "
+    "bool drop_invalid=False",
     _ALIGNED,
-    alignment.align,
+    _fake_align,
 )
-align.register_fake(_fake_align)
-align_batched = _operator(
+align_batched, *_ = make_operators(
+    alignment,
     "align_batched",
     "Tensor tokens_per_expert, SymInt max_tokens, SymInt block_size",
     _ALIGNED,
-    alignment.align_batched,
+    _fake_align_batched,
 )
-align_batched.register_fake(_fake_align_batched)
 
 
 def _differentiate_router(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -465,7 +637,7 @@ def _setup_router(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.dtype = inputs[3]
 
 
-router = _operator(
+router = make_operator(
     "router",
     "Tensor x, Tensor router, Tensor? bias, ScalarType dtype",
     "Tensor",

@@ -14,6 +14,7 @@ Dimension key: T tokens, H hidden size, I intermediate size, E experts, K expert
 C rows of a batched expert, S rows of one expert.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -27,7 +28,10 @@ from moe_reference.quantized_checks import check_quantized
 from moe_reference.quantized_experts_checks import check_quantized_experts
 from moe_reference.quantized_tensors import QuantizedExperts, QuantizedTensor
 
+from moe_optimized.activations import activate_with_gradient
 from moe_optimized.alignment import check_map, check_tokens, local_ids
+from moe_optimized.autograd import once
+from moe_optimized.compiling import opaque
 from moe_optimized.dispatch import accumulation_dtype
 from moe_optimized.interpreter import KERNEL_DTYPES, has_kernels
 from moe_optimized.quantized_dequantize import dequantize_kernels, refusal_of_tensor
@@ -41,6 +45,7 @@ from moe_optimized.quantized_layout import (
 )
 
 
+@opaque
 def dequantize(packed: QuantizedTensor) -> torch.Tensor:
     """The weights that a packed tensor stands for.
 
@@ -59,11 +64,13 @@ def dequantize(packed: QuantizedTensor) -> torch.Tensor:
     return run(packed)
 
 
+@opaque
 def dequantize_torch(packed: QuantizedTensor) -> torch.Tensor:
     """As `dequantize`, in operations of torch: those of the reference."""
     return _reference_dequantize(packed)
 
 
+@opaque
 def dequantize_triton(packed: QuantizedTensor) -> torch.Tensor:
     """As `dequantize`, in one Triton kernel; not for Q4_K, nor for scales of float64."""
     check_quantized("packed", packed)
@@ -109,6 +116,7 @@ def experts_quantized(
     return run(x, experts, weights, expert_ids, config, expert_map)
 
 
+@opaque
 def experts_quantized_triton(
     x: torch.Tensor,
     experts: QuantizedExperts | PreparedExperts,
@@ -130,6 +138,7 @@ def experts_quantized_triton(
     return run_quantized(x, prepared, weights, expert_ids, config, expert_map)
 
 
+@opaque
 def experts_quantized_torch(
     x: torch.Tensor,
     experts: QuantizedExperts | PreparedExperts,
@@ -138,21 +147,13 @@ def experts_quantized_torch(
     config: ExpertsConfig,
     expert_map: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As `experts_quantized`, in operations of torch, one expert unpacked at a time."""
+    """As `experts_quantized`, in operations of torch, one expert unpacked at a time.
+
+    Gradients can be taken once: a gradient of theirs raises RuntimeError.
+    """
     check_experts_quantized(x, experts, weights, expert_ids, config, expert_map)
-    wide = accumulation_dtype(x)
-    x_wide, weights_wide = x.to(wide), weights.to(wide)
-    local = local_ids(expert_ids, experts.down.shape[0], expert_map)
-    # Empty sums keep x and weights in the graph where no expert has a token.
-    pairs = x_wide.new_zeros(*local.shape, x.shape[1]) + x_wide[:0].sum() + weights_wide[:0].sum()
-    for e in local[local >= 0].unique().tolist():
-        tokens, ks = (local == e).nonzero(as_tuple=True)
-        factors = weights_wide[tokens, ks, None]
-        if config.weight_on == "input":
-            pairs[tokens, ks] = _one_expert(x_wide[tokens] * factors, experts, e, config)
-        else:
-            pairs[tokens, ks] = _one_expert(x_wide[tokens], experts, e, config) * factors
-    return pairs.sum(dim=1).to(x.dtype)
+    biases = experts.gate_up_bias, experts.down_bias
+    return _Experts.apply(x, weights, *biases, experts, expert_ids, config, expert_map)
 
 
 def experts_batched_quantized(
@@ -174,11 +175,13 @@ def experts_batched_quantized(
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype or shape. Counts are checked on a CPU
-            only.
+            only, and not in a compiled call.
     """
     check_tensor("x", x, ("E", "C", "H"), FLOATS)
     check_tensor("tokens_per_expert", tokens_per_expert, (x.shape[0],), IDS)
-    check_tokens(tokens_per_expert, x.shape[1])
+    # A compiled call cannot look at counts.
+    if not torch.compiler.is_compiling():
+        check_tokens(tokens_per_expert, x.shape[1])
     E, C, H = x.shape
     # Every row is a token with one expert, or with none.
     ids = torch.arange(E, device=x.device)[:, None].expand(E, C)
@@ -277,23 +280,153 @@ def check_experts_quantized(
         check_map(expert_map, E)
 
 
+class _Experts(torch.autograd.Function):
+    """One expert after the other, forward and, from x alone, backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        gate_up_bias: torch.Tensor | None,
+        down_bias: torch.Tensor | None,
+        experts: QuantizedExperts | PreparedExperts,
+        expert_ids: torch.Tensor,
+        config: ExpertsConfig,
+        expert_map: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weights, expert_ids, expert_map)
+        ctx.experts, ctx.config = experts, config
+        wide = accumulation_dtype(x)
+        pairs = x.new_zeros(*expert_ids.shape, x.shape[1], dtype=wide)
+        for e, *pair in _pairs(expert_ids, experts, expert_map):
+            rows, factors = x[pair[0]].to(wide), weights[*pair, None].to(wide)
+            if config.weight_on == "input":
+                pairs[*pair] = _one_expert(rows * factors, experts, e, config)[0]
+            else:
+                pairs[*pair] = _one_expert(rows, experts, e, config)[0] * factors
+        return pairs.sum(dim=1).to(x.dtype)
+
+    @staticmethod
+    @once("experts_quantized_torch")
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weights, expert_ids, expert_map = ctx.saved_tensors
+        how, needs = (ctx.config, expert_map), ctx.needs_input_grad[:4]
+        grads = gradients(grad, x, ctx.experts, weights, expert_ids, *how, needs)
+        return (*grads, None, None, None, None)
+
+
+def gradients(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    experts: QuantizedExperts | PreparedExperts,
+    weights: torch.Tensor,
+    expert_ids: torch.Tensor,
+    config: ExpertsConfig,
+    expert_map: torch.Tensor | None,
+    needs: Sequence[bool],
+) -> list[torch.Tensor | None]:
+    """The gradients of `experts_quantized_torch`, one expert unpacked at a time.
+
+    Args:
+        grad: [T, H], the output's gradient.
+        x: [T, H].
+        experts: packed weights of E experts.
+        weights: [T, K].
+        expert_ids: [T, K].
+        config: how one expert computes.
+        expert_map: global ids to local rows, or None.
+        needs: which gradients are wanted: of x, weights and the two biases.
+
+    Returns:
+        Of each the gradient, with its tensor's shape and dtype, or None.
+    """
+    wide = accumulation_dtype(x)
+    leaves = (x, weights, experts.gate_up_bias, experts.down_bias)
+    found = [
+        torch.zeros(t.shape, dtype=wide, device=x.device) if wanted else None
+        for t, wanted in zip(leaves, needs, strict=True)
+    ]
+    to_x, to_weights, *to_biases = found
+    # Every pair has a row of its own, so that no sum depends on the order of the experts.
+    if to_x is not None:
+        to_x = to_x[:, None].repeat(1, expert_ids.shape[1], 1)
+    for e, *pair in _pairs(expert_ids, experts, expert_map):
+        rows, factors = x[pair[0]].to(wide), weights[*pair, None].to(wide)
+        on_input = config.weight_on == "input"
+        grads = grad[pair[0]].to(wide)
+        out, back = _one_expert(rows * factors if on_input else rows, experts, e, config)
+        d_rows, *d_biases = back(grads if on_input else grads * factors)
+        if to_x is not None:
+            to_x[*pair] = d_rows * factors if on_input else d_rows
+        if to_weights is not None:
+            product = d_rows * rows if on_input else grads * out
+            to_weights[*pair] = product.sum(1)
+        for total, gradient in zip(to_biases, d_biases, strict=True):
+            if total is not None:
+                total[e] = gradient.sum(0)
+    found[0] = None if to_x is None else to_x.sum(1)
+    return [
+        None if gradient is None else gradient.to(leaf.dtype)
+        for gradient, leaf in zip(found, leaves, strict=True)
+    ]
+
+
+def _pairs(
+    expert_ids: torch.Tensor,
+    experts: QuantizedExperts | PreparedExperts,
+    expert_map: torch.Tensor | None,
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Each expert that has tokens, with the tokens and the places among their K."""
+    local = local_ids(expert_ids, experts.down.shape[0], expert_map)
+    for e in local[local >= 0].unique().tolist():
+        yield e, *(local == e).nonzero(as_tuple=True)
+
+
 def _one_expert(
     rows: torch.Tensor, experts: QuantizedExperts | PreparedExperts, e: int, config: ExpertsConfig
-) -> torch.Tensor:
-    """One expert on its rows, which are rounded before each product: [S, H]."""
-    biases = (experts.gate_up_bias, experts.down_bias)
-    for step, (name, bias) in enumerate(zip(("gate_up", "down"), biases, strict=True)):
-        matrix = getattr(experts, name)
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, ...]]]:
+    """One expert on its rows, which are rounded before each product.
+
+    Args:
+        rows: [S, H].
+        experts: packed weights.
+        e: the expert.
+        config: how it computes.
+
+    Returns:
+        out: [S, H].
+        gradients: from that of out to those of rows, [S, H], of the first product, [S, J], and of
+            the second, [S, H].
+    """
+    gate_up, down = _unpack(experts.gate_up, e), _unpack(experts.down, e)
+    biases = (
+        None if bias is None else bias[e] for bias in (experts.gate_up_bias, experts.down_bias)
+    )
+    pre = product(_rounded(rows, experts, e, 0), gate_up, next(biases))
+    hidden = activate(pre, config)
+    out = product(_rounded(hidden, experts, e, 1), down, next(biases))
+
+    def gradients(grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if experts.activation_format is not None:
-            static = experts.activation_scales
-            scale = None if static is None else static[e, step]
-            block = matrix.block if isinstance(matrix, PreparedMatrix) else matrix.group_size
-            rows = round_activations(rows, experts.activation_format, block or -1, scale)
-        unpacked = _unpack(matrix, e)
-        rows = product(rows, unpacked, None if bias is None else bias[e])
-        if step == 0:
-            rows = activate(rows, config)
-    return rows
+            # What is rounded has a gradient of zero.
+            return torch.zeros_like(rows), torch.zeros_like(pre), grad
+        d_pre = activate_with_gradient(pre, config)[1](product(grad, down.T))
+        return product(d_pre, gate_up.T), d_pre, grad
+
+    return out, gradients
+
+
+def _rounded(
+    rows: torch.Tensor, experts: QuantizedExperts | PreparedExperts, e: int, step: int
+) -> torch.Tensor:
+    """Rows as the first product (step 0) or the second (1) of an expert takes them."""
+    if experts.activation_format is None:
+        return rows
+    matrix, static = (experts.gate_up, experts.down)[step], experts.activation_scales
+    scale = None if static is None else static[e, step]
+    block = matrix.block if isinstance(matrix, PreparedMatrix) else matrix.group_size
+    return round_activations(rows, experts.activation_format, block or -1, scale)
 
 
 def _unpack(matrix: QuantizedTensor | PreparedMatrix, e: int) -> torch.Tensor:

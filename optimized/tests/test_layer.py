@@ -215,7 +215,6 @@ def unreadable(monkeypatch):
         router,
     ):
         monkeypatch.setattr(module, "launch", launch)
-    monkeypatch.setattr(gating, "_is_captured", lambda tensor: True)
     monkeypatch.setattr(layer_module, "_TRITON", layer_module._TRITON._replace(router=Router.apply))
     # No atomics, no scatter: what a kernel with a place for every row would have done.
     monkeypatch.setattr(dispatch, "has_kernels", lambda tensor: True)
@@ -249,7 +248,7 @@ READS = {"aten::_local_scalar_dense", "on the host"}
 @pytest.mark.parametrize(("N", "L"), [(1, 1), (2, 4096)])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("training", [False, True])
-def test_no_step_of_the_layer_waits_for_the_host(N, L, shared, training, unreadable):
+def test_no_step_of_the_layer_waits_for_the_host(N, L, shared, training, unreadable, monkeypatch):
     E, H, I, dtype = 8, 64, 32, torch.bfloat16
     # A build of torch without CUDA runs no backward pass on its tensors, fake or not.
     device = "meta" if training else "cuda"
@@ -273,6 +272,8 @@ def test_no_step_of_the_layer_waits_for_the_host(N, L, shared, training, unreada
         routing = CONFIG.routing
         hashed = replace(routing, hash_table=empty(9, 2, dtype=torch.int64, grad=False))
         for how in (routing, hashed):
+            # The ids of a table are read and checked, but not while a graph is captured.
+            monkeypatch.setattr(gating, "_is_captured", lambda _, how=how: how is hashed)
             config = LayerConfig(how, balance=BalanceConfig())
             ids = empty(N, L, dtype=torch.int64, grad=False)
             mask = empty(N, L, dtype=torch.bool, grad=False)
@@ -307,6 +308,18 @@ def test_no_step_of_the_layer_waits_for_the_host(N, L, shared, training, unreada
 def test_a_step_that_waits_would_be_seen(read, unreadable):
     with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
         unreadable(lambda: read(torch.ones(3, dtype=torch.bool, device="cuda")))
+
+
+def test_the_ids_of_a_hash_table_are_read_where_no_graph_is_captured(unreadable):
+    def check():
+        gating._check_table(
+            torch.ones(9, 2, dtype=torch.int64, device="meta"),
+            torch.ones(5, dtype=torch.int64, device="meta"),
+            4,
+        )
+
+    with pytest.raises(DataDependentOutputException):
+        unreadable(check)
 
 
 def test_a_copy_to_the_host_would_be_seen(unreadable):

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from moe_optimized import alignment, dispatch, operators
+from moe_optimized import alignment, dispatch, operators, quantized_operators
 from moe_optimized.experts import (
     experts,
     experts_batched,
@@ -106,7 +106,8 @@ def test_small_operators_are_what_they_say():
 
 def test_every_operator_is_listed():
     listed = set()
-    for row in re.findall(r"^\| (`.*?) \|", operators.__doc__, re.MULTILINE):
+    lists = operators.__doc__ + quantized_operators.__doc__
+    for row in re.findall(r"^\| (`.*?) \|", lists, re.MULTILINE):
         listed |= set(re.findall(r"`(\w+)`", row))
     names = torch._C._dispatch_get_all_op_names()
     assert listed == {n.removeprefix("moespec::") for n in names if n.startswith("moespec::")}
@@ -183,8 +184,20 @@ def test_operators_of_the_alignment_are_what_they_say():
     torch.library.opcheck(operators.align_batched, (torch.tensor([2, 0, 3]), 5, 4))
 
 
+def experts_grouped(x, matrices, weights, ids, config):
+    """The way of torch on a GPU without Triton: grouped products, which run on a CPU as well."""
+    operator = operators.experts_grouped
+    return operators.run_experts(operator, x, matrices, weights, ids, config, None, x.dtype)
+
+
 @pytest.mark.parametrize(
-    "run", [experts, experts_torch, pytest.param(experts_triton, marks=pytest.mark.triton)]
+    "run",
+    [
+        experts,
+        experts_torch,
+        experts_grouped,
+        pytest.param(experts_triton, marks=pytest.mark.triton),
+    ],
 )
 def test_experts_compile_once_for_every_number_of_tokens(run, make_experts):
     _, matrices, *_ = leaves(make_experts)

@@ -429,17 +429,42 @@ def test_what_no_kernel_takes_goes_the_way_of_torch(assert_close):
         assert_close(out, expected)
 
 
-def test_gradients_are_those_of_the_reference(assert_close):
+@pytest.mark.parametrize("activations", [None, "int8"])
+@pytest.mark.parametrize("weight_on", ["output", "input"])
+def test_gradients_are_those_of_the_reference(weight_on, activations, assert_close):
     experts = quantize_experts_of("uint4", {"group_size": 32}, biased=True)
-    x, weights, ids = torch.randn(5, 32), torch.rand(5, 2), torch.randint(0, 3, (5, 2))
+    experts = replace(experts, activation_format=activations)
+    x, weights, ids = torch.randn(5, 32), torch.rand(5, 2), torch.randint(-1, 4, (5, 2))
+    config = ExpertsConfig("swigluoai", weight_on=weight_on)
     found = []
     for run in (experts_quantized, reference.experts_quantized):
-        leaves = [t.clone().requires_grad_() for t in (x, weights, experts.down_bias)]
-        given = replace(experts, down_bias=leaves[2])
-        run(leaves[0], given, leaves[1], ids, ExpertsConfig()).square().sum().backward()
-        found.append([leaf.grad for leaf in leaves])
+        biases = experts.gate_up_bias, experts.down_bias
+        leaves = [t.clone().requires_grad_() for t in (x, weights, *biases)]
+        given = replace(experts, gate_up_bias=leaves[2], down_bias=leaves[3])
+        out = run(leaves[0], given, leaves[1], ids, config).square().sum()
+        # What is rounded has a gradient of zero, or none.
+        found.append(torch.autograd.grad(out, leaves, materialize_grads=True))
     for ours, theirs in zip(*found, strict=True):
         assert_close(ours, theirs)
+
+
+def test_a_gradient_of_the_gradient_is_refused():
+    experts = quantize_experts_of("mxfp4", {})
+    x, weights, ids = routed()
+    x.requires_grad_()
+    out = experts_quantized(x, experts, weights, ids, ExpertsConfig()).sum()
+    (first,) = torch.autograd.grad(out, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="experts_quantized_torch: expected to be diff"):
+        first.sum().backward()
+
+
+def test_gradients_keep_no_unpacked_weights():
+    experts = quantize_experts_of("mxfp4", {})
+    x, weights, ids = routed()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        experts_quantized(x.requires_grad_(), experts, weights, ids, ExpertsConfig())
+    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (x, weights, ids)}
 
 
 @implementations

@@ -75,6 +75,9 @@ class MoELayer(nn.Module):
     selection_bias: torch.Tensor | None
     hash_table: torch.Tensor | None
 
+    compute = staticmethod(layer)
+    """What `forward` calls: with another function it is the same layer, computed otherwise."""
+
     def __init__(self, parameters: LayerWeights, config: LayerConfig, jitter_epsilon: float = 0.0):
         super().__init__()
         self.config = replace(config, routing=replace(config.routing, hash_table=None))
@@ -118,10 +121,9 @@ class MoELayer(nn.Module):
         if self.training:
             x = jitter(x, self.jitter_epsilon)
         parameters = self.parameters_of_layer()
-        result = layer(x, parameters, config, token_ids, padding_mask, self.training)
+        result = self.compute(x, parameters, config, token_ids, padding_mask, self.training)
         if self.training and result.output.requires_grad:
-            assert result.tokens_per_expert is not None
-            result.output.register_hook(self._count_once(result.tokens_per_expert))
+            return self._counted(result)
         return result
 
     def update_bias(
@@ -144,6 +146,12 @@ class MoELayer(nn.Module):
         counts_E = global_counts(self.tokens_per_expert, group)
         self.selection_bias.copy_(update_bias(self.selection_bias, counts_E, rate, centred))
         self.tokens_per_expert.zero_()
+
+    def _counted(self, result: LayerOutput) -> LayerOutput:
+        """The result of a pass whose tokens are counted when a gradient arrives."""
+        assert result.tokens_per_expert is not None
+        result.output.register_hook(self._count_once(result.tokens_per_expert))
+        return result
 
     def _count_once(self, tokens_per_expert: torch.Tensor) -> Callable[[Any], None]:
         # Counted when the gradient arrives: a pass that checkpointing repeats has an output of its
