@@ -363,11 +363,9 @@ class _Combine(torch.autograd.Function):
         if T * K == 0:
             return torch.zeros_like(rows), None, torch.zeros_like(weights), None
         somebodys = (slots >= 0) & (slots < T * K)
-        known = torch.where(somebodys, slots, 0)
-        row_grads = grad.float()[known // K]
-        to_rows = row_grads * weights.float().flatten()[known][:, None]
-        to_rows = torch.where(somebodys[:, None], to_rows, 0.0)
-        to_weights = _dots_of_slots(row_grads, rows, slots, weights)
+        to_rows = spread_rows(grad, torch.where(somebodys, slots, T * K), K, weights)
+        tokens = torch.where(somebodys, slots, 0) // K
+        to_weights = _dots_of_slots(grad.index_select(0, tokens), rows, slots, weights)
         return to_rows.to(rows.dtype), None, to_weights, None
 
 

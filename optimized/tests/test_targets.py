@@ -113,10 +113,6 @@ def test_every_operation_answers_in_every_declared_dtype(target):
 AMONG_RANKS = {"expert_parallel"}
 """Ranks in one process are threads, and the interpreter is not made for those."""
 
-MOVED_BACK_IN_TORCH = ("dispatch", "combine")
-"""Whose gradients are copies and sums of rows; the layer's have kernels of their own."""
-
-
 ASKED = (
     *("GATE-18", "BALANCE-23", "BALANCE-29", "BALANCE-36", "ALIGN-01", "ALIGN-21", "DISPATCH-27"),
     *("DISPATCH-28", "EXPERT-11", "EXPERT-22", "LAYER-10", "QUANT-01", "QUANT-14"),
@@ -140,7 +136,7 @@ def counted(operation):
             if tensor.requires_grad and tensor.numel():
                 tensor.register_hook(lambda _: came_in.append(launches.total()))
         for _, tensor in walk([*arguments, named]):
-            if tensor.requires_grad and operation not in MOVED_BACK_IN_TORCH:
+            if tensor.requires_grad:
                 tensor.register_hook(lambda _: self.came_out(operation, came_in))
         return result
 
@@ -173,8 +169,7 @@ def test_what_the_suite_is_given_comes_from_kernels():
         found = run_requirement(requirement_named(id), scope, executor, Effort(2, 1, 0), 0)
         assert found.status == "pass", (id, found.message)
     assert set(target.answers) == set(OptimizedTriton.operations()) - AMONG_RANKS
-    elsewhere = {*MOVED_BACK_IN_TORCH, *AMONG_RANKS}
-    assert set(target.gradients) == set(OptimizedTriton.capabilities.gradients) - elsewhere
+    assert set(target.gradients) == set(OptimizedTriton.capabilities.gradients) - AMONG_RANKS
 
 
 @pytest.mark.triton
