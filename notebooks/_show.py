@@ -263,6 +263,41 @@ def scatter(
     _finish(figure, f"{ylabel} over {xlabel}: {', '.join(pairs)}.")
 
 
+def points(
+    places: dict[str, tuple[float, float]],
+    title: str,
+    xlabel: str,
+    ylabel: str,
+) -> None:
+    """A named point (x, y) each; y is drawn by its logarithm."""
+    figure, axes = plt.subplots(figsize=(7, 3.6))
+    xs, ys = (np.array(each) for each in zip(*places.values(), strict=True))
+    axes.scatter(xs, ys, s=26, color=LINES[0])
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel, yscale="log")
+    axes.margins(x=0.14, y=0.12)
+    # A name stands right of its point, or left where another one does.
+    spread = np.ptp(xs) or 1.0, np.ptp(np.log(ys)) or 1.0
+    for n, (name, (x, y)) in enumerate(places.items()):
+        ahead = (xs - x) / spread[0]
+        level = np.abs(np.log(ys / y)) / spread[1] < 0.07
+        crowded = level & (ahead >= 0) & (ahead < 0.12)
+        crowded[: n + 1] &= ahead[: n + 1] > 0
+        right = not crowded.any()
+        axes.annotate(
+            name,
+            (x, y),
+            (6 if right else -6, 0),
+            textcoords="offset points",
+            ha="left" if right else "right",
+            va="center",
+            fontsize=9,
+        )
+    told = "; ".join(
+        f"{name}: {x:.3g}, {y:.2g}" for name, (x, y) in places.items()
+    )
+    _finish(figure, f"{ylabel} over {xlabel}, {title}. {told}.")
+
+
 def grid(
     values: torch.Tensor,
     rows: Sequence[str],
