@@ -29,8 +29,8 @@ from moe_conformance.executor import (
 from moe_conformance.inputs.given import Scope
 from moe_conformance.registry import Requirement, requirements
 from moe_conformance.report import target_report, write_index, write_target
-from moe_conformance.runner import RANKS, Result, effort_for, run_target
-from moe_conformance.target import OPERATIONS, Capabilities, suite_version
+from moe_conformance.runner import Result, effort_for, run_target
+from moe_conformance.target import ON_RANKS, OPERATIONS, Capabilities, suite_version
 from moe_conformance.waivers import (
     MalformedWaivers,
     WaiverError,
@@ -323,7 +323,7 @@ def run_lane(lane: Lane, options: Options, tell: Tell) -> Share:
         scope = scope_of(executor, options)
         chosen = options.selected()
         own = share_of(chosen, lane)
-        if RANKS in scope.operations and any(each.operation == RANKS for each in own):
+        if any(each.operation in ON_RANKS and each.operation in scope.operations for each in own):
             executor.prepare(scope.world_sizes, scope.device)
         if options.waivers is not None and lane.number == 0:
             try:
@@ -355,12 +355,12 @@ def share_of(chosen: list[Requirement], lane: Lane) -> list[Requirement]:
     Each lane that had some of the former would start ranks of its own.
     """
     shares: list[list[Requirement]] = [[] for _ in range(lane.of)]
-    shares[-1] = [each for each in chosen if each.operation == RANKS]
+    shares[-1] = [each for each in chosen if each.operation in ON_RANKS]
     for each in chosen:
-        if each.operation != RANKS:
+        if each.operation not in ON_RANKS:
             min(shares, key=len).append(each)
     # They come last, when the ranks have met.
-    return sorted(shares[lane.number], key=lambda each: each.operation == RANKS)
+    return sorted(shares[lane.number], key=lambda each: each.operation in ON_RANKS)
 
 
 def _conclude(name: str, options: Options, shares: list[Share], started: str) -> Outcome:

@@ -23,6 +23,7 @@ from moe_conformance.executor import Executor
 from moe_conformance.inputs.given import Inputs, Plan, Scope
 from moe_conformance.judge import Violation
 from moe_conformance.registry import ANY, MAY, SHOULD, Requirement
+from moe_conformance.target import ON_RANKS
 
 STATUSES = (
     "pass",
@@ -74,7 +75,6 @@ OPERATIONS_PER_SHARE = 4
 """A requirement about every operation gets a requirement's cases for so many of them."""
 
 
-RANKS = "expert_parallel"
 CASES_PER_RANKS_CASE = 3
 """A case of several processes takes the time of three others, and counts as so many."""
 
@@ -259,10 +259,12 @@ def run_requirement(
         return result
     effort = replace(effort, examples=effort.examples * requirement.kinds)
     if requirement.operation == ANY:
-        # Its cases are shared out among all that the target has.
-        share = max(1, len(scope.operations) // OPERATIONS_PER_SHARE)
+        # Its cases are shared out among all that the target has, but for the operations on ranks
+        # that have the same tokens, which it does not draw from.
+        drawn = [name for name in scope.operations if name not in ON_RANKS[1:]]
+        share = max(1, len(drawn) // OPERATIONS_PER_SHARE)
         effort = replace(effort, examples=effort.examples * share)
-    if requirement.operation == RANKS:
+    if requirement.operation in ON_RANKS:
         effort = replace(
             effort,
             examples=-(-effort.examples // CASES_PER_RANKS_CASE),

@@ -29,10 +29,21 @@ OPERATIONS: tuple[str, ...] = (
     "slice_tensor_parallel",
     "place_experts",
     "expert_parallel",
+    "sliced_expert_parallel",
+    "replicated_experts",
+    "shared_tensor_parallel",
     "dequantize",
     "experts_quantized",
 )
 """Every operation of the specification, in reading order."""
+
+ON_RANKS: tuple[str, ...] = (
+    "expert_parallel",
+    "sliced_expert_parallel",
+    "replicated_experts",
+    "shared_tensor_parallel",
+)
+"""Operations that all ranks of a process group call together."""
 
 DTYPES: tuple[str, ...] = ("float32", "bfloat16", "float16", "float64")
 
@@ -161,7 +172,7 @@ class Capabilities:
         hidden_multiple: H must be a multiple of this.
         intermediate_multiple: I must be a multiple of this.
         block_sizes: allowed block sizes of `align`; None allows any.
-        world_sizes: numbers of ranks that `expert_parallel` runs on; () runs on any.
+        world_sizes: numbers of ranks that the operations of `ON_RANKS` run on; () runs on any.
         formats: quantised formats, of `FORMATS`.
         quantization: the same as `experts` for `group_size` (-1 is one group; with e4m3 the side of
             a block), `scale_dtype`,

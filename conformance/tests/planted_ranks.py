@@ -132,6 +132,21 @@ class Gathered(Reference):
         return parts.view(ranks.size, *x.shape).sum(0, dtype=wide).to(x.dtype)
 
 
+class TheOtherWay(Reference):
+    """Slices where nobody asked for them, and partial sums where slices were asked for."""
+
+    name = "the other way"
+    capabilities = dataclasses.replace(
+        Reference.capabilities, operations=("sliced_expert_parallel", "replicated_experts")
+    )
+
+    def sliced_expert_parallel(self, *given, **named):
+        return super().replicated_experts(*given, **named)
+
+    def replicated_experts(self, *given, **named):
+        return super().sliced_expert_parallel(*given, **named)
+
+
 class OnThreeRanks(Reference):
     """Runs on three ranks and on no other number."""
 

@@ -115,7 +115,10 @@ def test_the_reference_passes_on_threads(requirement):
 
 @pytest.mark.parametrize("requirement", ON_RANKS, ids=lambda each: each.id)
 def test_another_right_way_is_not_accused(requirement):
-    executor = InlineExecutor(worker.make(planted("Gathered")))
+    if requirement.operation == "shared_tensor_parallel":
+        pytest.skip("there is one way")
+    gathered = requirement.operation == "expert_parallel"
+    executor = InlineExecutor(worker.make(planted("Gathered" if gathered else "TheOtherWay")))
     result = run_requirement(requirement, inline_scope(executor), executor, Effort(45, 3, 0), 1)
     without = requirement.id in ("EP-14", "EP-15")
     assert (result.status, result.message) == (

@@ -275,3 +275,86 @@ def _to_one_rank(
     some = [of_rank for of_rank in held if of_rank]
     of_rank = torch.tensor(some[int(content.integers(0, len(some) - 1))], dtype=ids.dtype)
     return of_rank[ids.long() % len(of_rank)]
+
+
+def on_replicas(**drawn: Any) -> Given:
+    """Inputs of ranks that all have the same tokens: as `on_ranks`, but for `counts`."""
+    return Given(on_ranks(counts=("equal",), **drawn).plans, build_on_replicas)
+
+
+def build_on_replicas(plan: Plan) -> Inputs:
+    """The tokens that would be the first rank's, on every rank; experts are spread over all."""
+    size = len(plan["counts"])
+    made = build_on_ranks({**plan, "counts": plan["counts"][:1] + [0] * (size - 1)})
+    tokens = {name: made["whole"][name] for name in ("x", "weights", "expert_ids")}
+    ranks = [
+        {name: tensor.clone() for name, tensor in tokens.items()} | {"local": each["local"]}
+        for each in made["ranks"]
+    ]
+    return {**made, "ranks": ranks, "layouts": _layouts(ranks, plan)}
+
+
+def on_shared() -> Given:
+    """Inputs of a shared expert that is cut over ranks, all of which have the same tokens."""
+    drawn = on_ranks(counts=("equal",), weight_on=("output",))
+
+    def plans(scope: Scope) -> Plans | None:
+        made, unit = drawn.plans(scope), scope.capabilities.intermediate_multiple
+        return made and made.map(lambda plan: {**plan, "unit": unit})
+
+    return Given(plans, build_on_shared)
+
+
+def build_on_shared(plan: Plan) -> Inputs:
+    """One expert, which every token goes to with the same weight, and its slices."""
+    size, scale = len(plan["counts"]), (1.0, 0.5, 2.0)[plan["seed"] % 3]
+    one = {**plan, "experts": 1, "local": 1, "top_k": 1, "tokens": plan["counts"][0]}
+    unit = plan["unit"]
+    if unit > 1:
+        # Of what has to be a multiple, every rank gets one; of others a rank may get nothing.
+        one["intermediate"] = plan["intermediate"] * size
+    whole = build_experts({**one, "load": "one expert"})
+    x, shared, config = whole["x"], whole["experts"], whole["config"]
+    ids = torch.zeros(len(x), 1, dtype=torch.int64)
+    ranks = [
+        {"x": x.clone(), "part": _slice(shared, config.gated, size, rank, unit)}
+        for rank in range(size)
+    ]
+    return {
+        "world_size": plan["world_size"],
+        "members": plan["members"],
+        "ranks": ranks,
+        "num_experts": 1,
+        "config": config,
+        "placement": None,
+        "shared_scale": scale,
+        "whole": {
+            "x": x,
+            "weights": torch.full((len(x), 1), scale, dtype=x.dtype),
+            "expert_ids": ids,
+            "experts": shared,
+        },
+        "held": [[0]] * size,
+        "layouts": _layouts(ranks, plan),
+    }
+
+
+def _layouts(ranks: list[dict[str, Any]], plan: Plan) -> dict[str, str]:
+    return dict.fromkeys((path for path, _ in walk({"ranks": ranks})), plan["layout"])
+
+
+def _slice(shared: ExpertWeights, gated: bool, size: int, rank: int, unit: int) -> ExpertWeights:
+    """The rank's share of I: some rows of the gate and the same of up; the bias is on one rank."""
+    width = shared.down.shape[2]
+    shares = [len(range(r, width // unit, size)) * unit for r in range(size)]
+    start, stop = sum(shares[:rank]), sum(shares[: rank + 1])
+    rows = torch.arange(start, stop)
+    if gated:
+        rows = torch.cat([rows, rows + width])
+    bias, down_bias = shared.gate_up_bias, shared.down_bias
+    return ExpertWeights(
+        gate_up=shared.gate_up[:, rows],
+        down=shared.down[:, :, start:stop].clone(),
+        gate_up_bias=None if bias is None else bias[:, rows],
+        down_bias=None if down_bias is None else down_bias * (rank == 0),
+    )

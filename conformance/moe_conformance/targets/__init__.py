@@ -29,8 +29,11 @@ from moe_reference.config import (
     Placement,
     RoutingConfig,
 )
+from moe_reference.domain_transforms import sliced_expert_parallel
+from moe_reference.partial_sums import replicated_experts, shared_tensor_parallel
 from moe_reference.quantized_experts import experts_quantized
 from moe_reference.quantized_tensors import QuantizedExperts, QuantizedTensor
+from moe_reference.ranks import ProcessRanks
 
 from moe_conformance.target import Capabilities, Target, suite_version
 
@@ -76,6 +79,9 @@ class Reference(Target):
             "slice_experts",
             "slice_tensor_parallel",
             "expert_parallel",
+            "sliced_expert_parallel",
+            "replicated_experts",
+            "shared_tensor_parallel",
         ),
         ties="lowest",
     )
@@ -216,6 +222,63 @@ class Reference(Target):
         return _expert_parallel.expert_parallel(
             x, weights, expert_ids, local, num_experts, config, group, placement
         )
+
+    def sliced_expert_parallel(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        expert_ids: Tensor,
+        local: ExpertWeights,
+        num_experts: int,
+        config: ExpertsConfig,
+        group: dist.ProcessGroup | None,
+        placement: Placement | None = None,
+    ) -> Tensor:
+        """See `moe_reference.domain_transforms.sliced_expert_parallel`; routed before."""
+        ranks = ProcessRanks(group)
+        [y] = sliced_expert_parallel(
+            [x],
+            lambda *_: (weights, expert_ids),
+            [local],
+            num_experts,
+            config,
+            everybody=ranks,
+            tensor_parallel=ranks,
+            placement=placement,
+        )
+        return y
+
+    def replicated_experts(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        expert_ids: Tensor,
+        local: ExpertWeights,
+        num_experts: int,
+        config: ExpertsConfig,
+        group: dist.ProcessGroup | None,
+        placement: Placement | None = None,
+    ) -> Tensor:
+        """See `moe_reference.partial_sums.replicated_experts`."""
+        ranks = ProcessRanks(group)
+        [y] = replicated_experts(
+            [x], [weights], [expert_ids], [local], num_experts, config, ranks, placement
+        )
+        return y
+
+    def shared_tensor_parallel(
+        self,
+        x: Tensor,
+        part: ExpertWeights,
+        config: ExpertsConfig,
+        group: dist.ProcessGroup | None,
+        shared_gate: Tensor | None = None,
+        shared_scale: float = 1.0,
+    ) -> Tensor:
+        """See `moe_reference.partial_sums.shared_tensor_parallel`."""
+        gate = None if shared_gate is None else [shared_gate]
+        [y] = shared_tensor_parallel([x], [part], config, ProcessRanks(group), gate, shared_scale)
+        return y
 
     def dequantize(self, packed: QuantizedTensor) -> Tensor:
         """See `moe_reference.quantization.dequantize`."""

@@ -1,0 +1,283 @@
+"""Ranks that have the same tokens, with one thing wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from moe_reference import partial_sums
+from moe_reference.config import ExpertsConfig, ExpertWeights, Placement
+from moe_reference.expert_parallel import over_ranks
+from moe_reference.parallel_steps import held_experts
+from moe_reference.ranks import ProcessRanks, all_gather, all_reduce
+from moe_reference.token_slices import enter_slices, leave_slices
+
+from moe_conformance.faults import fault
+from moe_conformance.targets import Reference
+
+Tensor = torch.Tensor
+Group = dist.ProcessGroup | None
+
+
+def with_gradient(value: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """The same value, whose gradient is changed."""
+    seen = value.view_as(value)
+    if seen.requires_grad:
+        seen.register_hook(change)
+    return seen
+
+
+def own_gradient(own: Tensor, total: Tensor) -> Tensor:
+    """The sum of all ranks, of which only this rank's term has a gradient: this rank's own."""
+    return own + (total - own).detach()
+
+
+class OnSlices(Reference):
+    """The reference's steps one after the other, each of which can be changed."""
+
+    def sliced_expert_parallel(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        expert_ids: Tensor,
+        local: ExpertWeights,
+        num_experts: int,
+        config: ExpertsConfig,
+        group: Group,
+        placement: Placement | None = None,
+    ) -> Tensor:
+        """Cut, compute, put together."""
+        ranks = ProcessRanks(group)
+        [rows], [cut] = enter_slices([x], ranks), enter_slices([weights], ranks)
+        ids = self.ids(expert_ids, ranks)
+        [y] = over_ranks([rows], [cut], [ids], [local], num_experts, config, ranks, placement)
+        return self.leave(self.computed(y, local), len(x), ranks)
+
+    def ids(self, expert_ids: Tensor, ranks: ProcessRanks) -> Tensor:
+        """The slice's ids."""
+        [ids] = enter_slices([expert_ids], ranks, value=-1)
+        return ids
+
+    def computed(self, y: Tensor, local: ExpertWeights) -> Tensor:
+        """Change what was computed."""
+        return y
+
+    def leave(self, y: Tensor, tokens: int, ranks: ProcessRanks) -> Tensor:
+        """Gather and trim."""
+        [gathered] = leave_slices([y], [tokens], ranks)
+        return gathered
+
+
+@fault("padding-is-trimmed-from-the-front", catches=("EP-19",), thread="TensorCast MoE layer")
+class PaddingIsTrimmedFromTheFront(OnSlices):
+    """The last T rows are kept, and padding was appended."""
+
+    def leave(self, y: Tensor, tokens: int, ranks: ProcessRanks) -> Tensor:
+        """See the contract."""
+        [gathered] = all_gather([y], ranks)
+        return gathered[len(gathered) - tokens :].clone()
+
+
+@fault("what-is-left-over-between-slices-is-nobodys", catches=("EP-19",))
+class WhatIsLeftOverIsNobodys(OnSlices):
+    """Each rank computes T / R tokens, rounded down; the rest is zero."""
+
+    def leave(self, y: Tensor, tokens: int, ranks: ProcessRanks) -> Tensor:
+        """See the contract."""
+        whole = super().leave(y, tokens, ranks)
+        kept = tokens // ranks.size * ranks.size
+        return torch.cat([whole[:kept], whole[kept:] * 0])
+
+
+@fault("the-gradient-of-gathered-slices-is-not-summed", catches=("EP-20",))
+class TheGradientOfGatheredSlicesIsNotSummed(OnSlices):
+    """What other ranks' losses ask of this rank's slice never comes back to it."""
+
+    def leave(self, y: Tensor, tokens: int, ranks: ProcessRanks) -> Tensor:
+        """See the contract."""
+        [gathered] = all_gather([y], ranks)
+        pieces = [*gathered.detach().split(len(y))] if len(y) else [y]
+        if len(y):
+            pieces[ranks.here[0]] = y
+        return torch.cat(pieces)[:tokens]
+
+
+@fault("the-gradient-of-gathered-slices-is-averaged", catches=("EP-20",), thread="DeepSpeed #5259")
+class TheGradientOfGatheredSlicesIsAveraged(OnSlices):
+    """Every rank has the output, so somebody divides by R."""
+
+    def leave(self, y: Tensor, tokens: int, ranks: ProcessRanks) -> Tensor:
+        """See the contract."""
+        return super().leave(with_gradient(y, lambda g: g / ranks.size), tokens, ranks)
+
+
+@fault("padding-is-routed", catches=("EP-25",), thread="TensorCast MoE layer")
+class PaddingIsRouted(OnSlices):
+    """Ids are padded with zeros like everything else, and zero is an expert."""
+
+    def ids(self, expert_ids: Tensor, ranks: ProcessRanks) -> Tensor:
+        """See the contract."""
+        [ids] = enter_slices([expert_ids], ranks, value=0)
+        return ids
+
+
+@fault("experts-without-tokens-are-multiplied-by-zero", catches=("EP-25",))
+class ExpertsWithoutTokensAreMultipliedByZero(OnSlices):
+    """All local experts are made part of the graph by adding nothing of them."""
+
+    def computed(self, y: Tensor, local: ExpertWeights) -> Tensor:
+        """See the contract."""
+        return y + (local.down * 0).sum().to(y.dtype)
+
+
+class OnReplicas(Reference):
+    """`replicated_experts`, of which the parts and their sum can be changed."""
+
+    def replicated_experts(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        expert_ids: Tensor,
+        local: ExpertWeights,
+        num_experts: int,
+        config: ExpertsConfig,
+        group: Group,
+        placement: Placement | None = None,
+    ) -> Tensor:
+        """A part, and the sum of all parts."""
+        ranks = ProcessRanks(group)
+        [rank] = ranks.here
+        held = held_experts(num_experts, ranks.size, placement)
+        placement = self.placed(placement, rank)
+        part = partial_sums.partial_of_held_experts(
+            x, weights, expert_ids, local, held, rank, config, placement
+        )
+        return self.added(part, ranks).to(x.dtype)
+
+    def placed(self, placement: Placement | None, rank: int) -> Placement | None:
+        """Where this rank looks for copies."""
+        return placement
+
+    def added(self, part: Tensor, ranks: ProcessRanks) -> Tensor:
+        """The sum."""
+        [total] = all_reduce([part], ranks)
+        return total
+
+
+@fault("replicas-are-chosen-differently-per-rank", catches=("EP-21",), thread="SGLang #32962")
+class ReplicasAreChosenDifferentlyPerRank(OnReplicas):
+    """Every rank begins with a copy of its own, although all see the same pairs."""
+
+    def placed(self, placement: Placement | None, rank: int) -> Placement | None:
+        """See the contract."""
+        if placement is None:
+            return None
+        rolled = placement.logical_to_physical.clone()
+        for copies, count in zip(rolled, placement.replica_count.tolist(), strict=True):
+            copies[:count] = copies[:count].roll(rank)
+        return dataclasses.replace(placement, logical_to_physical=rolled)
+
+
+@fault("parts-of-other-ranks-are-never-added", catches=("EP-21",))
+class PartsOfOtherRanksAreNeverAdded(OnReplicas):
+    """Each rank gives back what its own experts computed."""
+
+    def added(self, part: Tensor, ranks: ProcessRanks) -> Tensor:
+        """See the contract."""
+        return part
+
+
+@fault("the-gradient-of-the-sum-is-one-ranks", catches=("EP-22",))
+class TheGradientOfTheSumIsOneRanks(OnReplicas):
+    """The reduction has no backward: each part learns from its own rank's loss."""
+
+    def added(self, part: Tensor, ranks: ProcessRanks) -> Tensor:
+        """See the contract."""
+        return own_gradient(part, super().added(part, ranks))
+
+
+@fault("the-gradient-of-the-sum-is-averaged", catches=("EP-22",), thread="DeepSpeed #5259")
+class TheGradientOfTheSumIsAveraged(OnReplicas):
+    """The backward of the reduction divides by R."""
+
+    def added(self, part: Tensor, ranks: ProcessRanks) -> Tensor:
+        """See the contract."""
+        return super().added(with_gradient(part, lambda g: g / ranks.size), ranks)
+
+
+class OnSharedSlices(Reference):
+    """`shared_tensor_parallel`, of which the parts and their sum can be changed."""
+
+    def shared_tensor_parallel(
+        self,
+        x: Tensor,
+        part: ExpertWeights,
+        config: ExpertsConfig,
+        group: Group,
+        shared_gate: Tensor | None = None,
+        shared_scale: float = 1.0,
+    ) -> Tensor:
+        """A part, and the sum of all parts."""
+        ranks = ProcessRanks(group)
+        part = self.part(part, ranks)
+        y = partial_sums.partial_shared(x, part, config, shared_gate, shared_scale)
+        return self.added(y, ranks).to(x.dtype)
+
+    def part(self, part: ExpertWeights, ranks: ProcessRanks) -> ExpertWeights:
+        """This rank's slice."""
+        return part
+
+    def added(self, y: Tensor, ranks: ProcessRanks) -> Tensor:
+        """The sum."""
+        [total] = all_reduce([y], ranks)
+        return total
+
+
+@fault("the-shared-expert-is-reduced-twice", catches=("EP-23",), thread="vLLM #49122")
+class TheSharedExpertIsReducedTwice(OnSharedSlices):
+    """Reduced by itself, and once more with the routed experts."""
+
+    def added(self, y: Tensor, ranks: ProcessRanks) -> Tensor:
+        """See the contract."""
+        return super().added(super().added(y, ranks), ranks)
+
+
+@fault("the-shared-expert-is-never-reduced", catches=("EP-23",), thread="SGLang #32963")
+class TheSharedExpertIsNeverReduced(OnSharedSlices):
+    """A slice's output is taken for the whole."""
+
+    def added(self, y: Tensor, ranks: ProcessRanks) -> Tensor:
+        """See the contract."""
+        return y
+
+
+@fault("every-rank-adds-the-shared-output-bias", catches=("EP-23",))
+class EveryRankAddsTheSharedOutputBias(OnSharedSlices):
+    """The output bias, which is on one rank, is given to all of them."""
+
+    def part(self, part: ExpertWeights, ranks: ProcessRanks) -> ExpertWeights:
+        """See the contract."""
+        if part.down_bias is None:
+            return part
+        [everybodys] = all_reduce([part.down_bias], ranks)
+        return dataclasses.replace(part, down_bias=everybodys)
+
+
+@fault("slices-of-the-shared-expert-learn-from-one-loss", catches=("EP-24",))
+class SlicesOfTheSharedExpertLearnFromOneLoss(OnSharedSlices):
+    """The reduction has no backward."""
+
+    def added(self, y: Tensor, ranks: ProcessRanks) -> Tensor:
+        """See the contract."""
+        return own_gradient(y, super().added(y, ranks))
+
+
+@fault("the-gradient-of-the-shared-expert-is-multiplied-by-r", catches=("EP-24",))
+class TheGradientOfTheSharedExpertIsMultipliedByR(OnSharedSlices):
+    """What is summed over the ranks already is multiplied by their number."""
+
+    def added(self, y: Tensor, ranks: ProcessRanks) -> Tensor:
+        """See the contract."""
+        return super().added(with_gradient(y, lambda g: g * ranks.size), ranks)

@@ -1,0 +1,326 @@
+"""Requirements on ranks that have the same tokens: slices of them, and sums of partial outputs.
+
+`sliced_expert_parallel` cuts the tokens before the exchange and gathers them after it;
+`replicated_experts` and `shared_tensor_parallel` compute a part on each rank and add up. Every rank
+has the whole output. Each case runs on real processes, one for each rank.
+
+Dimension key: T tokens, H hidden size, K experts per token, E experts, R ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from moe_conformance.case import Answer, Case
+from moe_conformance.codec import replace_tensors, walk
+from moe_conformance.inputs.expert_parallel import on_replicas, on_shared, taken
+from moe_conformance.inputs.given import differentiable
+from moe_conformance.judge import Closeness, Violation, close, equal, has_form, impostors
+from moe_conformance.registry import MUST, requirement
+from moe_conformance.requirements.expert_parallel import (
+    Tensors,
+    judge_gradients,
+    oracle_of,
+    outputs_of,
+    scale_of,
+    value_of,
+    without,
+)
+from moe_conformance.requirements.experts import cotangent_of
+
+SLICED, REPLICATED, SHARED = (
+    "sliced_expert_parallel",
+    "replicated_experts",
+    "shared_tensor_parallel",
+)
+ARGUMENTS = {
+    SLICED: ("ranks", "num_experts", "config", "placement"),
+    REPLICATED: ("ranks", "num_experts", "config", "placement"),
+    SHARED: ("ranks", "config", "shared_scale"),
+}
+
+
+def arguments(case: Case, operation: str) -> dict[str, Any]:
+    """The arguments of a call on all ranks."""
+    return {name: case[name] for name in ARGUMENTS[operation]}
+
+
+def note(case: Case) -> None:
+    """Count what was drawn."""
+    tokens, size = len(case["whole"]["x"]), len(case["ranks"])
+    case.note(f"{size} ranks")
+    case.note("tokens that do not divide by the ranks", tokens % size > 0)
+    case.note("fewer tokens than ranks", tokens < size)
+    case.note("a rank without experts", not all(case["held"]))
+    case.note("a placement", case["placement"] is not None)
+
+
+def judge_everywhere(case: Case, answer: Answer, others: dict[str, torch.Tensor]) -> None:
+    """Every rank has to have the one rank's output; the impostors have it on no rank."""
+    note(case)
+    spread, size = oracle_of(case), len(case["ranks"])
+
+    def rule(outputs: Tensors) -> Closeness:
+        found = [
+            close(f"output of rank {rank}", output, spread.value, spread.sigma, spread.freedom)
+            for rank, output in enumerate(outputs)
+        ]
+        return Closeness(
+            any(each.marginal for each in found),
+            max(each.worst for each in found),
+            max(each.worst_rms for each in found),
+        )
+
+    wrong = dict(impostors(spread.value, scale_of(spread)))
+    wrong |= {
+        name: value
+        for name, value in others.items()
+        if not torch.equal(value.nan_to_num(), spread.value.nan_to_num())
+    }
+    outputs = outputs_of(answer, case["ranks"])
+    case.judge(rule, outputs, [(name, [value] * size) for name, value in wrong.items()])
+
+
+def cotangents_of(case: Case) -> dict[str, torch.Tensor]:
+    """One for each rank: every element counts on one of them, so that they add up to the whole's.
+
+    The loss is the sum of the ranks' own. Were it one rank's alone, or the same on all, a gradient
+    that is not summed, or multiplied by R, could be right by chance.
+    """
+    whole, size = cotangent_of(case["whole"]["x"]), len(case["ranks"])
+    rows, columns = (torch.arange(length) for length in whole.shape)
+    counts_on = (rows[:, None] + columns) % size
+    return {str(rank): whole * (counts_on == rank) for rank in range(size)}
+
+
+def with_gradients(case: Case, operation: str) -> Answer:
+    """One call on all ranks, and its backward on all ranks."""
+    ranks = case["ranks"]
+    call = case.planned(
+        operation,
+        wrt=[
+            f"ranks.{rank}.{path}"
+            for rank, given in enumerate(ranks)
+            for path, tensor in walk(given)
+            if tensor.is_floating_point()
+        ],
+        cotangents=cotangents_of(case),
+        **arguments(case, operation),
+    )
+    answer = case.session([call])[0]
+    outputs_of(answer, ranks)
+    return answer
+
+
+def gradients_of(case: Case, answer: Answer) -> dict[str, Tensors]:
+    """By path, each rank's gradient, in the form of what it belongs to."""
+    found: dict[str, Tensors] = {}
+    for rank, given in enumerate(case["ranks"]):
+        for path, tensor in walk(given):
+            if not tensor.is_floating_point():
+                continue
+            gradient = answer.gradients[f"ranks.{rank}.{path}"]
+            what = f"gradient of {path} on rank {rank}"
+            if gradient is None:
+                raise Violation(f"{what}: expected a tensor, got None")
+            has_form(what, gradient, tuple(tensor.shape), (tensor.dtype,))
+            found.setdefault(path, []).append(gradient)
+    return found
+
+
+def judge_sums(case: Case, found: dict[str, Tensors]) -> None:
+    """Copies' gradients added up, and those of slices put together, against the one rank's."""
+    note(case)
+    together: dict[str, Tensors] = {}
+    for path, gradients in found.items():
+        wide = [gradient.double() for gradient in gradients]
+        if path.startswith("local."):
+            shape = wide[0].shape[1:]
+            total = torch.zeros(case["num_experts"], *shape, dtype=torch.float64)
+            for held, gradient in zip(case["held"], wide, strict=True):
+                total.index_add_(0, torch.tensor(held, dtype=torch.int64), gradient)
+        elif path.startswith("part."):
+            path = path.replace("part.", "local.")
+            total = _joined(path, wide, bool(case["config"].gated))
+        else:
+            total = torch.stack(wide).sum(0)
+        together[path] = [total.to(gradients[0].dtype)]
+    judge_gradients(case, together, ", all ranks together")
+
+
+def _joined(path: str, slices: Tensors, gated: bool) -> torch.Tensor:
+    """The gradient of the whole shared expert; its output bias is on the first rank."""
+    if path == "local.down_bias":
+        return slices[0]
+    if path == "local.down":
+        return torch.cat(slices, 2)
+    halves = [each.tensor_split(2 if gated else 1, 1) for each in slices]
+    return torch.cat([half for pair in zip(*halves, strict=True) for half in pair], 1)
+
+
+@requirement(
+    "EP-19",
+    MUST,
+    SLICED,
+    "Ranks that have the same tokens and share them out MUST all get back every token's output, "
+    "also where the tokens do not divide by the ranks.",
+    reason="Tokens are padded, cut, computed, gathered and trimmed. What is cut off at the wrong "
+    "end, or left over between equal slices, is another token's output, or nobody's.",
+    sources=("TensorCast MoE layer",),
+    given=on_replicas(),
+    references=("domain_transforms.sliced_expert_parallel", "token_slices.leave_slices"),
+)
+def slices_are_put_together_again(case: Case) -> None:
+    """Statistical comparison with one rank; the impostor leaves out what is left over."""
+    answer = case.call(SLICED, **arguments(case, SLICED))
+    tokens, size = len(case["whole"]["x"]), len(case["ranks"])
+    left_over = torch.arange(tokens) >= tokens // size * size
+    judge_everywhere(case, answer, {"left over": without(case, left_over[:, None])})
+
+
+@requirement(
+    "EP-20",
+    MUST,
+    SLICED,
+    "Gradients of shared-out tokens and their weights MUST add up over the ranks to what one rank "
+    "gets for the sum of all losses, and so MUST those of the experts.",
+    reason="Each rank has the outputs of all slices, and its loss reaches into all of them: the "
+    "way back of the gathering is a sum over the ranks.",
+    sources=("transformers #48687", "pytorch #160285"),
+    given=differentiable(SLICED, on_replicas()),
+    references=("ranks.all_gather",),
+)
+def gradients_of_slices_add_up(case: Case) -> None:
+    """Every element of the output counts on one rank; copies' gradients are added."""
+    judge_sums(case, gradients_of(case, with_gradients(case, SLICED)))
+
+
+@requirement(
+    "EP-21",
+    MUST,
+    REPLICATED,
+    "Ranks that have the same tokens and a share of the experts each MUST all get the one rank's "
+    "output, whichever copies of an expert there are.",
+    reason="A pair is computed by exactly one rank. Ranks that choose among copies by themselves "
+    "compute it twice or not at all, and an id of another rank's expert is none of this one's.",
+    sources=("SGLang #32962",),
+    given=on_replicas(copies=(False, True, True)),
+    references=("partial_sums.replicated_experts", "placement.physical_ids"),
+)
+def parts_of_all_ranks_add_up(case: Case) -> None:
+    """Statistical comparison with one rank; the impostor is the first rank's part."""
+    answer = case.call(REPLICATED, **arguments(case, REPLICATED))
+    elsewhere = ~torch.isin(
+        case["whole"]["expert_ids"].long(), torch.tensor(case["held"][0], dtype=torch.int64)
+    )
+    judge_everywhere(case, answer, {"the first rank's part": without(case, elsewhere)})
+
+
+@requirement(
+    "EP-22",
+    MUST,
+    REPLICATED,
+    "Gradients of the tokens and weights that all ranks have MUST add up over the ranks to what "
+    "one rank gets for the sum of all losses; an expert's copies together have the expert's.",
+    reason="Every rank has the whole output and computed a part of it: what all of them ask for "
+    "has to come back to each. A reduction without a backward gives each its own; an average gives "
+    "a part.",
+    sources=("pytorch #160285", "DeepSpeed #5259", "transformers #48687"),
+    given=differentiable(REPLICATED, on_replicas(copies=(False, True))),
+    references=("partial_sums.reduce_once", "ranks.all_reduce"),
+)
+def gradients_of_parts_add_up(case: Case) -> None:
+    """Every element of the output counts on one rank; copies' gradients are added."""
+    judge_sums(case, gradients_of(case, with_gradients(case, REPLICATED)))
+
+
+def doubled(case: Case) -> torch.Tensor:
+    """The shared expert's output times R."""
+    value: torch.Tensor = value_of(case) * len(case["ranks"])
+    return value
+
+
+@requirement(
+    "EP-23",
+    MUST,
+    SHARED,
+    "The slices of a shared expert MUST be summed over the ranks exactly once, its output bias "
+    "too.",
+    reason="A slice's output is partial. Beside routed experts it is easily reduced a second time "
+    "with their sum, or with none; one rank shows neither.",
+    sources=("vLLM #49122", "vLLM #49378", "SGLang #35535", "SGLang #32963"),
+    given=on_shared(),
+    references=("partial_sums.shared_tensor_parallel", "partial_sums.reduce_once"),
+)
+def the_shared_expert_is_reduced_once(case: Case) -> None:
+    """Statistical comparison with the whole expert; the impostor is reduced twice."""
+    answer = case.call(SHARED, **arguments(case, SHARED))
+    judge_everywhere(case, answer, {"reduced twice": doubled(case)})
+
+
+@requirement(
+    "EP-24",
+    MUST,
+    SHARED,
+    "Gradients of the slices of a shared expert MUST be slices of the whole's, for the sum of all "
+    "losses, and x's copies MUST add up to its gradient.",
+    reason="The backward of the sum is a sum over the ranks, once: left out, every slice learns "
+    "from one rank's loss; taken twice, R times too much.",
+    sources=("pytorch #160285", "DeepSpeed #5259"),
+    given=differentiable(SHARED, on_shared()),
+    references=("partial_sums.reduce_once", "ranks.all_reduce"),
+)
+def gradients_of_the_shared_expert_are_slices(case: Case) -> None:
+    """Every element of the output counts on one rank; slices are put together."""
+    judge_sums(case, gradients_of(case, with_gradients(case, SHARED)))
+
+
+@requirement(
+    "EP-25",
+    MUST,
+    SLICED,
+    "The padding of a slice MUST be routed nowhere: an expert that no token chose is not computed, "
+    "whatever it holds, and its gradient is zero.",
+    reason="Padded rows with an id that is an expert's cost work on its rank, count in the load, "
+    "and take what is not finite there into its gradient.",
+    sources=("TensorCast MoE layer",),
+    given=differentiable(SLICED, on_replicas(loads=("one expert",))),
+    references=("token_slices.enter_slices", "token_slices.pad_tokens"),
+)
+def padding_is_routed_nowhere(case: Case) -> None:
+    """Experts that no token chose hold NaN, where padding would find it."""
+    used = case["whole"]["expert_ids"].unique()
+    idle = [
+        torch.tensor([row for row, e in enumerate(held) if e not in used], dtype=torch.int64)
+        for held in case["held"]
+    ]
+    spoilt = replace_tensors(
+        case["whole"]["experts"],
+        lambda _, tensor: tensor.masked_fill(
+            ~torch.isin(torch.arange(len(tensor)), used).view(-1, *[1] * (tensor.ndim - 1)),
+            torch.nan,
+        ),
+    )
+    case.inputs["ranks"] = [
+        given | {"local": taken(spoilt, held)}
+        for given, held in zip(case["ranks"], case["held"], strict=True)
+    ]
+    answer = with_gradients(case, SLICED)
+    judge_everywhere(case, answer, {})
+    for path, gradients in gradients_of(case, answer).items():
+        if path.startswith("local."):
+            rows = [each[of_rank] for each, of_rank in zip(gradients, idle, strict=True)]
+            if any(each.numel() for each in rows):
+                case.judge(_zeros(path), rows, [("ones", [each + 1 for each in rows])])
+
+
+def _zeros(path: str) -> Callable[[Tensors], None]:
+    def rule(rows: Tensors) -> None:
+        for rank, gradient in enumerate(rows):
+            what = f"gradient of {path} on rank {rank}, where nothing was routed"
+            equal(what, gradient, torch.zeros_like(gradient))
+
+    return rule
