@@ -300,7 +300,7 @@ def on_shared() -> Given:
 
     def plans(scope: Scope) -> Plans | None:
         made, unit = drawn.plans(scope), scope.capabilities.intermediate_multiple
-        return made and made.map(lambda plan: {**plan, "unit": unit})
+        return None if made is None else made.map(lambda plan: {**plan, "unit": unit})
 
     return Given(plans, build_on_shared)
 
@@ -340,7 +340,7 @@ def build_on_shared(plan: Plan) -> Inputs:
 
 
 def _layouts(ranks: list[dict[str, Any]], plan: Plan) -> dict[str, str]:
-    return dict.fromkeys((path for path, _ in walk({"ranks": ranks})), plan["layout"])
+    return {path: plan["layout"] for path, _ in walk({"ranks": ranks})}
 
 
 def _slice(shared: ExpertWeights, gated: bool, size: int, rank: int, unit: int) -> ExpertWeights:
