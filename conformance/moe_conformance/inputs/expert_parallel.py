@@ -144,7 +144,8 @@ def _plans(
     physical = None
     if draw(choice(copies)):
         more = draw(st.integers(1, 2 * ranks))
-        physical = -(-(experts + more) // ranks) * ranks
+        # A rank holds no more copies than there may be experts.
+        physical = min(-(-(experts + more) // ranks), most) * ranks
     if plan["dtype"] == "float16" and plan["spread"] == "huge":
         # Rows travel in x's dtype, which has no room for them.
         plan = {**plan, "spread": "large"}
