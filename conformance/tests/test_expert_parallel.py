@@ -308,10 +308,8 @@ def test_a_rank_that_never_arrives_ends_every_process(executor, monkeypatch):
     made.prepare([2], "cpu")
     pids, folder = pids_of(made), made._groups[2, "cpu"]._folder
     until = time.monotonic() + 60
-    while not all(
-        said in (folder / f"rank-{rank}.log").read_text()
-        for rank, said in enumerate(("the rendezvous", "the loading"))
-    ):
+    logs = [(folder / "rank-0.log", "the rendezvous"), (folder / "rank-1.log", "the loading")]
+    while not all(log.exists() and said in log.read_text() for log, said in logs):
         assert time.monotonic() < until
         time.sleep(0.05)
     monkeypatch.setattr(rank_group, "LOAD_SECONDS", 0.5)
