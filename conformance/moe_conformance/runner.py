@@ -23,7 +23,7 @@ from moe_conformance.executor import Executor
 from moe_conformance.inputs.given import Inputs, Plan, Scope
 from moe_conformance.judge import Violation
 from moe_conformance.registry import ANY, MAY, SHOULD, Requirement
-from moe_conformance.target import ON_RANKS
+from moe_conformance.target import ON_RANKS, SAME_TOKENS
 
 STATUSES = (
     "pass",
@@ -261,7 +261,7 @@ def run_requirement(
     if requirement.operation == ANY:
         # Its cases are shared out among all that the target has, but for the operations on ranks
         # that have the same tokens, which it does not draw from.
-        drawn = [name for name in scope.operations if name not in ON_RANKS[1:]]
+        drawn = [name for name in scope.operations if name not in SAME_TOKENS]
         share = max(1, len(drawn) // OPERATIONS_PER_SHARE)
         effort = replace(effort, examples=effort.examples * share)
     if requirement.operation in ON_RANKS:

@@ -37,12 +37,14 @@ OPERATIONS: tuple[str, ...] = (
 )
 """Every operation of the specification, in reading order."""
 
-ON_RANKS: tuple[str, ...] = (
-    "expert_parallel",
+SAME_TOKENS: tuple[str, ...] = (
     "sliced_expert_parallel",
     "replicated_experts",
     "shared_tensor_parallel",
 )
+"""Operations on ranks that have the same tokens, and get the same output."""
+
+ON_RANKS: tuple[str, ...] = ("expert_parallel", *SAME_TOKENS)
 """Operations that all ranks of a process group call together."""
 
 DTYPES: tuple[str, ...] = ("float32", "bfloat16", "float16", "float64")
@@ -80,6 +82,9 @@ ROUNDING_POINTS: dict[str, str] = {
     "shared_output": "the shared expert's (gated, scaled) output is rounded before it is added",
 }
 """Where an implementation may round to the input's dtype. What is declared enters the tolerance."""
+
+REPLICATED_GRADIENTS: tuple[str, ...] = ("partial", "replicate")
+"""What a gradient is of a tensor that all ranks have, named as DTensor's placements."""
 
 ACCUMULATORS: tuple[str, ...] = ("float64", "float32", "tf32", "float16", "bfloat16")
 """In what a matrix product may be accumulated, from the most exact down (tf32: its inputs)."""
@@ -158,6 +163,10 @@ class Capabilities:
         expert_parallel: the same for `placement` (with and without), `part_of_world` (groups that
             are not all processes) and `shares` of `expert_parallel`: how many experts ranks have,
             of "even" (as many on each), "uneven" and "fewer" (fewer experts than ranks).
+        replicated_gradients: what the ranks' losses are where all have the same tokens and output.
+            With "partial" each loss is a term, and the gradient of a tensor that all ranks have is
+            the sum of its copies'. With "replicate" all ranks compute the same loss, and each copy
+            has the whole gradient, as in Megatron-LM's tensor parallelism.
         router_dtype: what the router computes in, whatever its inputs are; None is the rule:
             float32, or float64 where the logits are float64.
         experts_dtype: what the routed experts compute in, whatever x is; None is x's own dtype.
@@ -208,6 +217,7 @@ class Capabilities:
     balance: Choices | Sequence[Choices] = field(default_factory=dict)
     capacity: Choices | Sequence[Choices] = field(default_factory=dict)
     expert_parallel: Choices | Sequence[Choices] = field(default_factory=dict)
+    replicated_gradients: str = "partial"
     router_dtype: str | None = None
     experts_dtype: str | None = None
     min_experts: int = 1
@@ -245,6 +255,7 @@ class Capabilities:
         _check_known("gradients", self.gradients, OPERATIONS)
         _check_known("accumulator", (self.accumulator,), ACCUMULATORS)
         _check_known("ties", (self.ties,), ("lowest", "free"))
+        _check_known("replicated_gradients", (self.replicated_gradients,), REPLICATED_GRADIENTS)
         _check_known("logits_through", (self.logits_through,), ("direct", "identity"))
         _check_known("router_dtype", (self.router_dtype or "float32",), DTYPES)
         _check_known("experts_dtype", (self.experts_dtype or "float32",), EXPERTS_DTYPES)

@@ -10,10 +10,13 @@ import time
 import torch
 import torch.distributed as dist
 from moe_conformance import Capabilities, Target
+from moe_conformance.target import SAME_TOKENS
 from moe_conformance.targets import Reference
 from moe_reference.checks import check_experts, check_routing
+from moe_reference.config import ExpertWeights
 from moe_reference.parallel_steps import held_experts
-from moe_reference.ranks import ProcessRanks, all_gather, gather_counts
+from moe_reference.partial_sums import partial_shared
+from moe_reference.ranks import ProcessRanks, all_gather, all_reduce, gather_counts
 
 
 class _OnRankOne(Reference):
@@ -133,18 +136,37 @@ class Gathered(Reference):
 
 
 class TheOtherWay(Reference):
-    """Slices where nobody asked for them, and partial sums where slices were asked for."""
+    """Slices where nobody asked for them, and partial sums where slices were asked for.
+
+    The slices of a shared expert are put together, and each rank computes all of it.
+    """
 
     name = "the other way"
-    capabilities = dataclasses.replace(
-        Reference.capabilities, operations=("sliced_expert_parallel", "replicated_experts")
-    )
+    capabilities = dataclasses.replace(Reference.capabilities, operations=SAME_TOKENS)
 
     def sliced_expert_parallel(self, *given, **named):
         return super().replicated_experts(*given, **named)
 
     def replicated_experts(self, *given, **named):
         return super().sliced_expert_parallel(*given, **named)
+
+    def shared_tensor_parallel(self, x, part, config, group, shared_gate=None, shared_scale=1.0):
+        ranks = ProcessRanks(group)
+
+        def together(slices, halves):
+            """Slices [1, I_r, ...] in the order of the ranks, those of gate before those of up."""
+            cut = [half.contiguous() for half in slices[0].tensor_split(halves)]
+            return torch.cat([all_gather([half], ranks)[0] for half in cut])[None]
+
+        halves = 2 if config.gated else 1
+        bias, down_bias = part.gate_up_bias, part.down_bias
+        whole = ExpertWeights(
+            gate_up=together(part.gate_up, halves),
+            down=together(part.down.mT, 1).mT,
+            gate_up_bias=None if bias is None else together(bias, halves),
+            down_bias=None if down_bias is None else all_reduce([down_bias], ranks)[0],
+        )
+        return partial_shared(x, whole, config, shared_gate, shared_scale).to(x.dtype)
 
 
 class OnThreeRanks(Reference):

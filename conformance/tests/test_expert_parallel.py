@@ -1,5 +1,6 @@
 """Expert parallelism: the requirements on real ranks, their faults, and ranks that are lost."""
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -15,13 +16,14 @@ from moe_conformance.case import Case
 from moe_conformance.check import Lane, Options, UsageError, expand, scope_of, share_of
 from moe_conformance.executor import InlineExecutor, TargetLost, WorkerExecutor
 from moe_conformance.faults import faults
+from moe_conformance.faults.same_tokens import OneLoss
 from moe_conformance.inputs.expert_parallel import on_ranks
 from moe_conformance.inputs.given import Scope
 from moe_conformance.judge import Violation
 from moe_conformance.registry import requirement_named, requirements
 from moe_conformance.runner import Effort, run_requirement
 from moe_conformance.selfcheck import catch, inline_scope, noticed
-from moe_conformance.target import Capabilities
+from moe_conformance.target import SAME_TOKENS, Capabilities
 from moe_conformance.targets import Reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -115,8 +117,6 @@ def test_the_reference_passes_on_threads(requirement):
 
 @pytest.mark.parametrize("requirement", ON_RANKS, ids=lambda each: each.id)
 def test_another_right_way_is_not_accused(requirement):
-    if requirement.operation == "shared_tensor_parallel":
-        pytest.skip("there is one way")
     gathered = requirement.operation == "expert_parallel"
     executor = InlineExecutor(worker.make(planted("Gathered" if gathered else "TheOtherWay")))
     result = run_requirement(requirement, inline_scope(executor), executor, Effort(45, 3, 0), 1)
@@ -126,6 +126,29 @@ def test_another_right_way_is_not_accused(requirement):
         if without
         else ("pass", "")
     )
+
+
+@pytest.mark.parametrize(
+    "requirement",
+    [each for each in ON_RANKS if each.operation in SAME_TOKENS],
+    ids=lambda each: each.id,
+)
+def test_ranks_that_compute_the_same_loss_are_not_accused(requirement):
+    executor = InlineExecutor(OneLoss())
+    result = run_requirement(requirement, inline_scope(executor), executor, Effort(60, 3, 0), 2)
+    assert (result.status, result.message) == ("pass", "")
+
+
+@pytest.mark.parametrize("id", ["EP-20", "EP-22", "EP-24"])
+@pytest.mark.parametrize(("is_one", "declared"), [(True, "partial"), (False, "replicate")])
+def test_what_losses_are_is_told_apart(id, is_one, declared):
+    right = OneLoss if is_one else Reference
+    capabilities = dataclasses.replace(right.capabilities, replicated_gradients=declared)
+    executor = InlineExecutor(type("Declared", (right,), {"capabilities": capabilities})())
+    result = run_requirement(
+        requirement_named(id), inline_scope(executor), executor, Effort(60, 1, 0), seed=0
+    )
+    assert result.status == "fail"
 
 
 @pytest.mark.parametrize(

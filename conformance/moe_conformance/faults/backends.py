@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from moe_conformance.faults.gradients import with_gradient
 from moe_conformance.faults.rare import Arguments, tokens
 from moe_conformance.faults.rare_calls import (
     altered,
@@ -14,7 +15,6 @@ from moe_conformance.faults.rare_calls import (
     right,
     rows_of,
     with_fields,
-    with_gradient,
 )
 
 

@@ -23,6 +23,7 @@ from moe_reference.ranks import ProcessRanks
 
 from moe_conformance.codec import replace_tensors
 from moe_conformance.faults import fault
+from moe_conformance.faults.gradients import with_gradient
 from moe_conformance.targets import Reference
 
 Tensor = torch.Tensor
@@ -645,13 +646,7 @@ class TheLastTokenOfABusyRankIsDropped(OnRanks):
 def _on_the_way_back(local: ExpertWeights, change: Callable[[Tensor], Tensor]) -> ExpertWeights:
     """The same weights, whose gradients are changed."""
 
-    def hooked(_: str, tensor: Tensor) -> Tensor:
-        seen = tensor.view_as(tensor)
-        if seen.requires_grad:
-            seen.register_hook(change)
-        return seen
-
-    made: ExpertWeights = replace_tensors(local, hooked)
+    made: ExpertWeights = replace_tensors(local, lambda _, t: with_gradient(t, change))
     return made
 
 
@@ -679,9 +674,7 @@ class TheGradientOfXIsDividedByR(OnRanks):
 
     def there(self, rows: Tensor, send: Splits, receive: Splits, ranks: ProcessRanks) -> Tensor:
         """See the contract."""
-        seen = rows.view_as(rows)
-        if seen.requires_grad:
-            seen.register_hook(lambda g: g / ranks.size)
+        seen = with_gradient(rows, lambda g: g / ranks.size)
         return super().there(seen, send, receive, ranks)
 
 
@@ -712,9 +705,7 @@ class OnlyThisRanksTokensTeachTheExperts(OnRanks):
     def back(self, out: Tensor, send: Splits, receive: Splits, ranks: ProcessRanks) -> Tensor:
         """See the contract."""
         own = torch.arange(ranks.size).repeat_interleave(torch.tensor(send)) == ranks.here[0]
-        seen = out.view_as(out)
-        if seen.requires_grad:
-            seen.register_hook(lambda g: g * own[:, None])
+        seen = with_gradient(out, lambda g: g * own[:, None])
         return super().back(seen, send, receive, ranks)
 
 

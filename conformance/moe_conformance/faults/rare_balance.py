@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from moe_conformance.faults.gradients import with_gradient
 from moe_conformance.faults.rare import Arguments, loss_larger, rare
-from moe_conformance.faults.rare_gating import with_gradient
 
 SEQUENCE = ("gshard", "deepseek_sequence")
 

@@ -9,9 +9,10 @@ import torch
 from moe_reference.config import BalanceConfig
 
 from moe_conformance.faults import fault
+from moe_conformance.faults.gradients import with_gradient
 from moe_conformance.faults.rare import Arguments
 from moe_conformance.faults.rare_balance import SEQUENCE, experts, loss
-from moe_conformance.faults.rare_gating import otherwise, with_gradient
+from moe_conformance.faults.rare_gating import otherwise
 from moe_conformance.targets import Reference
 
 PLAIN = ("switch", "deepseek_expert")

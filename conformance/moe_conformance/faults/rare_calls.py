@@ -87,17 +87,6 @@ def right(operation: str, a: Arguments) -> Any:
     return getattr(Reference(), operation)(**a)
 
 
-def with_gradient(
-    value: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
-    """The same values with another gradient."""
-    if not value.requires_grad:
-        return value
-    same = value.view_as(value)
-    same.register_hook(change)
-    return same
-
-
 def passed_through(value: torch.Tensor, gradient_of: torch.Tensor) -> torch.Tensor:
     """The values of one tensor with the gradient of another."""
     return value.detach() + (gradient_of - gradient_of.detach())

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from moe_conformance.faults import fault
+from moe_conformance.faults.gradients import with_gradient
 from moe_conformance.faults.rare import (
     Arguments,
     When,
@@ -18,7 +19,7 @@ from moe_conformance.faults.rare import (
     last_row_zero,
     rare,
 )
-from moe_conformance.faults.rare_calls import as_if_contiguous, right, with_gradient
+from moe_conformance.faults.rare_calls import as_if_contiguous, right
 from moe_conformance.faults.rare_dispatch import last_columns
 from moe_conformance.faults.rare_slots import altered, instead
 from moe_conformance.targets import Reference

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from moe_conformance.faults import fault
+from moe_conformance.faults.gradients import with_gradient
 from moe_conformance.faults.rare import Arguments, When, rare, tokens, top_k
 from moe_conformance.faults.rare_calls import (
     as_if_contiguous,
     passed_through,
     right,
-    with_gradient,
 )
 from moe_conformance.faults.rare_slots import altered, instead
 from moe_conformance.targets import Reference

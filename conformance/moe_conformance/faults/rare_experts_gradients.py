@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from moe_reference.activations import ELEMENTWISE, activate
 from moe_reference.config import ExpertsConfig
 
+from moe_conformance.faults.gradients import with_gradient
 from moe_conformance.faults.rare import Arguments, When, tokens, top_k
 from moe_conformance.faults.rare_calls import (
     altered,
@@ -20,7 +21,6 @@ from moe_conformance.faults.rare_calls import (
     right,
     rows_of,
     with_fields,
-    with_gradient,
 )
 from moe_conformance.faults.rare_experts_arithmetic import halves, in_narrow, on_input, uses
 from moe_conformance.faults.rare_experts_ids import held, hidden, mapped, width

@@ -13,17 +13,6 @@ from moe_conformance.faults.rare import Arguments, last_row_zero, rare
 from moe_conformance.targets import Reference
 
 
-def with_gradient(
-    value: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
-    """The same values with another gradient."""
-    if not value.requires_grad:
-        return value
-    same = value.clone()
-    same.register_hook(change)
-    return same
-
-
 def otherwise(
     operation: str,
     name: str,

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import torch
 
+from moe_conformance.faults.gradients import with_gradient
 from moe_conformance.faults.rare import Arguments, tokens, top_k
-from moe_conformance.faults.rare_calls import passed_through, right, with_fields, with_gradient
+from moe_conformance.faults.rare_calls import passed_through, right, with_fields
 from moe_conformance.faults.rare_experts_gradients import gradient
 from moe_conformance.faults.rare_layer_parts import (
     field_of,

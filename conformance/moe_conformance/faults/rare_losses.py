@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from moe_conformance.faults import fault
+from moe_conformance.faults.gradients import with_gradient
 from moe_conformance.faults.rare import Arguments, loss_larger, rare
 from moe_conformance.faults.rare_balance import (
     a_little_larger,
@@ -22,7 +23,7 @@ from moe_conformance.faults.rare_balance import (
     through_float32,
 )
 from moe_conformance.faults.rare_balance_steps import logits_converted
-from moe_conformance.faults.rare_gating import otherwise, with_gradient
+from moe_conformance.faults.rare_gating import otherwise
 from moe_conformance.targets import Reference
 
 

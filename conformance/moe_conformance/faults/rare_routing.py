@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from moe_reference import gating
 
+from moe_conformance.faults.gradients import with_gradient
 from moe_conformance.faults.rare import Arguments, last_row_zero, rare
 from moe_conformance.faults.rare_gating import (
     id_moved,
     last_weight_gone,
     weights_exchanged,
-    with_gradient,
 )
 
 # What is wrong.

@@ -10,8 +10,9 @@ from moe_reference import gating
 from moe_reference.config import RoutingConfig
 
 from moe_conformance.faults import fault
+from moe_conformance.faults.gradients import with_gradient
 from moe_conformance.faults.rare import Arguments
-from moe_conformance.faults.rare_gating import otherwise, with_gradient
+from moe_conformance.faults.rare_gating import otherwise
 from moe_conformance.faults.rare_routing import experts, renormalized
 from moe_conformance.targets import Reference
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,23 +15,32 @@ from moe_reference.ranks import ProcessRanks, all_gather, all_reduce
 from moe_reference.token_slices import enter_slices, leave_slices
 
 from moe_conformance.faults import fault
+from moe_conformance.faults.gradients import with_gradient
+from moe_conformance.target import SAME_TOKENS
 from moe_conformance.targets import Reference
 
 Tensor = torch.Tensor
 Group = dist.ProcessGroup | None
 
 
-def with_gradient(value: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """The same value, whose gradient is changed."""
-    seen = value.view_as(value)
-    if seen.requires_grad:
-        seen.register_hook(change)
-    return seen
+class _Total(torch.autograd.Function):
+    """A sum over the ranks, of which this rank's term has the gradient that comes in here."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, total: Tensor) -> Tensor:
+        """The sum."""
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """The same for the term."""
+        return gradients[0], None
 
 
 def own_gradient(own: Tensor, total: Tensor) -> Tensor:
     """The sum of all ranks, of which only this rank's term has a gradient: this rank's own."""
-    return own + (total - own).detach()
+    made: Tensor = _Total.apply(own, total.detach())
+    return made
 
 
 class OnSlices(Reference):
@@ -222,8 +231,13 @@ class OnSharedSlices(Reference):
         """A part, and the sum of all parts."""
         ranks = ProcessRanks(group)
         part = self.part(part, ranks)
-        y = partial_sums.partial_shared(x, part, config, shared_gate, shared_scale)
+        gate = self.gate(shared_gate, ranks)
+        y = partial_sums.partial_shared(x, part, config, gate, shared_scale)
         return self.added(y, ranks).to(x.dtype)
+
+    def gate(self, shared_gate: Tensor | None, ranks: ProcessRanks) -> Tensor | None:
+        """What each token's factor is made of."""
+        return shared_gate
 
     def part(self, part: ExpertWeights, ranks: ProcessRanks) -> ExpertWeights:
         """This rank's slice."""
@@ -281,3 +295,173 @@ class TheGradientOfTheSharedExpertIsMultipliedByR(OnSharedSlices):
     def added(self, y: Tensor, ranks: ProcessRanks) -> Tensor:
         """See the contract."""
         return super().added(with_gradient(y, lambda g: g * ranks.size), ranks)
+
+
+@fault("slices-of-the-shared-expert-are-not-gated", catches=("EP-23",))
+class SlicesOfTheSharedExpertAreNotGated(OnSharedSlices):
+    """The gate is left to whoever adds the shared expert's output to the routed experts'."""
+
+    def gate(self, shared_gate: Tensor | None, ranks: ProcessRanks) -> Tensor | None:
+        """See the contract."""
+        return None
+
+
+@fault("every-rank-gates-what-it-has-added-up", catches=("EP-23",))
+class EveryRankGatesWhatItHasAddedUp(OnSharedSlices):
+    """A slice's output is gated, and so is the sum."""
+
+    def shared_tensor_parallel(self, x: Tensor, *given: Any, **named: Any) -> Tensor:
+        """See the contract."""
+        y = super().shared_tensor_parallel(x, *given, **named)
+        gate = named.get("shared_gate")
+        return y if gate is None else y * torch.sigmoid(x @ gate.T)
+
+
+@fault("the-gate-of-the-shared-expert-learns-on-one-rank", catches=("EP-24",))
+class TheGateOfTheSharedExpertLearnsOnOneRank(OnSharedSlices):
+    """Every rank has the gate, so the first one's gradient is taken for all of it."""
+
+    def gate(self, shared_gate: Tensor | None, ranks: ProcessRanks) -> Tensor | None:
+        """See the contract."""
+        if shared_gate is None:
+            return None
+        return with_gradient(shared_gate, lambda g: g * (ranks.here[0] == 0))
+
+
+# All ranks compute the same loss, of the output that all of them have.
+
+
+class _Entered(torch.autograd.Function):
+    """What all ranks have, whose gradients are the sums of what the ranks' parts ask for."""
+
+    @staticmethod
+    def forward(ctx: Any, ranks: ProcessRanks, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The same."""
+        ctx.ranks = ranks
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Their sums over the ranks."""
+        return None, *(all_reduce([gradient], ctx.ranks)[0] for gradient in gradients)
+
+
+class OneLoss(Reference):
+    """The right way where all ranks compute the same loss, each part of which can be changed.
+
+    A sum over the ranks has the gradient that comes in, and what all ranks have gets the sum of
+    what their parts ask for.
+    """
+
+    name = "one-loss"
+    capabilities = dataclasses.replace(
+        Reference.capabilities,
+        operations=SAME_TOKENS,
+        replicated_gradients="replicate",
+    )
+
+    def entered(self, ranks: ProcessRanks, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """What all ranks have."""
+        entered: tuple[Tensor, ...] = _Entered.apply(ranks, *tensors)
+        return entered
+
+    def added(self, part: Tensor, ranks: ProcessRanks) -> Tensor:
+        """The sum of the parts."""
+        return own_gradient(part, all_reduce([part.detach()], ranks)[0])
+
+    def gathered(self, y: Tensor, ranks: ProcessRanks) -> Tensor:
+        """The slices, of which this rank's has a gradient."""
+        [all_slices] = all_gather([y.detach()], ranks)
+        start = len(y) * ranks.here[0]
+        behind = all_slices[start + len(y) :]
+        return torch.cat([all_slices[:start], y, behind])
+
+    def sliced_expert_parallel(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        expert_ids: Tensor,
+        local: ExpertWeights,
+        num_experts: int,
+        config: ExpertsConfig,
+        group: Group,
+        placement: Placement | None = None,
+    ) -> Tensor:
+        """Cut, compute, put together."""
+        ranks = ProcessRanks(group)
+        whole_x, whole_weights = self.entered(ranks, x, weights)
+        [rows], [cut] = enter_slices([whole_x], ranks), enter_slices([whole_weights], ranks)
+        [ids] = enter_slices([expert_ids], ranks, value=-1)
+        [y] = over_ranks([rows], [cut], [ids], [local], num_experts, config, ranks, placement)
+        return self.gathered(y, ranks)[: len(x)]
+
+    def replicated_experts(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        expert_ids: Tensor,
+        local: ExpertWeights,
+        num_experts: int,
+        config: ExpertsConfig,
+        group: Group,
+        placement: Placement | None = None,
+    ) -> Tensor:
+        """A part, and the sum of all parts."""
+        ranks = ProcessRanks(group)
+        held = held_experts(num_experts, ranks.size, placement)
+        whole_x, whole_weights = self.entered(ranks, x, weights)
+        part = partial_sums.partial_of_held_experts(
+            whole_x, whole_weights, expert_ids, local, held, ranks.here[0], config, placement
+        )
+        return self.added(part, ranks).to(x.dtype)
+
+    def shared_tensor_parallel(
+        self,
+        x: Tensor,
+        part: ExpertWeights,
+        config: ExpertsConfig,
+        group: Group,
+        shared_gate: Tensor | None = None,
+        shared_scale: float = 1.0,
+    ) -> Tensor:
+        """A part, and the sum of all parts."""
+        ranks = ProcessRanks(group)
+        given = (x,) if shared_gate is None else (x, shared_gate)
+        whole_x, *gates = self.entered(ranks, *given)
+        gate = gates[0] if gates else None
+        y = partial_sums.partial_shared(whole_x, part, config, gate, shared_scale)
+        return self.added(y, ranks).to(x.dtype)
+
+
+@fault("the-same-loss-is-counted-on-every-rank", catches=("EP-20", "EP-22", "EP-24"))
+class TheSameLossIsCountedOnEveryRank(OneLoss):
+    """The reductions' own backward adds up a gradient that all ranks have already."""
+
+    def added(self, part: Tensor, ranks: ProcessRanks) -> Tensor:
+        """See the contract."""
+        [total] = all_reduce([part], ranks)
+        return total
+
+    def gathered(self, y: Tensor, ranks: ProcessRanks) -> Tensor:
+        """See the contract."""
+        [gathered] = all_gather([y], ranks)
+        return gathered
+
+
+@fault("x-has-the-gradient-of-this-ranks-part", catches=("EP-20", "EP-22", "EP-24"))
+class XHasTheGradientOfThisRanksPart(OneLoss):
+    """What goes into a rank's part is not reduced on the way back."""
+
+    def entered(self, ranks: ProcessRanks, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """See the contract."""
+        return tensors
+
+
+@fault("x-has-the-mean-of-the-parts-gradients", catches=("EP-20", "EP-22", "EP-24"))
+class XHasTheMeanOfThePartsGradients(OneLoss):
+    """What goes into the ranks' parts is averaged on the way back, like a replica's gradient."""
+
+    def entered(self, ranks: ProcessRanks, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """See the contract."""
+        entered = super().entered(ranks, *tensors)
+        return tuple(with_gradient(each, lambda g: g / ranks.size) for each in entered)

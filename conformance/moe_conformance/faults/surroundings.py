@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from moe_conformance.codec import replace_tensors
+from moe_conformance.faults.gradients import with_gradient
 from moe_conformance.faults.rare import Arguments
 from moe_conformance.faults.rare_calls import (
     altered,
@@ -15,7 +16,6 @@ from moe_conformance.faults.rare_calls import (
     instead,
     right,
     with_fields,
-    with_gradient,
 )
 
 # Without gradients.

@@ -16,6 +16,7 @@ from moe_reference.config import ExpertWeights, Placement
 from moe_conformance.codec import replace_tensors, walk
 from moe_conformance.inputs.experts import build_experts, expert_inputs
 from moe_conformance.inputs.given import Content, Given, Inputs, Plan, Plans, Scope, choice
+from moe_conformance.inputs.layer import UNIVERSE as LAYER
 
 COUNTS = ("equal", "unequal", "one idle", "one busy")
 """Tokens of the ranks: as many on each; not as many; none on one of them; none on all but one."""
@@ -300,15 +301,32 @@ def on_shared() -> Given:
     drawn = on_ranks(counts=("equal",), weight_on=("output",))
 
     def plans(scope: Scope) -> Plans | None:
-        made, unit = drawn.plans(scope), scope.capabilities.intermediate_multiple
-        return None if made is None else made.map(lambda plan: {**plan, "unit": unit})
+        made = drawn.plans(scope)
+        factors = [
+            {"shared_scale": scale, "shared_gate": gated}
+            for declared in scope.capabilities.alternatives("layer")
+            for scale in declared.get("shared_scale", LAYER["shared_scale"])
+            for gated in declared.get("shared_gate", LAYER["shared_gate"])
+        ]
+        if made is None or not factors:
+            return None
+        unit = {"unit": scope.capabilities.intermediate_multiple}
+        return st.builds(lambda plan, of: {**plan, **of, **unit}, made, choice(factors))
 
     return Given(plans, build_on_shared)
 
 
+GATE = 0.5
+"""The sigmoid of a shared expert's gate whose weight is zero, exact in every dtype."""
+
+
 def build_on_shared(plan: Plan) -> Inputs:
-    """One expert, which every token goes to with the same weight, and its slices."""
-    size, scale = len(plan["counts"]), (1.0, 0.5, 2.0)[plan["seed"] % 3]
+    """One expert, which every token goes to with the same weight, and its slices.
+
+    The gate's weight is zero, so that it is a factor that the oracle has without rounding; its
+    gradient is not zero.
+    """
+    size, scale, gated = len(plan["counts"]), plan["shared_scale"], plan["shared_gate"]
     one = {**plan, "experts": 1, "local": 1, "top_k": 1, "tokens": plan["counts"][0]}
     unit = plan["unit"]
     if unit > 1:
@@ -319,6 +337,7 @@ def build_on_shared(plan: Plan) -> Inputs:
     ids = torch.zeros(len(x), 1, dtype=torch.int64)
     ranks = [
         {"x": x.clone(), "part": _slice(shared, config.gated, size, rank, unit)}
+        | ({"shared_gate": x.new_zeros(1, x.shape[1])} if gated else {})
         for rank in range(size)
     ]
     return {
@@ -331,7 +350,7 @@ def build_on_shared(plan: Plan) -> Inputs:
         "shared_scale": scale,
         "whole": {
             "x": x,
-            "weights": torch.full((len(x), 1), scale, dtype=x.dtype),
+            "weights": torch.full((len(x), 1), scale * (GATE if gated else 1), dtype=x.dtype),
             "expert_ids": ids,
             "experts": shared,
         },

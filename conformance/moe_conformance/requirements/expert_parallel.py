@@ -335,43 +335,70 @@ def whole_path(path: str) -> str:
     return path.replace("local.", "experts.")
 
 
-def judge_gradients(case: Case, found: dict[str, Tensors], names: str = " on rank {}") -> None:
-    """Hold gradients against the one rank's in float64.
+def judge_gradients(case: Case, found: dict[str, Tensors]) -> None:
+    """Hold each rank's gradients, by path, against its part of the one rank's in float64."""
+    right = gradient_limits(case)
+    for path, gradients in found.items():
+        value, bound = right[whole_path(path)]
+        limits = zip(of_ranks(case, path, value), of_ranks(case, path, bound), strict=True)
+        hold_gradients(case, path, gradients, list(limits))
+
+
+Limit = tuple[torch.Tensor, torch.Tensor]
+
+
+def gradient_limits(case: Case, sums: int = 0) -> dict[str, Limit]:
+    """By path of the whole, the one rank's gradient and how far an answer may be from it.
 
     Args:
         case: what was called.
-        found: by path, one tensor for each rank, or one for all.
+        sums: how many more times than on one rank a gradient is rounded, because it is added up.
+    """
+    value, bound = expected_gradients(case, whole(case), sums)
+    return {path: (value[path], bound[path]) for path in value}
+
+
+def hold_gradients(
+    case: Case, path: str, gradients: Tensors, limits: list[Limit], names: str = " on rank {}"
+) -> None:
+    """Hold some gradients each against what it has to be.
+
+    Args:
+        case: what was called.
+        path: what they belong to.
+        gradients: any number of them.
+        limits: for each one the right value and the bound, in float64.
         names: which they are.
     """
-    expected, bound = expected_gradients(case, whole(case))
     size = len(case["ranks"])
-    for path, gradients in found.items():
-        right, at_most = expected[whole_path(path)], bound[whole_path(path)]
-        if len(gradients) == size:
-            parts = zip(of_ranks(case, path, right), of_ranks(case, path, at_most), strict=True)
-        else:
-            parts = zip([right], [at_most], strict=True)
-        limits = list(parts)
-        # Past the largest number of its dtype a gradient is infinite by right.
-        most = torch.finfo(gradients[0].dtype).max
-        kept = [(value.abs() + limit) < most for value, limit in limits]
+    # Past the largest number of its dtype a gradient is infinite by right.
+    most = torch.finfo(gradients[0].dtype).max
+    kept = [(value.abs() + bound) < most for value, bound in limits]
 
-        def rule(answer: Tensors, path: str = path, limits: Any = limits, kept: Any = kept) -> None:
-            for rank, (gradient, (value, limit), here) in enumerate(
-                zip(answer, limits, kept, strict=True)
-            ):
-                what = f"gradient of {path}{names.format(rank)}"
-                within(what, gradient[here], value[here], limit[here])
+    def rule(answer: Tensors) -> None:
+        for number, (gradient, (value, bound), here) in enumerate(
+            zip(answer, limits, kept, strict=True)
+        ):
+            what = f"gradient of {path}{names.format(number)}"
+            within(what, gradient[here], value[here], bound[here])
 
-        wrong = {"one and twice the bound added": [v + 2 * b + 1 for v, b in limits]}
-        for name, factor in (("all zeros", 0.0), ("times R", size), ("divided by R", 1 / size)):
-            if any(
-                bool((abs(factor - 1) * v.abs() > 2 * b)[k].any())
-                for (v, b), k in zip(limits, kept, strict=True)
-            ):
-                wrong[name] = [factor * v for v, _ in limits]
-        if any(bool(each.any()) for each in kept):
-            case.judge(rule, gradients, wrong.items())
+    wrong = {"one and twice the bound added": [v + 2 * b + 1 for v, b in limits]}
+    for name, factor in (("all zeros", 0.0), ("times R", size), ("divided by R", 1 / size)):
+        if any(
+            bool((abs(factor - 1) * v.abs() > 2 * b)[k].any())
+            for (v, b), k in zip(limits, kept, strict=True)
+        ):
+            wrong[name] = [factor * v for v, _ in limits]
+    if any(bool(each.any()) for each in kept):
+        case.judge(rule, gradients, wrong.items())
+
+
+def copies_together(case: Case, gradients: Tensors) -> torch.Tensor:
+    """The gradients of the experts that each rank holds, added up by expert: [E, ...], float64."""
+    total = torch.zeros(case["num_experts"], *gradients[0].shape[1:], dtype=torch.float64)
+    for held, gradient in zip(case["held"], gradients, strict=True):
+        total.index_add_(0, torch.tensor(held, dtype=torch.int64), gradient.double())
+    return total
 
 
 @requirement(
@@ -711,16 +738,12 @@ def gradients_of_copies_add_up(case: Case) -> None:
     answer = with_gradients(case)
     note(case)
     found = gradients_of(case, answer)
-    together = {path: found[path] for path in ("x", "weights")}
-    judge_gradients(case, together)
-    summed = {}
+    judge_gradients(case, {path: found[path] for path in ("x", "weights")})
+    right = gradient_limits(case)
     for path, gradients in found.items():
         if path.startswith("local."):
-            total = torch.zeros_like(dict(walk(whole(case)))[whole_path(path)], dtype=torch.float64)
-            for held, gradient in zip(case["held"], gradients, strict=True):
-                total.index_add_(0, torch.tensor(held, dtype=torch.int64), gradient.double())
-            summed[path] = [total]
-    judge_gradients(case, summed, ", all copies together")
+            total = [copies_together(case, gradients)]
+            hold_gradients(case, path, total, [right[whole_path(path)]], ", all copies together")
 
 
 @requirement(

@@ -492,9 +492,9 @@ def _dtype(given: dict[str, Any], path: str) -> torch.dtype:
 
 
 def expected_gradients(
-    case: Case, given: dict[str, Any]
+    case: Case, given: dict[str, Any], sums: int = 0
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Float64 gradients, and how far a legal answer may be from them.
+    """Float64 gradients, and how far a legal answer may be from them, with so many more sums.
 
     Every gradient is a sum of products. With all factors replaced by their absolute values the same
     sums give its size, and each of the at most `depth` roundings on the way costs one unit of it:
@@ -521,7 +521,7 @@ def expected_gradients(
     u = max(arithmetic.accumulator_unit, UNIT["tf32"] if arithmetic.accumulator == "tf32" else 0.0)
     inner = arithmetic.of_experts
     u = max(u, inner.accumulator_unit, UNIT["tf32"] if inner.accumulator == "tf32" else 0.0)
-    stages = 8  # rounded results between an input and its gradient, forward and back
+    stages = 8 + sums  # rounded results between an input and its gradient, forward and back
     if arithmetic.inside is not None:
         stages += 4  # x, both matrices and the cotangent, on their way in
     sizes = functools.cache(functools.partial(_gradient_sizes, given))

@@ -16,13 +16,16 @@ import torch
 
 from moe_conformance.case import Answer, Case
 from moe_conformance.codec import replace_tensors, walk
-from moe_conformance.inputs.expert_parallel import on_replicas, on_shared, taken
+from moe_conformance.inputs.expert_parallel import GATE, on_replicas, on_shared, taken
 from moe_conformance.inputs.given import differentiable
 from moe_conformance.judge import Closeness, Violation, close, equal, has_form, impostors
 from moe_conformance.registry import MUST, requirement
 from moe_conformance.requirements.expert_parallel import (
+    Limit,
     Tensors,
-    judge_gradients,
+    copies_together,
+    gradient_limits,
+    hold_gradients,
     oracle_of,
     outputs_of,
     scale_of,
@@ -84,13 +87,20 @@ def judge_everywhere(case: Case, answer: Answer, others: dict[str, torch.Tensor]
     case.judge(rule, outputs, [(name, [value] * size) for name, value in wrong.items()])
 
 
-def cotangents_of(case: Case) -> dict[str, torch.Tensor]:
-    """One for each rank: every element counts on one of them, so that they add up to the whole's.
+def same_loss(case: Case) -> bool:
+    """Whether all ranks compute the same loss; otherwise their losses are terms of one."""
+    return case.scope.capabilities.replicated_gradients == "replicate"
 
-    The loss is the sum of the ranks' own. Were it one rank's alone, or the same on all, a gradient
-    that is not summed, or multiplied by R, could be right by chance.
+
+def cotangents_of(case: Case) -> dict[str, torch.Tensor]:
+    """One for each rank: of terms, every element counts on one rank, and they add up to the whole.
+
+    Were the loss one rank's alone, or the same on all, a gradient that is not summed, or multiplied
+    by R, could be right by chance.
     """
     whole, size = cotangent_of(case["whole"]["x"]), len(case["ranks"])
+    if same_loss(case):
+        return {str(rank): whole for rank in range(size)}
     rows, columns = (torch.arange(length) for length in whole.shape)
     counts_on = (rows[:, None] + columns) % size
     return {str(rank): whole * (counts_on == rank) for rank in range(size)}
@@ -131,31 +141,50 @@ def gradients_of(case: Case, answer: Answer) -> dict[str, Tensors]:
     return found
 
 
-def judge_sums(case: Case, found: dict[str, Tensors]) -> None:
-    """Copies' gradients added up, and those of slices put together, against the one rank's."""
+def judge_together(case: Case, found: dict[str, Tensors]) -> None:
+    """Hold the gradients of all ranks against the one rank's.
+
+    Those of experts' copies add up, those of slices are put together. Those of what all ranks have
+    add up where losses do; where all compute the same loss, each is the whole.
+    """
     note(case)
-    together: dict[str, Tensors] = {}
+    size = len(case["ranks"])
+    right = gradient_limits(case, sums=size if same_loss(case) else 0)
     for path, gradients in found.items():
-        wide = [gradient.double() for gradient in gradients]
+        of_dtype = gradients[0].dtype
         if path.startswith("local."):
-            shape = wide[0].shape[1:]
-            total = torch.zeros(case["num_experts"], *shape, dtype=torch.float64)
-            for held, gradient in zip(case["held"], wide, strict=True):
-                total.index_add_(0, torch.tensor(held, dtype=torch.int64), gradient)
+            limit = right[path.replace("local.", "experts.")]
+            together = [copies_together(case, gradients).to(of_dtype)]
         elif path.startswith("part."):
-            path = path.replace("part.", "local.")
-            total = _joined(path, wide, bool(case["config"].gated))
+            limit = right[path.replace("part.", "experts.")]
+            together = [_joined(path, gradients, bool(case["config"].gated))]
         else:
-            total = torch.stack(wide).sum(0)
-        together[path] = [total.to(gradients[0].dtype)]
-    judge_gradients(case, together, ", all ranks together")
+            limit = _limit_of_gate(case, right) if path == "shared_gate" else right[path]
+            total = torch.stack(gradients).sum(0, dtype=torch.float64).to(of_dtype)
+            together = gradients if same_loss(case) else [total]
+        names = ", all ranks together" if len(together) == 1 else " on rank {}"
+        hold_gradients(case, path, together, [limit] * len(together), names)
+
+
+def _limit_of_gate(case: Case, right: dict[str, Limit]) -> Limit:
+    """The gradient of the gate's weight, by way of that of what each token is multiplied with.
+
+    A token's factor is c · sigmoid(g) with g = 0, so that the gradient of g is c / 4 times the
+    factor's. The sum over the tokens is rounded as often as there are tokens.
+    """
+    x = case["whole"]["x"].double()
+    slope = case["shared_scale"] * GATE * (1 - GATE)
+    value, bound = right["weights"]
+    unit = torch.finfo(case["whole"]["x"].dtype).eps
+    size = slope * value.abs().T @ x.abs()
+    return slope * value.T @ x, slope * bound.T @ x.abs() + (len(x) + 1) * unit * size
 
 
 def _joined(path: str, slices: Tensors, gated: bool) -> torch.Tensor:
     """The gradient of the whole shared expert; its output bias is on the first rank."""
-    if path == "local.down_bias":
+    if path == "part.down_bias":
         return slices[0]
-    if path == "local.down":
+    if path == "part.down":
         return torch.cat(slices, 2)
     halves = [each.tensor_split(2 if gated else 1, 1) for each in slices]
     return torch.cat([half for pair in zip(*halves, strict=True) for half in pair], 1)
@@ -185,17 +214,19 @@ def slices_are_put_together_again(case: Case) -> None:
     "EP-20",
     MUST,
     SLICED,
-    "Gradients of shared-out tokens and their weights MUST add up over the ranks to what one rank "
-    "gets for the sum of all losses, and so MUST those of the experts.",
-    reason="Each rank has the outputs of all slices, and its loss reaches into all of them: the "
-    "way back of the gathering is a sum over the ranks.",
+    "Gradients of shared-out tokens, their weights and the experts MUST be what one rank gets for "
+    "the sum of all losses, the copies' added up; or, where all ranks compute the same loss, what "
+    "one rank gets for it, on each.",
+    reason="Each rank has the outputs of all slices, and its loss reaches into all of them. The "
+    "way back of the gathering is a sum over the ranks where losses are terms, and a slice where "
+    "they are one; what it leaves of x on a rank is its slice's part.",
     sources=("transformers #48687", "pytorch #160285"),
     given=differentiable(SLICED, on_replicas()),
     references=("ranks.all_gather",),
 )
 def gradients_of_slices_add_up(case: Case) -> None:
-    """Every element of the output counts on one rank; copies' gradients are added."""
-    judge_sums(case, gradients_of(case, with_gradients(case, SLICED)))
+    """Of losses that are terms, every element of the output counts on one rank."""
+    judge_together(case, gradients_of(case, with_gradients(case, SLICED)))
 
 
 @requirement(
@@ -223,18 +254,19 @@ def parts_of_all_ranks_add_up(case: Case) -> None:
     "EP-22",
     MUST,
     REPLICATED,
-    "Gradients of the tokens and weights that all ranks have MUST add up over the ranks to what "
-    "one rank gets for the sum of all losses; an expert's copies together have the expert's.",
-    reason="Every rank has the whole output and computed a part of it: what all of them ask for "
-    "has to come back to each. A reduction without a backward gives each its own; an average gives "
-    "a part.",
+    "Gradients of the tokens and weights that all ranks have MUST be what one rank gets for the "
+    "sum of all losses, the copies' added up, or for the loss that all compute, on each; an "
+    "expert's copies together have the expert's.",
+    reason="Every rank has the whole output and computed a part of it: what losses ask for has to "
+    "come back to each. A reduction without a backward gives each its own loss's, an average a "
+    "part; and where all compute one loss, a sum gives R times too much.",
     sources=("pytorch #160285", "DeepSpeed #5259", "transformers #48687"),
     given=differentiable(REPLICATED, on_replicas(copies=(False, True))),
     references=("partial_sums.reduce_once", "ranks.all_reduce"),
 )
 def gradients_of_parts_add_up(case: Case) -> None:
-    """Every element of the output counts on one rank; copies' gradients are added."""
-    judge_sums(case, gradients_of(case, with_gradients(case, REPLICATED)))
+    """Of losses that are terms, every element of the output counts on one rank."""
+    judge_together(case, gradients_of(case, with_gradients(case, REPLICATED)))
 
 
 def doubled(case: Case) -> torch.Tensor:
@@ -266,16 +298,18 @@ def the_shared_expert_is_reduced_once(case: Case) -> None:
     MUST,
     SHARED,
     "Gradients of the slices of a shared expert MUST be slices of the whole's, for the sum of all "
-    "losses, and x's copies MUST add up to its gradient.",
-    reason="The backward of the sum is a sum over the ranks, once: left out, every slice learns "
-    "from one rank's loss; taken twice, R times too much.",
+    "losses or the one that all compute; those of x and of the gate MUST add up over the ranks, or "
+    "be the whole on each.",
+    reason="Where losses are terms the backward of the sum is a sum over the ranks, once: left "
+    "out, every slice learns from one rank's loss; taken twice, R times too much. Where they are "
+    "one, it is x's and the gate's gradients that have to be summed.",
     sources=("pytorch #160285", "DeepSpeed #5259"),
     given=differentiable(SHARED, on_shared()),
     references=("partial_sums.reduce_once", "ranks.all_reduce"),
 )
 def gradients_of_the_shared_expert_are_slices(case: Case) -> None:
-    """Every element of the output counts on one rank; slices are put together."""
-    judge_sums(case, gradients_of(case, with_gradients(case, SHARED)))
+    """Of losses that are terms, every element of the output counts on one rank."""
+    judge_together(case, gradients_of(case, with_gradients(case, SHARED)))
 
 
 @requirement(
