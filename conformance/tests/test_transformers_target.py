@@ -25,7 +25,10 @@ from moe_reference.config import (
 )
 
 DOCUMENTED = [f"{each.family}-{name}" for each in adapter.FAMILIES for name in each.documented]
-VARIANTS = [name for name in adapter.variants() if name not in DOCUMENTED]
+VARIANTS = [f"{each.family}-{backend}" for each in adapter.FAMILIES for backend in each.backends]
+PARALLEL = [f"expert_parallel-{backend}" for backend in adapter.BACKENDS]
+"""Tested in test_transformers_parallel_target.py."""
+
 FIRST = [f"{each.family}-{each.backends[0]}" for each in adapter.FAMILIES]
 """One variant of each family, for what does not depend on the backend."""
 
@@ -236,7 +239,7 @@ def test_variants_are_listed_without_torch_or_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     alone = importlib.import_module(package)
     assert alone is not adapter
-    assert sorted(alone.variants()) == sorted(VARIANTS + DOCUMENTED)
+    assert sorted(alone.variants()) == sorted(VARIANTS + DOCUMENTED + PARALLEL)
     assert len(VARIANTS) == 10 * 3 + 1
     assert len(DOCUMENTED) == 3
     for name in [name for name in sys.modules if name.startswith(package)]:

@@ -100,7 +100,9 @@ class WhatIsLeftOverIsNobodys(OnSlices):
         return torch.cat([whole[:kept], whole[kept:] * 0])
 
 
-@fault("the-gradient-of-gathered-slices-is-not-summed", catches=("EP-20",))
+@fault(
+    "the-gradient-of-gathered-slices-is-not-summed", catches=("EP-20",), thread="Automodel #1260"
+)
 class TheGradientOfGatheredSlicesIsNotSummed(OnSlices):
     """What other ranks' losses ask of this rank's slice never comes back to it."""
 

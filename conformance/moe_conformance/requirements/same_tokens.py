@@ -220,7 +220,7 @@ def slices_are_put_together_again(case: Case) -> None:
     reason="Each rank has the outputs of all slices, and its loss reaches into all of them. The "
     "way back of the gathering is a sum over the ranks where losses are terms, and a slice where "
     "they are one; what it leaves of x on a rank is its slice's part.",
-    sources=("transformers #48687", "pytorch #160285"),
+    sources=("transformers #48687", "pytorch #160285", "Automodel #1260"),
     given=differentiable(SLICED, on_replicas()),
     references=("ranks.all_gather",),
 )

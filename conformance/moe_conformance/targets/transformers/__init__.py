@@ -7,6 +7,8 @@ modules are built from small configurations on the meta device and called with t
 in the place of their parameters (`torch.func.functional_call`), so nothing is downloaded and
 gradients reach the given weights.
 
+`transformers/expert_parallel-<backend>` is the library's expert parallelism (`parallel.py`).
+
 `transformers/<family>-<field>` is the router alone, asked for what a field of the family's
 configuration promises and the router does not do (`Declaration.documented`).
 
@@ -40,6 +42,7 @@ from moe_conformance.targets.transformers.gpt_oss import GptOss
 from moe_conformance.targets.transformers.llama4 import Llama4
 from moe_conformance.targets.transformers.minimax_m2 import MiniMaxM2
 from moe_conformance.targets.transformers.mixtral import Mixtral
+from moe_conformance.targets.transformers.parallel import ExpertParallel
 from moe_conformance.targets.transformers.qwen import Olmoe, Qwen2Moe, Qwen3Moe
 
 __all__ = [
@@ -88,15 +91,16 @@ def variants() -> dict[str, Callable[[], Target]]:
     >>> list(variants())[:3]
     ['mixtral-eager', 'mixtral-batched_mm', 'mixtral-grouped_mm']
     """
+    listed: tuple[type[TransformersTarget], ...] = (*FAMILIES, ExpertParallel)
     return {
-        f"{family.family}-{backend}": partial(_make, family, backend)
-        for family in FAMILIES
+        f"{family.title()}-{backend}": partial(_make, family, backend)
+        for family in listed
         for backend in (*family.backends, *family.documented)
     }
 
 
 def _make(family: type[TransformersTarget], backend: str) -> Target:
-    name = f"transformers/{family.family}-{backend}"
+    name = f"transformers/{family.title()}-{backend}"
     install = "pip install 'moespec[transformers]'"
     declared: dict[str, Any] = {
         "__doc__": family.__doc__,

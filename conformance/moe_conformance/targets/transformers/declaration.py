@@ -50,6 +50,11 @@ class Declaration(Target):
     layer_rounding: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
+    def title(cls) -> str:
+        """What variants are called by."""
+        return cls.family
+
+    @classmethod
     def declared(cls, backend: str) -> Capabilities:
         """The capabilities of this family with one of its `backends` or `documented` routings."""
         grouped = backend == "grouped_mm"

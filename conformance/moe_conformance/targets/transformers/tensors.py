@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -9,11 +10,11 @@ if TYPE_CHECKING:
     from moe_reference.config import ExpertWeights
 
 
-def call(module: torch.nn.Module, parameters: dict[str, torch.Tensor], *inputs: Any) -> Any:
+def call(module: torch.nn.Module, parameters: Mapping[str, torch.Tensor], *inputs: Any) -> Any:
     """The module on the inputs, with these tensors in the place of all its parameters."""
     from torch.func import functional_call
 
-    return functional_call(module, parameters, inputs, strict=True)
+    return functional_call(module, dict(parameters), inputs, strict=True)
 
 
 def widen(weights: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
