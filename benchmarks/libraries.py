@@ -7,6 +7,10 @@ reports is small: one file per library in benchmarks/results/libraries. The site
 of these files, so that it is built without any of the libraries.
 
     python benchmarks/libraries.py [NAME ...] [--profile smoke] [--seed 0]
+    python benchmarks/libraries.py NAME --target TARGET [--target TARGET ...]
+
+The second way checks some of a library's targets; the reports of the others stay as they are, each
+with the commit that it is of.
 """
 
 import argparse
@@ -72,11 +76,11 @@ def would_change(python):
     return sorted(found - {"moespec"})
 
 
-def check(library, profile, seed):
-    """Run the suite on the library's targets, in its environment; the reports, and what it took."""
+def check(library, targets, profile, seed):
+    """Run the suite on targets of the library; its reports, and what moespec would change there."""
     python = environment(library)
     folder = ROOT / "build" / "libraries" / f"{library['name']}-report"
-    command = [python, "-m", "moe_conformance", "check", *library["targets"]]
+    command = [python, "-m", "moe_conformance", "check", *targets]
     command += ["--profile", profile, "--seed", str(seed), "--report", folder]
     command += library.get("arguments", [])
     subprocess.run(command, check=False, stdin=subprocess.DEVNULL)
@@ -126,20 +130,32 @@ def _end(testcase):
     return "failed" if broken else "passed"
 
 
+def kept(name, checked):
+    """What is recorded of the library's other targets: reports that name their commits."""
+    path = KEPT / f"{name}.json"
+    record = json.loads(path.read_text()) if path.exists() else {"reports": []}
+    others = [each for each in record["reports"] if each["target"]["name"] not in checked]
+    return [{**each, "commit": each.get("commit", record["commit"])} for each in others]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(libraries()))
+    parser.add_argument("--target", action="append", default=[], help="of one NAME: only these")
     parser.add_argument("--profile", default="smoke")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     unknown = set(options.names) - set(libraries())
     if unknown:
         parser.error(f"expected names of {TABLE.name}, got {', '.join(sorted(unknown))}")
+    if options.target and len(options.names) != 1:
+        parser.error(f"--target: expected one NAME beside it, got {len(options.names)}")
     for name in options.names or libraries():
         library = libraries()[name]
+        targets = options.target or library["targets"]
         started = time.monotonic()
         try:
-            reports, changes = check(library, options.profile, options.seed)
+            reports, changes = check(library, targets, options.profile, options.seed)
             tests = {"tests": run_tests(library)} if "tests" in library else {}
         except (OSError, ValueError, subprocess.CalledProcessError) as error:
             print(f"{name}: not run, what is recorded stays as it is: {error}", file=sys.stderr)
@@ -153,7 +169,10 @@ def main() -> int:
             "installing_moespec_also_installs": changes,
             **tests,
             "minutes": round((time.monotonic() - started) / 60, 1),
-            "reports": [summarize(report) for report in reports],
+            "reports": [
+                *(kept(name, options.target) if options.target else ()),
+                *(summarize(report) for report in reports),
+            ],
         }
         KEPT.mkdir(parents=True, exist_ok=True)
         print(write(f"libraries/{name}", record))

@@ -57,8 +57,8 @@ def test_a_record_says_where_it_comes_from(name):
 @pytest.mark.parametrize("name", RECORDS, ids=str)
 def test_a_record_is_of_a_commit_that_is_there(name, history):
     record = read(name)
-    rows = record.get("rows", [])
-    commits = {each["commit"] for each in [record, *rows] if "commit" in each}
+    parts = [*record.get("rows", []), *record.get("reports", [])]
+    commits = {each["commit"] for each in [record, *parts] if "commit" in each}
     assert commits <= history
 
 
