@@ -28,7 +28,7 @@ conformance: setup ## check this project's kernels and the layers of Hugging Fac
 
 # One test process per core; threads of torch within each would only wait for each other.
 test: setup ## run the test suite
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --durations=12
 
 check: setup ## ruff and mypy
 	$(BIN)/ruff check .
