@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 from moe_reference import partial_sums
 from moe_reference.config import ExpertsConfig, ExpertWeights, Placement
+from moe_reference.dispatch import accumulation_dtype
 from moe_reference.expert_parallel import over_ranks
-from moe_reference.parallel_steps import held_experts
+from moe_reference.experts import experts
+from moe_reference.parallel_steps import Held, expert_places, held_experts
 from moe_reference.ranks import ProcessRanks, all_gather, all_reduce
 from moe_reference.token_slices import enter_slices, leave_slices
 
@@ -162,10 +164,24 @@ class OnReplicas(Reference):
         [rank] = ranks.here
         held = held_experts(num_experts, ranks.size, placement)
         placement = self.placed(placement, rank)
-        part = partial_sums.partial_of_held_experts(
+        part = self.part(x, weights, expert_ids, local, held, rank, config, placement)
+        return self.added(part, ranks).to(x.dtype)
+
+    def part(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        expert_ids: Tensor,
+        local: ExpertWeights,
+        held: Held,
+        rank: int,
+        config: ExpertsConfig,
+        placement: Placement | None,
+    ) -> Tensor:
+        """What this rank's experts compute."""
+        return partial_sums.partial_of_held_experts(
             x, weights, expert_ids, local, held, rank, config, placement
         )
-        return self.added(part, ranks).to(x.dtype)
 
     def placed(self, placement: Placement | None, rank: int) -> Placement | None:
         """Where this rank looks for copies."""
@@ -189,6 +205,80 @@ class ReplicasAreChosenDifferentlyPerRank(OnReplicas):
         for copies, count in zip(rolled, placement.replica_count.tolist(), strict=True):
             copies[:count] = copies[:count].roll(rank)
         return dataclasses.replace(placement, logical_to_physical=rolled)
+
+
+class OfPlaces(OnReplicas):
+    """The rows of the local experts are worked out anew."""
+
+    def part(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        expert_ids: Tensor,
+        local: ExpertWeights,
+        held: Held,
+        rank: int,
+        config: ExpertsConfig,
+        placement: Placement | None,
+    ) -> Tensor:
+        """The experts in one list of all ranks', of which this rank has some in a row."""
+        num_experts = sum(map(len, held)) if placement is None else len(placement.replica_count)
+        places = expert_places(expert_ids, num_experts, held, placement)
+        start = sum(map(len, held[:rank]))
+        rows = self.rows(places, start, len(held[rank]))
+        return experts(x.to(accumulation_dtype(x)), local, weights, rows, config)
+
+    def rows(self, places: Tensor, start: int, count: int) -> Tensor:
+        """[T, K]: rows of the local experts, -1 of other ranks'."""
+        here = (places >= start) & (places < start + count)
+        return (places - start).where(here, -1)
+
+
+@fault("ids-of-other-ranks-are-taken-for-the-last-local-expert", catches=("EP-21",))
+class IdsOfOtherRanksAreTakenForTheLastLocalExpert(OfPlaces):
+    """Ids below this rank's experts become negative, and count from the end."""
+
+    def rows(self, places: Tensor, start: int, count: int) -> Tensor:
+        """See the contract."""
+        rows = super().rows(places, start, count)
+        before = (places >= 0) & (places == start - 1)
+        return rows.where(~before, count - 1) if count else rows
+
+
+@fault("the-last-expert-of-a-rank-is-the-next-ranks", catches=("EP-21",))
+class TheLastExpertOfARankIsTheNextRanks(OfPlaces):
+    """The end of a rank's experts is taken as exclusive, and was inclusive already."""
+
+    def rows(self, places: Tensor, start: int, count: int) -> Tensor:
+        """See the contract."""
+        rows = super().rows(places, start, count)
+        return rows.where(rows != count - 1, -1) if count > 1 else rows
+
+
+@fault("the-weights-of-this-ranks-pairs-are-made-to-sum-to-one", catches=("EP-21",))
+class TheWeightsOfThisRanksPairsAreMadeToSumToOne(OfPlaces):
+    """Weights are renormalised after those of other ranks' experts were left out."""
+
+    def part(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        expert_ids: Tensor,
+        local: ExpertWeights,
+        held: Held,
+        rank: int,
+        config: ExpertsConfig,
+        placement: Placement | None,
+    ) -> Tensor:
+        """See the contract."""
+        num_experts = sum(map(len, held)) if placement is None else len(placement.replica_count)
+        places = expert_places(expert_ids, num_experts, held, placement)
+        start = sum(map(len, held[:rank]))
+        here = self.rows(places, start, len(held[rank])) >= 0
+        left = weights * here
+        total = weights.sum(1, keepdim=True) / left.sum(1, keepdim=True)
+        again = (left * total).where(here.any(1, keepdim=True) & total.isfinite(), weights)
+        return super().part(x, again, expert_ids, local, held, rank, config, placement)
 
 
 @fault("parts-of-other-ranks-are-never-added", catches=("EP-21",))
