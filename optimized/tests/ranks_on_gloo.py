@@ -1,16 +1,12 @@
-"""What each of eight processes does: worlds of one to eight of them, one world after the other.
+"""What each rank of a world of processes finds, for `test_expert_parallel.py`."""
 
-Run by `test_expert_parallel.py` with RANK, SIZE and FOLDER, in which it leaves what it has found.
-"""
-
-import datetime
 import importlib.util
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
+from moe_optimized import expert_parallel as fast
+from moe_reference.expert_parallel import expert_parallel
 
-HERE = Path(__file__).parent
 # Without kernels, all of them; with kernels, which are interpreted, those that differ most.
 KERNELS = {2: ("uneven", "copies"), 3: ("even", "one idle rank")}
 # Importing DTensor takes each process seconds.
@@ -24,8 +20,11 @@ def load(path):
     return module
 
 
-def cases(problems, size):
-    """For each world: the name of an implementation, that of a problem, the problem, its chunks."""
+problems = load(Path(__file__).parents[2] / "reference" / "tests" / "rank_problems.py")
+
+
+def cases(size):
+    """The name of an implementation, that of a problem, the problem, its chunks."""
     for name, problem in problems.awkward_problems(size).items():
         yield "reference", name, problem, None
         yield "torch", name, problem, 3
@@ -36,39 +35,23 @@ def cases(problems, size):
         yield "triton", name, problems.Problem(**{f: narrow[f] for f in fields}), 2
 
 
-def main(rank, size, folder):
-    from moe_optimized import expert_parallel as fast
-    from moe_reference.expert_parallel import expert_parallel
-
-    problems = load(HERE.parents[1] / "reference" / "tests" / "rank_problems.py")
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=size,
-        timeout=datetime.timedelta(seconds=240),
-    )
+def on_mesh(mesh):
+    """By implementation and problem what this rank computes; and what it does with DTensors."""
+    [rank], size, group = mesh[0].here, mesh[0].size, mesh[0].group
     found = {}
-    for n in range(1, size + 1):
-        group = dist.new_group(range(n))
-        if rank >= n:
-            continue
-        for means, name, problem, chunks in cases(problems, n):
-            call = {
-                "reference": expert_parallel,
-                "torch": lambda *given, c=chunks: fast.expert_parallel(*given, chunks=c),
-                "triton": lambda *given, c=chunks: fast.expert_parallel_triton(*given, chunks=c),
-            }[means]
-            found[n, means, name] = problems.on_rank(problem, rank, call, group)
-        if n in DTENSORS:
-            found[n, "DTensor"] = with_dtensors(problems, fast, n, rank, group)
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    for means, name, problem, chunks in cases(size):
+        call = {
+            "reference": expert_parallel,
+            "torch": lambda *given, c=chunks: fast.expert_parallel(*given, chunks=c),
+            "triton": lambda *given, c=chunks: fast.expert_parallel_triton(*given, chunks=c),
+        }[means]
+        found[means, name] = problems.on_rank(problem, rank, call, group)
+    if size in DTENSORS:
+        found["DTensor"] = with_dtensors(size, rank, group)
+    return found
 
 
-def with_dtensors(problems, fast, n, rank, group):
+def with_dtensors(n, rank, group):
     """By the number of experts, this rank's gradient, how it is placed, and what is refused."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -109,7 +92,3 @@ def sharded(tensor, mesh, rank, n, placement):
         own.contiguous(), mesh, [placement], run_check=False, shape=tensor.shape,
         stride=tensor.stride(),
     ).requires_grad_()  # fmt: skip
-
-
-if __name__ == "on gloo":
-    main(RANK, SIZE, FOLDER)  # noqa: F821

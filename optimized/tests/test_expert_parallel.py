@@ -15,7 +15,6 @@ import moe_optimized.expert_parallel_pipeline as pipeline
 import pytest
 import torch
 import torch.distributed as dist
-from moe_conformance.executor import end_worker, start_worker
 from moe_optimized.expert_parallel import expert_parallel
 from moe_reference.placement import make_placement, physical_ids
 
@@ -28,8 +27,9 @@ def load(path):
 
 
 HERE = Path(__file__).parent
-problems = load(HERE.parents[1] / "reference" / "tests" / "rank_problems.py")
+processes = load(HERE.parents[1] / "reference" / "tests" / "ranks_of_processes.py")
 on_gloo = load(HERE / "ranks_on_gloo.py")
+problems = on_gloo.problems
 AWKWARD, CONFIGS, H, Problem = problems.AWKWARD, problems.CONFIGS, problems.H, problems.Problem
 THREE = Problem([3, 0, 5], 8, seed=3)
 
@@ -99,45 +99,31 @@ def test_any_number_of_chunks_computes_what_one_rank_computes(name, chunks, late
 
 
 @pytest.fixture(scope="module")
-def on_processes(tmp_path_factory):
-    """What each of eight processes has found, which are started once."""
-    folder, size = tmp_path_factory.mktemp("gloo"), 8
-    source = "import runpy; runpy.run_path(script, given, 'on gloo')"
-    workers = [start_worker(str(folder / f"log-{rank}")) for rank in range(size)]
+def on_processes():
+    """By number of ranks what each of them has found."""
+    sizes = range(1, 9)
+    world = processes.World([(1, size) for size in sizes], seconds=240)
     try:
-        for rank, (_, connection) in enumerate(workers):
-            given = {"RANK": rank, "SIZE": size, "FOLDER": str(folder)}
-            script = str(HERE / "ranks_on_gloo.py")
-            connection.send((exec, (source, {"script": script, "given": given})))
-        for rank, (_, connection) in enumerate(workers):
-            try:
-                answered = connection.poll(240)
-                if answered:
-                    connection.recv()
-            except EOFError:
-                answered = False
-            assert answered, f"rank {rank}: {(folder / f'log-{rank}').read_text()[-2000:]}"
-        return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
+        return {size: world.run(on_gloo.on_mesh, (1, size)) for size in sizes}
     finally:
-        for each in workers:
-            end_worker(*each)
+        world.close()
 
 
 @pytest.mark.parametrize("means", ["reference", "torch"])
 @pytest.mark.parametrize("size", range(1, 9))
 def test_processes_compute_what_one_rank_computes(on_processes, size, means):
     for name, problem in problems.awkward_problems(size).items():
-        found = [of_rank[size, means, name] for of_rank in on_processes[:size]]
+        found = [of_rank[means, name] for of_rank in on_processes[size]]
         problems.assert_same(problems.together(problem, found), problems.on_one_rank(problem))
 
 
 @pytest.mark.triton
 def test_kernels_compute_what_one_rank_computes(on_processes):
     for size in on_gloo.KERNELS:
-        for means, name, problem, _ in on_gloo.cases(problems, size):
+        for means, name, problem, _ in on_gloo.cases(size):
             if means != "triton":
                 continue
-            found = [of_rank[size, means, name] for of_rank in on_processes[:size]]
+            found = [of_rank[means, name] for of_rank in on_processes[size]]
             tolerance = {"rtol": 2e-5, "atol": 2e-6}
             expected = problems.on_one_rank(problem)
             problems.assert_same(problems.together(problem, found), expected, **tolerance)
@@ -147,7 +133,7 @@ def test_weights_may_be_dtensors_where_the_shares_are_the_same(on_processes):
     refused = []
     for size in on_gloo.DTENSORS:
         for num_experts in sorted({2 * size, size + 1, 3}):
-            found = [of_rank[size, "DTensor"] for of_rank in on_processes[:size]]
+            found = [of_rank["DTensor"] for of_rank in on_processes[size]]
             for each in found:
                 assert "expected placements" in each[num_experts, "R"]
             found = [each[num_experts, "S(0)"] for each in found]

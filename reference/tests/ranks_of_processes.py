@@ -1,7 +1,11 @@
-"""Ranks that are processes of their own over gloo, kept alive between calls."""
+"""Ranks that are processes of their own over gloo, kept alive between calls.
+
+The tests of the reference and those of the fast version start theirs here.
+"""
 
 import datetime
 import importlib.util
+import math
 import multiprocessing
 import os
 import pickle
@@ -9,24 +13,35 @@ import runpy
 import sys
 import tempfile
 import time
+import traceback
+from multiprocessing.connection import wait
 
-# Rows and columns of ranks that a function may be called on.
+import pytest
+
+# Rows and columns of ranks that a function may be called on, if nothing else is asked for.
 MESHES = ((1, 2), (2, 2))
-SIZE = 4
-SECONDS = 120
 
 
 class World:
-    """Four processes, forked from one that has imported torch: they cost a second, not ten."""
+    """Processes, forked from one that has imported torch: they cost a second, not ten.
 
-    def __init__(self):
+    Args:
+        meshes: rows and columns of ranks that functions will be called on. The greatest says how
+            many processes there are.
+        seconds: how long a call may take.
+    """
+
+    def __init__(self, meshes=MESHES, seconds=120):
+        self.seconds = seconds
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed", "pytest"])
+        # There is one such server in a process of pytest. The suite forks from it as well, and is
+        # slow if it has to import all this each time. What is not installed is left out.
+        context.set_forkserver_preload(["moe_conformance.preloaded", "torch.distributed", "pytest"])
         self.folder = tempfile.TemporaryDirectory()
         self.ranks = []
-        for rank in range(SIZE):
+        for rank in range(max(map(math.prod, meshes))):
             ours, theirs = context.Pipe()
-            given = {"given": (theirs, self.folder.name, rank)}
+            given = {"given": (theirs, self.folder.name, rank, meshes, seconds)}
             # Such a file has no name that a new process could import.
             process = context.Process(target=runpy.run_path, args=(__file__, given, "rank"))
             process.start()
@@ -38,19 +53,25 @@ class World:
 
         Args:
             function: of a test's file; called with the mesh and what is given.
-            shape: of the mesh, one of `MESHES`.
+            shape: of the mesh, one of those that the world was made for.
             given: what can be pickled.
         """
-        ranks = self.ranks[: shape[0] * shape[1]]
+        ranks = {pipe: rank for rank, (_, pipe) in enumerate(self.ranks[: math.prod(shape)])}
         asked = pickle.dumps((function.__code__.co_filename, function.__name__, shape, given))
-        for _, pipe in ranks:
+        for pipe in ranks:
             pipe.send_bytes(asked)
-        answers, until = [], time.monotonic() + SECONDS
-        for rank, (_, pipe) in enumerate(ranks):
-            assert pipe.poll(max(0, until - time.monotonic())), f"rank {rank} does not answer"
-            result, error = pickle.loads(pipe.recv_bytes())
-            assert error is None, f"rank {rank}: {error}"
-            answers.append(result)
+        answers, until = [None] * len(ranks), time.monotonic() + self.seconds
+        while ranks:
+            # Whoever has failed answers before those who wait for it.
+            ready = wait([*ranks], max(0, until - time.monotonic()))
+            assert ready, f"ranks {[*ranks.values()]} do not answer"
+            for pipe in ready:
+                rank = ranks.pop(pipe)
+                try:
+                    answers[rank], error = pickle.loads(pipe.recv_bytes())
+                except EOFError:
+                    error = "its process has ended"
+                assert error is None, f"rank {rank}: {error}"
         return answers
 
     def close(self):
@@ -62,20 +83,30 @@ class World:
         self.folder.cleanup()
 
 
-def _mesh(shape, rank):
+@pytest.fixture(scope="module")
+def world():
+    made = World()
+    yield made
+    made.close()
+
+
+def _mesh(shape, rank, groups):
     """All ranks, this rank's row and its column; nothing for a rank outside."""
     import torch.distributed as dist
     from moe_reference.ranks import ProcessRanks, mesh_of_list
 
     own = []
     for each in mesh_of_list(*shape):
-        # Every process makes every group, also those that it is not in.
-        groups = [(members, dist.new_group(members)) for members in each.groups]
-        own += [group for members, group in groups if rank in members]
+        for members in map(tuple, each.groups):
+            # Every process makes every group, also those that it is not in, and each of them once.
+            if members not in groups:
+                groups[members] = dist.new_group(members)
+            if rank in members:
+                own.append(groups[members])
     return tuple(map(ProcessRanks, own))
 
 
-def _serve(pipe, folder, rank):
+def _serve(pipe, folder, rank, meshes, seconds):
     import torch
     import torch.distributed as dist
 
@@ -86,24 +117,26 @@ def _serve(pipe, folder, rank):
         "gloo",
         init_method=f"file://{folder}/store",
         rank=rank,
-        world_size=SIZE,
-        timeout=datetime.timedelta(seconds=SECONDS),
+        world_size=max(map(math.prod, meshes)),
+        timeout=datetime.timedelta(seconds=seconds),
     )
-    meshes, files = {shape: _mesh(shape, rank) for shape in MESHES}, {}
+    groups, files = {}, {}
+    meshes = {shape: _mesh(shape, rank, groups) for shape in meshes}
     while True:
         try:
             path, name, shape, given = pickle.loads(pipe.recv_bytes())
         except EOFError:
             # A graph holds on to its process group, which must not outlive the interpreter.
             os._exit(0)
-        if path not in files:
-            spec = importlib.util.spec_from_file_location("the_test", path)
-            sys.modules["the_test"] = files[path] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(files[path])
         try:
+            if path not in files:
+                spec = importlib.util.spec_from_file_location("the_test", path)
+                sys.modules["the_test"] = module = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(module)
+                files[path] = module
             answer = getattr(files[path], name)(meshes[shape], *given), None
-        except Exception as error:
-            answer = None, f"{type(error).__name__}: {error}"
+        except Exception:
+            answer = None, traceback.format_exc()
         pipe.send_bytes(pickle.dumps(answer))
 
 
