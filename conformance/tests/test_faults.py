@@ -5,6 +5,7 @@ from moe_conformance.faults import faults
 from moe_conformance.registry import MAY, requirements
 from moe_conformance.runner import Effort, run_requirement
 from moe_conformance.selfcheck import catch, inline_scope, noticed, run_selfcheck
+from moe_conformance.target import OPERATIONS
 from moe_conformance.variants import VARIANTS, variant_target
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,6 +25,11 @@ def test_names_and_ids():
         assert requirement.level in requirement.sentence, requirement.id
         if requirement.level != MAY:
             assert len(requirement.faults) >= 2, requirement.id
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_an_operation_has_eight_faults(operation):
+    assert sum(operation in fault.operations for fault in faults()) >= 8
 
 
 @pytest.mark.parametrize("fault", faults(), ids=lambda fault: fault.name)
