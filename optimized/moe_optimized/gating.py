@@ -525,7 +525,7 @@ def route_topk_kernel(
     else:
         selection = values
         if HAS_BIAS:
-            bias = tl.load(bias_ptr + experts * stride_be, mask=in_experts, other=0.0)
+            bias = tl.load(bias_ptr + experts.to(tl.int64) * stride_be, mask=in_experts, other=0.0)
             selection = selection + bias.to(tl.float32)[None, :]
         keys = tl.where(in_experts[None, :], order_key(selection, NAN), TAKEN)
 
@@ -557,7 +557,7 @@ def route_topk_kernel(
     taken = tl.zeros((BLOCK_T, BLOCK_G * BLOCK_M), tl.int32)
     for k in range(TOP_K):
         if HASHED:
-            entry = table_ptr + token_ids * stride_vt + k * stride_vk
+            entry = table_ptr + token_ids * stride_vt + tl.cast(k, tl.int64) * stride_vk
             expert = tl.load(entry, mask=in_table, other=-1).to(tl.int32)
             hit = (experts[None, :] == expert[:, None]) & in_experts[None, :]
         else:

@@ -134,7 +134,7 @@ def route_gradient_kernel(
     ids = tl.load(ids_ptr + rows[:, None] * TOP_K + columns, mask=chosen, other=-1).to(tl.int32)
     at = logits_ptr + rows[:, None] * stride_lt + ids.to(tl.int64) * stride_le
     x = tl.load(at, mask=chosen & (ids >= 0), other=float("-inf")).to(tl.float32)
-    grad_at = grad_ptr + rows[:, None] * stride_gt + columns * stride_gk
+    grad_at = grad_ptr + rows[:, None] * stride_gt + columns.to(tl.int64) * stride_gk
     grad = tl.load(grad_at, mask=chosen, other=0.0)
 
     gradient = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)

@@ -90,7 +90,7 @@ def balance_sums_kernel(
         mass += tl.where(real[:, None], shares, 0.0)
         reals += real.to(tl.int32)
         for k in range(COUNTED):
-            chosen = ids_ptr + rows * stride_it + k * stride_ik
+            chosen = ids_ptr + rows * stride_it + tl.cast(k, tl.int64) * stride_ik
             ids = tl.load(chosen, mask=real, other=-1)
             counts += (lanes[None, :] == ids[:, None]).to(tl.int32)
 
@@ -148,7 +148,8 @@ def balance_pull_kernel(
         reals += tl.load(real_ptr + programs, mask=places < chunks, other=0)
 
     if GIVEN:
-        counts = tl.load(given_ptr + experts * stride_g, mask=in_experts, other=0).to(tl.float32)
+        given = given_ptr + experts.to(tl.int64) * stride_g
+        counts = tl.load(given, mask=in_experts, other=0).to(tl.float32)
     else:
         counts = tl.sum(counted, 0).to(tl.float32)
     total = tl.sum(counts, 0)
@@ -313,7 +314,7 @@ def update_bias_kernel(
     BLOCK_E: tl.constexpr,
 ):
     """All of the update; counts are compared in float64, which holds those beyond 2^24."""
-    lanes = tl.arange(0, BLOCK_E)
+    lanes = tl.arange(0, BLOCK_E).to(tl.int64)
     here = lanes < num_experts
     counts = tl.load(counts_ptr + lanes * stride_c, mask=here, other=0).to(tl.float64)
     below = tl.sum(counts, 0) / num_experts - counts

@@ -285,7 +285,7 @@ def round_rows_kernel(
     """BLOCK_S rows of one block of columns, as float8 and a scale each."""
     s = (tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)).to(tl.int64)
     b = tl.arange(0, BLOCK_B)
-    d = tl.program_id(1) * block + b
+    d = (tl.program_id(1) * block + b).to(tl.int64)
     in_rows = s < num_rows
     mask = in_rows[:, None] & ((b < block) & (d < width))[None, :]
     x = tl.load(x_ptr + s[:, None] * stride_xs + d[None, :] * stride_xd, mask=mask, other=0.0)

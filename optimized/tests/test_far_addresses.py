@@ -9,14 +9,19 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from moe_optimized.dispatch import combine_triton
+from moe_optimized.dispatch import combine_triton, dispatch_triton
 from moe_optimized.experts import experts_triton
 from moe_optimized.gating import route_triton
-from moe_optimized.load_balancing import balance_loss_triton, z_loss_triton
+from moe_optimized.load_balancing import balance_loss_triton, update_bias_triton, z_loss_triton
+from moe_optimized.quantized_experts import experts_quantized_triton
+from moe_optimized.quantized_layout import prepare
 from moe_optimized.router import router_logits_triton
 from moe_reference.config import BalanceConfig, ExpertsConfig, RoutingConfig
+from moe_reference.quantization import quantize
+from moe_reference.quantized_experts import QuantizedExperts
 
-T, K, E, H, I = 5, 2, 3, 16, 8
+# No two: a stride fits into 32 bits then, and what it is multiplied with makes it too large.
+T, K, E, H, I = 5, 3, 3, 16, 8
 BEYOND = 2**31
 
 pytestmark = pytest.mark.triton
@@ -43,12 +48,18 @@ def with_gradients(function, *leaves):
 
 
 def assert_far_is_near(function, *leaves):
-    expected = with_gradients(function, *leaves)
+    called = with_gradients if any(leaf.requires_grad for leaf in leaves) else results
+    expected = called(function, *leaves)
     for place, leaf in enumerate(leaves):
         for dim in range(leaf.ndim):
             moved = [far(t, dim) if i == place else t for i, t in enumerate(leaves)]
-            for ours, theirs in zip(with_gradients(function, *moved), expected, strict=True):
+            for ours, theirs in zip(called(function, *moved), expected, strict=True):
                 assert torch.equal(ours, theirs), (place, dim)
+
+
+def results(function, *leaves):
+    out = function(*leaves)
+    return out if isinstance(out, tuple) else (out,)
 
 
 def test_experts(make_experts):
@@ -65,10 +76,35 @@ def test_experts(make_experts):
     assert_far_is_near(call, *(t.requires_grad_() for t in leaves))
 
 
+@pytest.mark.parametrize(
+    ("format", "options", "rows"),
+    [("uint4b8", {"group_size": 16}, None), ("e4m3", {"granularity": "channel"}, "e4m3")],
+)
+def test_packed_experts(format, options, rows):
+    packed = [quantize(torch.randn(E, *shape), format, **options) for shape in ((2 * H, H), (H, H))]
+    biases = torch.randn(E, 2 * H).half(), torch.randn(E, H).half()
+    prepared = prepare(QuantizedExperts(*packed, *biases, activation_format=rows))
+    weights, ids = torch.rand(T, K), torch.randint(0, E, (T, K))
+
+    def call(x, gate_up_bias, down_bias):
+        moved = replace(prepared, gate_up_bias=gate_up_bias, down_bias=down_bias)
+        return experts_quantized_triton(x, moved, weights, ids, ExpertsConfig())
+
+    assert_far_is_near(call, torch.randn(T, H).half(), *biases)
+
+
+def test_dispatch():
+    ids = torch.randint(0, E, (T, K)).int()
+    x = torch.randn(T, H).half().requires_grad_()
+    assert_far_is_near(lambda x: dispatch_triton(x, ids, E)[0], x)
+    assert_far_is_near(lambda ids: dispatch_triton(x.detach(), ids, E), ids)
+
+
 def test_combine():
-    slots, weights = torch.randperm(T * K), torch.rand(T, K)
+    slots, weights = torch.randperm(T * K).int(), torch.rand(T, K)
     rows = torch.randn(T * K, H).half().requires_grad_()
     assert_far_is_near(lambda rows: combine_triton(rows, slots, weights), rows)
+    assert_far_is_near(lambda s, w: combine_triton(rows.detach(), s, w), slots, weights)
 
 
 def test_the_router_and_what_reads_its_logits():
@@ -83,3 +119,30 @@ def test_the_router_and_what_reads_its_logits():
     assert_far_is_near(lambda logits: route_triton(logits, config)[0], logits)
     assert_far_is_near(lambda logits: balance_loss_triton(logits, ids, BalanceConfig()), logits)
     assert_far_is_near(z_loss_triton, logits)
+
+
+def test_what_the_router_and_the_losses_are_given_beside_logits():
+    logits, ids = torch.randn(T, E).half(), torch.randint(0, E, (T, K)).int()
+    counts, bias = torch.tensor([5.0, 1.0, 3.0]).half(), torch.rand(E).half()
+    assert_far_is_near(lambda bias: route_triton(logits, RoutingConfig(K), bias), bias)
+    assert_far_is_near(lambda ids: balance_loss_triton(logits, ids, BalanceConfig()), ids)
+    assert_far_is_near(
+        lambda counts: balance_loss_triton(logits, ids, BalanceConfig(), None, counts), counts
+    )
+    assert_far_is_near(lambda b, c: update_bias_triton(b, c, 0.1, True), bias, counts)
+    table, tokens = torch.randint(0, E, (7, K)).int(), torch.randint(0, 7, (T,)).int()
+
+    def hashed(table, tokens):
+        return route_triton(logits, RoutingConfig(K, hash_table=table), None, tokens)
+
+    assert_far_is_near(hashed, table, tokens)
+
+
+def test_the_gradient_of_routing_weights():
+    logits = torch.randn(T, E).half().requires_grad_()
+    weights, _ = route_triton(logits, RoutingConfig(K, renormalize=True))
+
+    def back(cotangent):
+        return torch.autograd.grad(weights, logits, cotangent, retain_graph=True)[0]
+
+    assert_far_is_near(back, torch.randn(T, K))
