@@ -53,7 +53,8 @@ def dequantize(packed: QuantizedTensor) -> torch.Tensor:
         packed: of any format.
 
     Returns:
-        [E, O, D], float32, or float64 where the scales are float64.
+        [E, O, D], float32, or float64 where the scales are float64. Scales have no gradient here;
+        in the reference they have one.
 
     Raises:
         TypeError, ValueError: parts of the wrong dtype or shape, or an unknown format.
@@ -67,7 +68,9 @@ def dequantize(packed: QuantizedTensor) -> torch.Tensor:
 @opaque
 def dequantize_torch(packed: QuantizedTensor) -> torch.Tensor:
     """As `dequantize`, in operations of torch: those of the reference."""
-    return _reference_dequantize(packed)
+    # The kernels have no gradient of scales, and neither has this.
+    with torch.no_grad():
+        return _reference_dequantize(packed)
 
 
 @opaque
@@ -77,7 +80,8 @@ def dequantize_triton(packed: QuantizedTensor) -> torch.Tensor:
     reason = refusal_of_tensor(packed)
     if reason:
         raise ValueError(reason)
-    return dequantize_kernels(packed)
+    with torch.no_grad():
+        return dequantize_kernels(packed)
 
 
 def experts_quantized(
@@ -101,7 +105,7 @@ def experts_quantized(
 
     Returns:
         [T, H], x's dtype, differentiable in x, weights and biases; with a gradient it takes the way
-        of torch.
+        of torch. Packed scales have no gradient here; in the reference they have one.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype or shape.

@@ -37,10 +37,17 @@ _MATRIX = (
 def _parts(matrix: QuantizedTensor | PreparedMatrix) -> tuple[Any, ...]:
     if isinstance(matrix, QuantizedTensor):
         tensors = (matrix.scales, matrix.zeros, matrix.g_idx, matrix.global_scale)
-        return matrix.format, matrix.packed, *tensors, [matrix.group_size, *matrix.shape]
+        numbers = [matrix.group_size, *matrix.shape]
+        return matrix.format, *map(_detached, (matrix.packed, *tensors)), numbers
     tensors = (matrix.scales, matrix.zeros, matrix.columns, None)
     numbers = [matrix.depth, matrix.share, matrix.block or 0, *matrix.shape]
-    return matrix.codes, matrix.packed, *tensors, numbers
+    return matrix.codes, *map(_detached, (matrix.packed, *tensors)), numbers
+
+
+def _detached(part: Tensor | None) -> Tensor | None:
+    # No part of what is packed has a gradient, and an operator that gets one that wants it asks for
+    # a backward.
+    return None if part is None else part.detach()
 
 
 def _matrix(*parts: Any) -> QuantizedTensor | PreparedMatrix:
@@ -80,7 +87,7 @@ def _how_packed(
     experts: QuantizedExperts | PreparedExperts, config: ExpertsConfig
 ) -> tuple[Any, ...]:
     """The rest of the arguments, after the tensors that are not packed."""
-    activations = (experts.activation_format, experts.activation_scales)
+    activations = (experts.activation_format, _detached(experts.activation_scales))
     # Prepared, nobody asks any more.
     is_k_full = getattr(experts, "is_k_full", True)
     parts = (*_parts(experts.gate_up), *_parts(experts.down), *activations, is_k_full)

@@ -1,5 +1,6 @@
 """Every function that a user may call is one graph to `torch.compile`, with the same results."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -200,6 +201,45 @@ def test_packed_experts_with_gradients_are_one_graph(options, monkeypatch):
         assert_same(compiled, call, arguments)
 
 
+FORMS_OF_PACKED = pytest.mark.parametrize(
+    "form", ["", "_torch", pytest.param("_triton", marks=pytest.mark.triton)]
+)
+
+
+@FORMS_OF_PACKED
+@pytest.mark.parametrize("name", ["dequantize", "experts_quantized"])
+def test_packed_scales_have_no_gradient(name, form):
+    function, experts = getattr(quantized_experts, name + form), packed()
+    matrices = [
+        replace(matrix, scales=matrix.scales.clone().requires_grad_())
+        for matrix in (experts.gate_up, experts.down)
+    ]
+    experts = replace(experts, gate_up=matrices[0], down=matrices[1])
+    if name == "dequantize":
+        cases = [(experts.down,)]
+    else:
+        rest = torch.rand(T, K), ids(), ExpertsConfig()
+        cases = [(torch.randn(T, H), given, *rest) for given in (experts, prepare(experts))]
+        if form != "_triton":
+            # Those of what has one beside them are there.
+            cases.append((leaf(T, H), experts, *rest))
+            static = replace(
+                experts,
+                activation_format="int8",
+                activation_scales=torch.full((E, 2), 0.02, requires_grad=True),
+            )
+            cases.append((torch.randn(T, H), static, *rest))
+    for arguments in cases:
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        assert_same(compiled, function, arguments)
+        out = function(*arguments)
+        x = arguments[0]
+        assert out.requires_grad is (name != "dequantize" and x.requires_grad)
+        if out.requires_grad:
+            scales = [matrix.scales for matrix in matrices]
+            assert torch.autograd.grad(out.sum(), scales, allow_unused=True) == (None, None)
+
+
 def test_batched_packed_experts_are_one_graph():
     function = quantized_experts.experts_batched_quantized
     arguments = torch.randn(E, 5, H), torch.tensor([0, 5, 2, 1]), packed(), ExpertsConfig()
@@ -261,7 +301,7 @@ def test_operators_of_the_forms_are_what_they_say(form):
     check("combine", leaf(T * K, H), torch.randperm(T * K), leaf(T, K))
 
 
-@pytest.mark.parametrize("form", ["", "_torch", pytest.param("_triton", marks=pytest.mark.triton)])
+@FORMS_OF_PACKED
 def test_operators_of_packed_experts_are_what_they_say(form):
     for matrix in (packed().down, packed(format="mxfp4").gate_up):
         operator = getattr(torch.ops.moespec, f"dequantize{form}").default
