@@ -299,8 +299,10 @@ class _Experts(torch.autograd.Function):
         config: ExpertsConfig,
         expert_map: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, weights, expert_ids, expert_map)
-        ctx.experts, ctx.config = experts, config
+        # Biases may be trained, and what is kept past `save_for_backward` may change unnoticed.
+        ctx.save_for_backward(x, weights, gate_up_bias, down_bias, expert_ids, expert_map)
+        ctx.experts = replace(experts, gate_up_bias=None, down_bias=None)
+        ctx.config = config
         wide = accumulation_dtype(x)
         pairs = x.new_zeros(*expert_ids.shape, x.shape[1], dtype=wide)
         for e, *pair in _pairs(expert_ids, experts, expert_map):
@@ -314,9 +316,10 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     @once("experts_quantized_torch")
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weights, expert_ids, expert_map = ctx.saved_tensors
+        x, weights, gate_up_bias, down_bias, expert_ids, expert_map = ctx.saved_tensors
+        experts = replace(ctx.experts, gate_up_bias=gate_up_bias, down_bias=down_bias)
         how, needs = (ctx.config, expert_map), ctx.needs_input_grad[:4]
-        grads = gradients(grad, x, ctx.experts, weights, expert_ids, *how, needs)
+        grads = gradients(grad, x, experts, weights, expert_ids, *how, needs)
         return (*grads, None, None, None, None)
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from moe_optimized import quantized_experts as fast
+from moe_optimized.experts import experts as float_experts
 from moe_optimized.experts_triton import TileShape
 from moe_optimized.interpreter import COMPILED, launches
 from moe_optimized.quantized_experts import (
@@ -459,12 +460,28 @@ def test_a_gradient_of_the_gradient_is_refused():
 
 
 def test_gradients_keep_no_unpacked_weights():
-    experts = quantize_experts_of("mxfp4", {})
+    experts = quantize_experts_of("mxfp4", {}, biased=True)
     x, weights, ids = routed()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         experts_quantized(x.requires_grad_(), experts, weights, ids, ExpertsConfig())
-    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (x, weights, ids)}
+    given = (x, weights, experts.gate_up_bias, experts.down_bias, ids)
+    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in given}
+
+
+@pytest.mark.parametrize("kind", ["packed", "prepared", "floats"])
+@pytest.mark.parametrize("name", ["gate_up_bias", "down_bias"])
+def test_a_bias_that_changes_before_the_gradient_is_an_error(name, kind, make_experts):
+    if kind == "floats":
+        run, experts = float_experts, make_experts(3, 32, 64, biased=True)
+    else:
+        run, experts = experts_quantized, quantize_experts_of("mxfp4", {}, biased=True)
+        experts = prepare(experts) if kind == "prepared" else experts
+    x, weights, ids = torch.randn(4, 32), torch.rand(4, 2), torch.randint(0, 3, (4, 2))
+    out = run(x.requires_grad_(), experts, weights, ids, ExpertsConfig())
+    getattr(experts, name).add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
 
 
 @implementations
