@@ -70,7 +70,8 @@ def dequantize_torch(packed: QuantizedTensor) -> torch.Tensor:
     """As `dequantize`, in operations of torch: those of the reference."""
     # The kernels have no gradient of scales, and neither has this.
     with torch.no_grad():
-        return _reference_dequantize(packed)
+        # Codes of e4m3 give their strides to what they become, and a graph counts on contiguous.
+        return _reference_dequantize(packed).contiguous()
 
 
 @opaque
