@@ -280,6 +280,11 @@ def check_experts_quantized(
         )
     if x.shape[1] != H:
         raise ValueError(f"x: expected {H} columns, which fit experts.down, got {x.shape[1]}")
+    # The kernels read as many numbers as the matrices have rows.
+    for name, rows in (("gate_up_bias", expected[1]), ("down_bias", H)):
+        bias = getattr(experts, name)
+        if bias is not None:
+            check_tensor(f"experts.{name}", bias, (E, rows), FLOATS)
     if expert_map is not None:
         check_tensor("expert_map", expert_map, ("E",), IDS)
         check_map(expert_map, E)

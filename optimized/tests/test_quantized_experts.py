@@ -502,6 +502,23 @@ def test_bad_arguments_are_refused(implementation):
         implementation(x, experts, weights, ids, config, torch.tensor([0, 3]))
 
 
+@implementations
+@pytest.mark.parametrize("prepared", [False, True])
+def test_biases_that_do_not_fit_are_refused(implementation, prepared):
+    experts = quantize_experts_of("uint4", {"group_size": 32}, biased=True)
+    given = torch.randn(4, 32), torch.rand(4, 2), torch.zeros(4, 2, dtype=torch.int64)
+    for name, rows in (("gate_up_bias", 128), ("down_bias", 32)):
+        wrong = [
+            (torch.zeros(3, rows // 2), ValueError, rf"expected shape \[3, {rows}\], got"),
+            (torch.zeros(2, rows), ValueError, rf"expected shape \[3, {rows}\], got"),
+            (torch.zeros(3, rows, dtype=torch.int64), TypeError, "expected dtype .*, got int64"),
+        ]
+        for bias, error, message in wrong:
+            unfit = replace(prepare(experts) if prepared else experts, **{name: bias})
+            with pytest.raises(error, match=rf"experts\.{name}: {message}"):
+                implementation(given[0], unfit, *given[1:], ExpertsConfig())
+
+
 @pytest.mark.triton
 def test_the_kernels_are_launched_and_the_way_of_torch_launches_none():
     experts, config = quantize_experts_of("mxfp4", {}), ExpertsConfig()
