@@ -360,24 +360,35 @@ def gradients(
         torch.zeros(t.shape, dtype=wide, device=x.device) if wanted else None
         for t, wanted in zip(leaves, needs, strict=True)
     ]
-    to_x, to_weights, *to_biases = found
+    to_x, to_weights, to_gate_up_bias, to_down_bias = found
     # Every pair has a row of its own, so that no sum depends on the order of the experts.
     if to_x is not None:
         to_x = to_x[:, None].repeat(1, expert_ids.shape[1], 1)
+    on_input = config.weight_on == "input"
+    # What is rounded has a gradient of zero: only that of what stands behind it is another.
+    rounded = experts.activation_format is not None
+    needs_rows = not rounded and (to_x is not None or (on_input and to_weights is not None))
+    needs_pre = needs_rows or (not rounded and to_gate_up_bias is not None)
+    needs_out = not on_input and to_weights is not None
     for e, *pair in _pairs(expert_ids, experts, expert_map):
         rows, factors = x[pair[0]].to(wide), weights[*pair, None].to(wide)
-        on_input = config.weight_on == "input"
         grads = grad[pair[0]].to(wide)
-        out, back = _one_expert(rows * factors if on_input else rows, experts, e, config)
-        d_rows, *d_biases = back(grads if on_input else grads * factors)
-        if to_x is not None:
-            to_x[*pair] = d_rows * factors if on_input else d_rows
-        if to_weights is not None:
-            product = d_rows * rows if on_input else grads * out
-            to_weights[*pair] = product.sum(1)
-        for total, gradient in zip(to_biases, d_biases, strict=True):
-            if total is not None:
-                total[e] = gradient.sum(0)
+        to_out = grads if on_input else grads * factors
+        if to_down_bias is not None:
+            to_down_bias[e] = to_out.sum(0)
+        if not needs_pre and not needs_out:
+            continue
+        out, back = _one_expert(rows * factors if on_input else rows, experts, e, config, needs_out)
+        if out is not None:
+            to_weights[*pair] = (grads * out).sum(1)
+        if needs_pre:
+            d_pre, d_rows = back(to_out, needs_rows)
+            if to_gate_up_bias is not None:
+                to_gate_up_bias[e] = d_pre.sum(0)
+            if to_x is not None:
+                to_x[*pair] = d_rows * factors if on_input else d_rows
+            if on_input and to_weights is not None:
+                to_weights[*pair] = (d_rows * rows).sum(1)
     found[0] = None if to_x is None else to_x.sum(1)
     return [
         None if gradient is None else gradient.to(leaf.dtype)
@@ -397,8 +408,12 @@ def _pairs(
 
 
 def _one_expert(
-    rows: torch.Tensor, experts: QuantizedExperts | PreparedExperts, e: int, config: ExpertsConfig
-) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, ...]]]:
+    rows: torch.Tensor,
+    experts: QuantizedExperts | PreparedExperts,
+    e: int,
+    config: ExpertsConfig,
+    needs_out: bool = True,
+) -> tuple[torch.Tensor | None, Callable[..., tuple[torch.Tensor, torch.Tensor | None]]]:
     """One expert on its rows, which are rounded before each product.
 
     Args:
@@ -406,28 +421,27 @@ def _one_expert(
         experts: packed weights.
         e: the expert.
         config: how it computes.
+        needs_out: whether the second product is made.
 
     Returns:
-        out: [S, H].
-        gradients: from that of out to those of rows, [S, H], of the first product, [S, J], and of
-            the second, [S, H].
+        out: [S, H], or None.
+        back: where nothing is rounded, from the gradient of out to that of the first product,
+            [S, J], and to that of rows, [S, H], or None if its second argument is False.
     """
     gate_up, down = _unpack(experts.gate_up, e), _unpack(experts.down, e)
-    biases = (
+    up_bias, down_bias = (
         None if bias is None else bias[e] for bias in (experts.gate_up_bias, experts.down_bias)
     )
-    pre = product(_rounded(rows, experts, e, 0), gate_up, next(biases))
-    hidden = activate(pre, config)
-    out = product(_rounded(hidden, experts, e, 1), down, next(biases))
+    pre = product(_rounded(rows, experts, e, 0), gate_up, up_bias)
+    out = None
+    if needs_out:
+        out = product(_rounded(activate(pre, config), experts, e, 1), down, down_bias)
 
-    def gradients(grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if experts.activation_format is not None:
-            # What is rounded has a gradient of zero.
-            return torch.zeros_like(rows), torch.zeros_like(pre), grad
+    def back(grad: torch.Tensor, needs_rows: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         d_pre = activate_with_gradient(pre, config)[1](product(grad, down.T))
-        return product(d_pre, gate_up.T), d_pre, grad
+        return d_pre, product(d_pre, gate_up.T) if needs_rows else None
 
-    return out, gradients
+    return out, back
 
 
 def _rounded(

@@ -450,6 +450,39 @@ def test_gradients_are_those_of_the_reference(weight_on, activations, assert_clo
         assert_close(ours, theirs)
 
 
+NEEDED = [
+    # For each expert: the products for x, for weights and for the two biases, each alone.
+    ("output", None, (3, 2, 2, 0)),
+    ("input", None, (3, 3, 2, 0)),
+    ("output", "int8", (0, 2, 0, 0)),
+    ("input", "int8", (0, 0, 0, 0)),
+]
+
+
+@pytest.mark.parametrize(("weight_on", "activations", "counts"), NEEDED)
+def test_a_backward_makes_the_products_that_it_needs(weight_on, activations, counts, monkeypatch):
+    experts = quantize_experts_of("uint4", {"group_size": 32}, biased=True)
+    experts = replace(experts, activation_format=activations)
+    x, weights, ids = torch.randn(5, 32), torch.rand(5, 2), torch.randint(0, 3, (5, 2))
+    config = ExpertsConfig(weight_on=weight_on)
+    tensors = x, weights, experts.gate_up_bias, experts.down_bias
+
+    def gradients(*wanted):
+        leaves = [t.detach().requires_grad_(place in wanted) for place, t in enumerate(tensors)]
+        given = replace(experts, gate_up_bias=leaves[2], down_bias=leaves[3])
+        out = experts_quantized(leaves[0], given, leaves[1], ids, config).square().sum()
+        made.clear()
+        return torch.autograd.grad(out, [leaves[place] for place in wanted])
+
+    made, right = [], fast.product
+    monkeypatch.setattr(fast, "product", lambda *given: made.append(1) or right(*given))
+    together = gradients(0, 1, 2, 3)
+    for place, count in enumerate(counts):
+        (alone,) = gradients(place)
+        assert torch.equal(alone, together[place])
+        assert len(made) == count * len(ids.unique())
+
+
 def test_a_gradient_of_the_gradient_is_refused():
     experts = quantize_experts_of("mxfp4", {})
     x, weights, ids = routed()
