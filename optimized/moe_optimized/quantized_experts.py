@@ -21,15 +21,17 @@ from typing import Any
 import torch
 from moe_reference.activation_quantization import round_activations
 from moe_reference.activations import activate, product
+from moe_reference.bit_packing import unpack_words
 from moe_reference.checks import FLOATS, IDS, check_tensor
 from moe_reference.config import ExpertsConfig
+from moe_reference.integer_quantization import column_groups
 from moe_reference.quantization import dequantize as _reference_dequantize
 from moe_reference.quantized_checks import check_quantized
 from moe_reference.quantized_experts_checks import check_quantized_experts
-from moe_reference.quantized_tensors import QuantizedExperts, QuantizedTensor
+from moe_reference.quantized_tensors import INTEGER_BITS, QuantizedExperts, QuantizedTensor
 
 from moe_optimized.activations import activate_with_gradient
-from moe_optimized.alignment import check_map, check_tokens, local_ids
+from moe_optimized.alignment import check_map, check_tokens, local_ids, sort_slots
 from moe_optimized.autograd import once
 from moe_optimized.compiling import opaque
 from moe_optimized.dispatch import accumulation_dtype
@@ -402,9 +404,16 @@ def _pairs(
     expert_map: torch.Tensor | None,
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """Each expert that has tokens, with the tokens and the places among their K."""
-    local = local_ids(expert_ids, experts.down.shape[0], expert_map)
-    for e in local[local >= 0].unique().tolist():
-        yield e, *(local == e).nonzero(as_tuple=True)
+    num_experts, top_k = experts.down.shape[0], expert_ids.shape[1]
+    local = local_ids(expert_ids, num_experts, expert_map)
+    order, ends = sort_slots(local, num_experts)
+    start = 0
+    # All ends at once: on a GPU each look at a value waits for everything before it.
+    for e, end in enumerate(ends.tolist()):
+        slots = order[start:end]
+        if start < end:
+            yield e, slots // top_k, slots % top_k
+        start = end
 
 
 def _one_expert(
@@ -465,4 +474,18 @@ def _unpack(matrix: QuantizedTensor | PreparedMatrix, e: int) -> torch.Tensor:
         for field in fields(matrix)
         if isinstance(value := getattr(matrix, field.name), torch.Tensor)
     }
-    return _reference_dequantize(replace(matrix, **parts, shape=(1, *matrix.shape[1:])))[0]
+    one = replace(matrix, **parts, shape=(1, *matrix.shape[1:]))
+    return (_unpack_integers if one.format in INTEGER_BITS else _reference_dequantize)(one)[0]
+
+
+def _unpack_integers(packed: QuantizedTensor) -> torch.Tensor:
+    """As the reference's, whose checks of zero points and groups wait for a GPU each time."""
+    _, O, D = packed.shape
+    bits = INTEGER_BITS[packed.format]
+    codes = unpack_words(packed.packed, bits)[:, :O, :D].to(torch.int32)
+    groups = column_groups(packed)[:, None].expand(-1, O, D)
+    scales = packed.scales[:, :O].to(torch.promote_types(packed.scales.dtype, torch.float32))
+    zeros = 2 ** (bits - 1)
+    if packed.zeros is not None:
+        zeros = packed.zeros[:, :O].to(torch.int32).gather(2, groups)
+    return (codes - zeros).to(scales.dtype) * scales.gather(2, groups)

@@ -632,6 +632,39 @@ def peak_of(call, device="cpu"):
     return live.peak
 
 
+class Waits(TorchDispatchMode):
+    """Operations whose result has to be on the CPU before the next one can start, counted."""
+
+    OPERATIONS = ("nonzero", "_unique2", "_local_scalar_dense", "masked_select")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ in self.OPERATIONS
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("format", "ordered"), [("uint4", False), ("uint4b8", True)])
+def test_the_way_of_torch_waits_no_longer_for_more_experts(format, ordered):
+    E, H, I = 6, 32, 64
+    experts = quantize_experts_of(format, {"group_size": 16}, E=E, H=H, I=I)
+    if ordered:
+        matrices = [
+            quantize(dequantize(matrix), format, group_size=16, g_idx=act_order(E, D, D // 16))
+            for matrix, D in ((experts.gate_up, H), (experts.down, I))
+        ]
+        experts = QuantizedExperts(*matrices)
+    x, weights, counts = torch.randn(6, H).requires_grad_(), torch.rand(6, 1), []
+    for ids in (torch.zeros(6, 1, dtype=torch.int64), torch.arange(6)[:, None]):
+        with Waits() as waits:
+            out = experts_quantized_torch(x, experts, weights, ids, ExpertsConfig())
+            torch.autograd.grad(out.sum(), x)
+        counts.append(waits.count)
+    assert counts[0] == counts[1]
+
+
 def test_live_bytes_are_counted_until_they_are_freed():
     x = torch.ones(1000)
 
