@@ -216,9 +216,9 @@ def refusal(
     if x.dtype not in KERNEL_DTYPES:
         name = str(x.dtype).removeprefix("torch.")
         return f"x: expected float32, bfloat16 or float16, got {name}"
-    leaves = (x, weights, experts.gate_up_bias, experts.down_bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
-        return "x: expected no gradient, since the kernels have no backward, got one to be taken"
+    wanted = refusal_of_gradient(x, experts, weights)
+    if wanted is not None:
+        return wanted
     for name in ("gate_up", "down"):
         matrix = getattr(experts, name)
         if isinstance(matrix, QuantizedTensor) and matrix.format not in CODES:
@@ -227,6 +227,20 @@ def refusal(
                 f"{matrix.format!r}"
             )
     return _refusal_of_activations(experts, config)
+
+
+def refusal_of_gradient(
+    x: torch.Tensor, experts: QuantizedExperts | PreparedExperts, weights: torch.Tensor
+) -> str | None:
+    """As `refusal`, of a call that has a gradient to be taken."""
+    biases = {f"experts.{name}": getattr(experts, name) for name in ("gate_up_bias", "down_bias")}
+    for name, tensor in {"x": x, "weights": weights, **biases}.items():
+        if torch.is_grad_enabled() and tensor is not None and tensor.requires_grad:
+            return (
+                f"{name}: expected no gradient, since the kernels have no backward, got one to be "
+                "taken"
+            )
+    return None
 
 
 def _refusal_of_activations(

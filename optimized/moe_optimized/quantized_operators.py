@@ -5,6 +5,7 @@
 | `experts_quantized_torch`, `experts_quantized_torch_backward` | the way of torch |
 | `experts_quantized_triton` | the kernels, without a gradient |
 | `dequantize`, `dequantize_torch`, `dequantize_triton` | unpacking, without a gradient |
+| `refuse` | an error when the graph runs |
 
 A schema has no place for `QuantizedExperts`: they are taken apart in front of an operator and put
 together in it. Arguments are checked there, so they are with every call.
@@ -106,6 +107,15 @@ def _packed_experts(
     return QuantizedExperts(*parts, is_k_full, activation_format, activation_scales), config
 
 
+def _raise(x: Tensor, reason: str) -> Tensor:
+    raise ValueError(reason)
+
+
+# Whether somebody wants a gradient is known while a graph is made, where errors have other types.
+_refuse = make_operator("refuse", "Tensor x, str reason", "Tensor", _raise)
+_refuse.register_fake(lambda x, reason: x.new_empty(x.shape))
+
+
 def _packed_operator(function: Callable[..., Any]) -> Any:
     def run(
         x: Tensor,
@@ -131,6 +141,10 @@ def _packed_operator(function: Callable[..., Any]) -> Any:
         config: ExpertsConfig,
         expert_map: Tensor | None = None,
     ) -> Tensor:
+        if operator is experts_quantized_triton:
+            reason = quantized_experts.refusal_of_gradient(x, experts, weights)
+            if reason is not None:
+                return _refuse(x.detach(), reason)
         leaves = (x, weights, experts.gate_up_bias, experts.down_bias)
         return operator(*leaves, expert_ids, expert_map, *_how_packed(experts, config))
 

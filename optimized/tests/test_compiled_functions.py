@@ -259,6 +259,23 @@ def test_wrong_arguments_are_refused_when_the_graph_runs():
         )
 
 
+@pytest.mark.triton
+def test_a_gradient_that_no_kernel_has_is_refused_when_the_graph_runs():
+    function = quantized_experts.experts_quantized_triton
+    for place, name in enumerate(("x", "weights", r"experts\.gate_up_bias", r"experts\.down_bias")):
+        experts = packed(biased=True)
+        tensors = leaf(T, H), leaf(T, K), experts.gate_up_bias, experts.down_bias
+        for other, tensor in enumerate(tensors):
+            tensor.requires_grad_(other == place)
+        given = tensors[0], experts, tensors[1], ids(), ExpertsConfig()
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        for run in (function, compiled):
+            with pytest.raises(ValueError, match=f"^{name}: expected no gradient"):
+                run(*given)
+        with torch.no_grad():
+            assert torch.equal(compiled(*given), function(*given))
+
+
 def test_everything_opaque_has_a_stand_in():
     opaque = {
         name
