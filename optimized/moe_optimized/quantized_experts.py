@@ -8,7 +8,8 @@ Each way to compute them, and what it gains:
    a time, and no others. For what no kernel takes: devices without Triton, float64, gradients,
    Q4_K, and 8-bit activations other than float8 on float8 weights.
 
-Nowhere are the weights of all experts unpacked together: there is no tensor [E, out, in] of them.
+No call of the experts unpacks the weights of all of them together, forward or backward: it makes no
+tensor [E, out, in]. Only `dequantize` does, which is asked for one.
 
 Dimension key: T tokens, H hidden size, I intermediate size, E experts, K experts per token,
 C rows of a batched expert, S rows of one expert.
