@@ -8,7 +8,8 @@ Each way to compute them, and what it gains:
    a time, and no others. For what no kernel takes: devices without Triton, float64, gradients,
    Q4_K, and 8-bit activations other than float8 on float8 weights.
 
-Nowhere are the weights of all experts unpacked together: there is no tensor [E, out, in] of them.
+No call of the experts unpacks the weights of all of them together, forward or backward: it makes no
+tensor [E, out, in]. Only `dequantize` does, which is asked for one.
 
 Dimension key: T tokens, H hidden size, I intermediate size, E experts, K experts per token,
 C rows of a batched expert, S rows of one expert.
@@ -21,15 +22,17 @@ from typing import Any
 import torch
 from moe_reference.activation_quantization import round_activations
 from moe_reference.activations import activate, product
+from moe_reference.bit_packing import unpack_words
 from moe_reference.checks import FLOATS, IDS, check_tensor
 from moe_reference.config import ExpertsConfig
+from moe_reference.integer_quantization import column_groups
 from moe_reference.quantization import dequantize as _reference_dequantize
 from moe_reference.quantized_checks import check_quantized
 from moe_reference.quantized_experts_checks import check_quantized_experts
-from moe_reference.quantized_tensors import QuantizedExperts, QuantizedTensor
+from moe_reference.quantized_tensors import INTEGER_BITS, QuantizedExperts, QuantizedTensor
 
 from moe_optimized.activations import activate_with_gradient
-from moe_optimized.alignment import check_map, check_tokens, local_ids
+from moe_optimized.alignment import check_map, check_tokens, local_ids, sort_slots
 from moe_optimized.autograd import once
 from moe_optimized.compiling import opaque
 from moe_optimized.dispatch import accumulation_dtype
@@ -53,7 +56,8 @@ def dequantize(packed: QuantizedTensor) -> torch.Tensor:
         packed: of any format.
 
     Returns:
-        [E, O, D], float32, or float64 where the scales are float64.
+        [E, O, D], float32, or float64 where the scales are float64. Scales have no gradient here;
+        in the reference they have one.
 
     Raises:
         TypeError, ValueError: parts of the wrong dtype or shape, or an unknown format.
@@ -67,7 +71,10 @@ def dequantize(packed: QuantizedTensor) -> torch.Tensor:
 @opaque
 def dequantize_torch(packed: QuantizedTensor) -> torch.Tensor:
     """As `dequantize`, in operations of torch: those of the reference."""
-    return _reference_dequantize(packed)
+    # The kernels have no gradient of scales, and neither has this.
+    with torch.no_grad():
+        # Codes of e4m3 give their strides to what they become, and a graph counts on contiguous.
+        return _reference_dequantize(packed).contiguous()
 
 
 @opaque
@@ -77,7 +84,8 @@ def dequantize_triton(packed: QuantizedTensor) -> torch.Tensor:
     reason = refusal_of_tensor(packed)
     if reason:
         raise ValueError(reason)
-    return dequantize_kernels(packed)
+    with torch.no_grad():
+        return dequantize_kernels(packed)
 
 
 def experts_quantized(
@@ -101,7 +109,7 @@ def experts_quantized(
 
     Returns:
         [T, H], x's dtype, differentiable in x, weights and biases; with a gradient it takes the way
-        of torch.
+        of torch. Packed scales have no gradient here; in the reference they have one.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype or shape.
@@ -209,9 +217,9 @@ def refusal(
     if x.dtype not in KERNEL_DTYPES:
         name = str(x.dtype).removeprefix("torch.")
         return f"x: expected float32, bfloat16 or float16, got {name}"
-    leaves = (x, weights, experts.gate_up_bias, experts.down_bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
-        return "x: expected no gradient, since the kernels have no backward, got one to be taken"
+    wanted = refusal_of_gradient(x, experts, weights)
+    if wanted is not None:
+        return wanted
     for name in ("gate_up", "down"):
         matrix = getattr(experts, name)
         if isinstance(matrix, QuantizedTensor) and matrix.format not in CODES:
@@ -220,6 +228,20 @@ def refusal(
                 f"{matrix.format!r}"
             )
     return _refusal_of_activations(experts, config)
+
+
+def refusal_of_gradient(
+    x: torch.Tensor, experts: QuantizedExperts | PreparedExperts, weights: torch.Tensor
+) -> str | None:
+    """As `refusal`, of a call that has a gradient to be taken."""
+    biases = {f"experts.{name}": getattr(experts, name) for name in ("gate_up_bias", "down_bias")}
+    for name, tensor in {"x": x, "weights": weights, **biases}.items():
+        if torch.is_grad_enabled() and tensor is not None and tensor.requires_grad:
+            return (
+                f"{name}: expected no gradient, since the kernels have no backward, got one to be "
+                "taken"
+            )
+    return None
 
 
 def _refusal_of_activations(
@@ -275,6 +297,11 @@ def check_experts_quantized(
         )
     if x.shape[1] != H:
         raise ValueError(f"x: expected {H} columns, which fit experts.down, got {x.shape[1]}")
+    # The kernels read as many numbers as the matrices have rows.
+    for name, rows in (("gate_up_bias", expected[1]), ("down_bias", H)):
+        bias = getattr(experts, name)
+        if bias is not None:
+            check_tensor(f"experts.{name}", bias, (E, rows), FLOATS)
     if expert_map is not None:
         check_tensor("expert_map", expert_map, ("E",), IDS)
         check_map(expert_map, E)
@@ -295,8 +322,10 @@ class _Experts(torch.autograd.Function):
         config: ExpertsConfig,
         expert_map: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, weights, expert_ids, expert_map)
-        ctx.experts, ctx.config = experts, config
+        # Biases may be trained, and what is kept past `save_for_backward` may change unnoticed.
+        ctx.save_for_backward(x, weights, gate_up_bias, down_bias, expert_ids, expert_map)
+        ctx.experts = replace(experts, gate_up_bias=None, down_bias=None)
+        ctx.config = config
         wide = accumulation_dtype(x)
         pairs = x.new_zeros(*expert_ids.shape, x.shape[1], dtype=wide)
         for e, *pair in _pairs(expert_ids, experts, expert_map):
@@ -310,9 +339,10 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     @once("experts_quantized_torch")
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weights, expert_ids, expert_map = ctx.saved_tensors
+        x, weights, gate_up_bias, down_bias, expert_ids, expert_map = ctx.saved_tensors
+        experts = replace(ctx.experts, gate_up_bias=gate_up_bias, down_bias=down_bias)
         how, needs = (ctx.config, expert_map), ctx.needs_input_grad[:4]
-        grads = gradients(grad, x, ctx.experts, weights, expert_ids, *how, needs)
+        grads = gradients(grad, x, experts, weights, expert_ids, *how, needs)
         return (*grads, None, None, None, None)
 
 
@@ -347,24 +377,35 @@ def gradients(
         torch.zeros(t.shape, dtype=wide, device=x.device) if wanted else None
         for t, wanted in zip(leaves, needs, strict=True)
     ]
-    to_x, to_weights, *to_biases = found
+    to_x, to_weights, to_gate_up_bias, to_down_bias = found
     # Every pair has a row of its own, so that no sum depends on the order of the experts.
     if to_x is not None:
         to_x = to_x[:, None].repeat(1, expert_ids.shape[1], 1)
+    on_input = config.weight_on == "input"
+    # What is rounded has a gradient of zero: only that of what stands behind it is another.
+    rounded = experts.activation_format is not None
+    needs_rows = not rounded and (to_x is not None or (on_input and to_weights is not None))
+    needs_pre = needs_rows or (not rounded and to_gate_up_bias is not None)
+    needs_out = not on_input and to_weights is not None
     for e, *pair in _pairs(expert_ids, experts, expert_map):
         rows, factors = x[pair[0]].to(wide), weights[*pair, None].to(wide)
-        on_input = config.weight_on == "input"
         grads = grad[pair[0]].to(wide)
-        out, back = _one_expert(rows * factors if on_input else rows, experts, e, config)
-        d_rows, *d_biases = back(grads if on_input else grads * factors)
-        if to_x is not None:
-            to_x[*pair] = d_rows * factors if on_input else d_rows
-        if to_weights is not None:
-            product = d_rows * rows if on_input else grads * out
-            to_weights[*pair] = product.sum(1)
-        for total, gradient in zip(to_biases, d_biases, strict=True):
-            if total is not None:
-                total[e] = gradient.sum(0)
+        to_out = grads if on_input else grads * factors
+        if to_down_bias is not None:
+            to_down_bias[e] = to_out.sum(0)
+        if not needs_pre and not needs_out:
+            continue
+        out, back = _one_expert(rows * factors if on_input else rows, experts, e, config, needs_out)
+        if out is not None:
+            to_weights[*pair] = (grads * out).sum(1)
+        if needs_pre:
+            d_pre, d_rows = back(to_out, needs_rows)
+            if to_gate_up_bias is not None:
+                to_gate_up_bias[e] = d_pre.sum(0)
+            if to_x is not None:
+                to_x[*pair] = d_rows * factors if on_input else d_rows
+            if on_input and to_weights is not None:
+                to_weights[*pair] = (d_rows * rows).sum(1)
     found[0] = None if to_x is None else to_x.sum(1)
     return [
         None if gradient is None else gradient.to(leaf.dtype)
@@ -378,14 +419,25 @@ def _pairs(
     expert_map: torch.Tensor | None,
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """Each expert that has tokens, with the tokens and the places among their K."""
-    local = local_ids(expert_ids, experts.down.shape[0], expert_map)
-    for e in local[local >= 0].unique().tolist():
-        yield e, *(local == e).nonzero(as_tuple=True)
+    num_experts, top_k = experts.down.shape[0], expert_ids.shape[1]
+    local = local_ids(expert_ids, num_experts, expert_map)
+    order, ends = sort_slots(local, num_experts)
+    start = 0
+    # All ends at once: on a GPU each look at a value waits for everything before it.
+    for e, end in enumerate(ends.tolist()):
+        slots = order[start:end]
+        if start < end:
+            yield e, slots // top_k, slots % top_k
+        start = end
 
 
 def _one_expert(
-    rows: torch.Tensor, experts: QuantizedExperts | PreparedExperts, e: int, config: ExpertsConfig
-) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, ...]]]:
+    rows: torch.Tensor,
+    experts: QuantizedExperts | PreparedExperts,
+    e: int,
+    config: ExpertsConfig,
+    needs_out: bool = True,
+) -> tuple[torch.Tensor | None, Callable[..., tuple[torch.Tensor, torch.Tensor | None]]]:
     """One expert on its rows, which are rounded before each product.
 
     Args:
@@ -393,28 +445,27 @@ def _one_expert(
         experts: packed weights.
         e: the expert.
         config: how it computes.
+        needs_out: whether the second product is made.
 
     Returns:
-        out: [S, H].
-        gradients: from that of out to those of rows, [S, H], of the first product, [S, J], and of
-            the second, [S, H].
+        out: [S, H], or None.
+        back: where nothing is rounded, from the gradient of out to that of the first product,
+            [S, J], and to that of rows, [S, H], or None if its second argument is False.
     """
     gate_up, down = _unpack(experts.gate_up, e), _unpack(experts.down, e)
-    biases = (
+    up_bias, down_bias = (
         None if bias is None else bias[e] for bias in (experts.gate_up_bias, experts.down_bias)
     )
-    pre = product(_rounded(rows, experts, e, 0), gate_up, next(biases))
-    hidden = activate(pre, config)
-    out = product(_rounded(hidden, experts, e, 1), down, next(biases))
+    pre = product(_rounded(rows, experts, e, 0), gate_up, up_bias)
+    out = None
+    if needs_out:
+        out = product(_rounded(activate(pre, config), experts, e, 1), down, down_bias)
 
-    def gradients(grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if experts.activation_format is not None:
-            # What is rounded has a gradient of zero.
-            return torch.zeros_like(rows), torch.zeros_like(pre), grad
+    def back(grad: torch.Tensor, needs_rows: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         d_pre = activate_with_gradient(pre, config)[1](product(grad, down.T))
-        return product(d_pre, gate_up.T), d_pre, grad
+        return d_pre, product(d_pre, gate_up.T) if needs_rows else None
 
-    return out, gradients
+    return out, back
 
 
 def _rounded(
@@ -438,4 +489,18 @@ def _unpack(matrix: QuantizedTensor | PreparedMatrix, e: int) -> torch.Tensor:
         for field in fields(matrix)
         if isinstance(value := getattr(matrix, field.name), torch.Tensor)
     }
-    return _reference_dequantize(replace(matrix, **parts, shape=(1, *matrix.shape[1:])))[0]
+    one = replace(matrix, **parts, shape=(1, *matrix.shape[1:]))
+    return (_unpack_integers if one.format in INTEGER_BITS else _reference_dequantize)(one)[0]
+
+
+def _unpack_integers(packed: QuantizedTensor) -> torch.Tensor:
+    """As the reference's, whose checks of zero points and groups wait for a GPU each time."""
+    _, O, D = packed.shape
+    bits = INTEGER_BITS[packed.format]
+    codes = unpack_words(packed.packed, bits)[:, :O, :D].to(torch.int32)
+    groups = column_groups(packed)[:, None].expand(-1, O, D)
+    scales = packed.scales[:, :O].to(torch.promote_types(packed.scales.dtype, torch.float32))
+    zeros = 2 ** (bits - 1)
+    if packed.zeros is not None:
+        zeros = packed.zeros[:, :O].to(torch.int32).gather(2, groups)
+    return (codes - zeros).to(scales.dtype) * scales.gather(2, groups)

@@ -106,7 +106,10 @@ class PreparedMatrix:
 
 @dataclass(frozen=True, eq=False)
 class PreparedExperts:
-    """Packed experts in the layout of the kernels; the rest as in `QuantizedExperts`."""
+    """Packed experts in the layout of the kernels; the rest as in `QuantizedExperts`.
+
+    Scales have no gradient, whoever asks for it.
+    """
 
     gate_up: PreparedMatrix
     down: PreparedMatrix
@@ -116,6 +119,7 @@ class PreparedExperts:
     activation_scales: torch.Tensor | None = None
 
 
+@torch.no_grad()
 def prepare(experts: QuantizedExperts) -> PreparedExperts:
     """Packed experts in the layout of the kernels, for `experts_quantized`.
 

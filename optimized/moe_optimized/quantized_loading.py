@@ -50,7 +50,8 @@ def load_prepared_experts(
         options: those of `quantize_experts`, with a format.
 
     Raises:
-        TypeError: as `load_experts`; or options without a format.
+        TypeError: as `load_experts`; options without a format; or, with one, what is said of packed
+            files: `config`, `zero_points` or `round_activations`.
         ValueError: as `load_experts` and `load_and_quantize`; floats without a format; or a format
             that has no layout.
 
@@ -61,6 +62,14 @@ def load_prepared_experts(
     'int8'
     """
     if format is not None:
+        unread = {"config": config, "zero_points": zero_points}
+        named = [name for name, value in unread.items() if value is not None]
+        named += [] if round_activations else ["round_activations"]
+        if named:
+            raise TypeError(
+                f"{', '.join(named)}: expected none with a format, which is for float experts, got "
+                f"format={format!r}"
+            )
         packed = load_and_quantize(tensors, names, prefix, sizes, format, held, "cpu", **options)
         return move(prepare(packed), device)
     if options:

@@ -5,6 +5,7 @@
 | `experts_quantized_torch`, `experts_quantized_torch_backward` | the way of torch |
 | `experts_quantized_triton` | the kernels, without a gradient |
 | `dequantize`, `dequantize_torch`, `dequantize_triton` | unpacking, without a gradient |
+| `refuse` | an error when the graph runs |
 
 A schema has no place for `QuantizedExperts`: they are taken apart in front of an operator and put
 together in it. Arguments are checked there, so they are with every call.
@@ -37,10 +38,17 @@ _MATRIX = (
 def _parts(matrix: QuantizedTensor | PreparedMatrix) -> tuple[Any, ...]:
     if isinstance(matrix, QuantizedTensor):
         tensors = (matrix.scales, matrix.zeros, matrix.g_idx, matrix.global_scale)
-        return matrix.format, matrix.packed, *tensors, [matrix.group_size, *matrix.shape]
+        numbers = [matrix.group_size, *matrix.shape]
+        return matrix.format, *map(_detached, (matrix.packed, *tensors)), numbers
     tensors = (matrix.scales, matrix.zeros, matrix.columns, None)
     numbers = [matrix.depth, matrix.share, matrix.block or 0, *matrix.shape]
-    return matrix.codes, matrix.packed, *tensors, numbers
+    return matrix.codes, *map(_detached, (matrix.packed, *tensors)), numbers
+
+
+def _detached(part: Tensor | None) -> Tensor | None:
+    # No part of what is packed has a gradient, and an operator that gets one that wants it asks for
+    # a backward.
+    return None if part is None else part.detach()
 
 
 def _matrix(*parts: Any) -> QuantizedTensor | PreparedMatrix:
@@ -80,7 +88,7 @@ def _how_packed(
     experts: QuantizedExperts | PreparedExperts, config: ExpertsConfig
 ) -> tuple[Any, ...]:
     """The rest of the arguments, after the tensors that are not packed."""
-    activations = (experts.activation_format, experts.activation_scales)
+    activations = (experts.activation_format, _detached(experts.activation_scales))
     # Prepared, nobody asks any more.
     is_k_full = getattr(experts, "is_k_full", True)
     parts = (*_parts(experts.gate_up), *_parts(experts.down), *activations, is_k_full)
@@ -97,6 +105,15 @@ def _packed_experts(
     if isinstance(down, PreparedMatrix):
         return PreparedExperts(*parts, activation_format, activation_scales), config
     return QuantizedExperts(*parts, is_k_full, activation_format, activation_scales), config
+
+
+def _raise(x: Tensor, reason: str) -> Tensor:
+    raise ValueError(reason)
+
+
+# Whether somebody wants a gradient is known while a graph is made, where errors have other types.
+_refuse = make_operator("refuse", "Tensor x, str reason", "Tensor", _raise)
+_refuse.register_fake(lambda x, reason: x.new_empty(x.shape))
 
 
 def _packed_operator(function: Callable[..., Any]) -> Any:
@@ -124,6 +141,10 @@ def _packed_operator(function: Callable[..., Any]) -> Any:
         config: ExpertsConfig,
         expert_map: Tensor | None = None,
     ) -> Tensor:
+        if operator is experts_quantized_triton:
+            reason = quantized_experts.refusal_of_gradient(x, experts, weights)
+            if reason is not None:
+                return _refuse(x.detach(), reason)
         leaves = (x, weights, experts.gate_up_bias, experts.down_bias)
         return operator(*leaves, expert_ids, expert_map, *_how_packed(experts, config))
 

@@ -1,5 +1,6 @@
 """Every function that a user may call is one graph to `torch.compile`, with the same results."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -200,6 +201,45 @@ def test_packed_experts_with_gradients_are_one_graph(options, monkeypatch):
         assert_same(compiled, call, arguments)
 
 
+FORMS_OF_PACKED = pytest.mark.parametrize(
+    "form", ["", "_torch", pytest.param("_triton", marks=pytest.mark.triton)]
+)
+
+
+@FORMS_OF_PACKED
+@pytest.mark.parametrize("name", ["dequantize", "experts_quantized"])
+def test_packed_scales_have_no_gradient(name, form):
+    function, experts = getattr(quantized_experts, name + form), packed()
+    matrices = [
+        replace(matrix, scales=matrix.scales.clone().requires_grad_())
+        for matrix in (experts.gate_up, experts.down)
+    ]
+    experts = replace(experts, gate_up=matrices[0], down=matrices[1])
+    if name == "dequantize":
+        cases = [(experts.down,)]
+    else:
+        rest = torch.rand(T, K), ids(), ExpertsConfig()
+        cases = [(torch.randn(T, H), given, *rest) for given in (experts, prepare(experts))]
+        if form != "_triton":
+            # Those of what has one beside them are there.
+            cases.append((leaf(T, H), experts, *rest))
+            static = replace(
+                experts,
+                activation_format="int8",
+                activation_scales=torch.full((E, 2), 0.02, requires_grad=True),
+            )
+            cases.append((torch.randn(T, H), static, *rest))
+    for arguments in cases:
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        assert_same(compiled, function, arguments)
+        out = function(*arguments)
+        x = arguments[0]
+        assert out.requires_grad is (name != "dequantize" and x.requires_grad)
+        if out.requires_grad:
+            scales = [matrix.scales for matrix in matrices]
+            assert torch.autograd.grad(out.sum(), scales, allow_unused=True) == (None, None)
+
+
 def test_batched_packed_experts_are_one_graph():
     function = quantized_experts.experts_batched_quantized
     arguments = torch.randn(E, 5, H), torch.tensor([0, 5, 2, 1]), packed(), ExpertsConfig()
@@ -217,6 +257,23 @@ def test_wrong_arguments_are_refused_when_the_graph_runs():
         compiled(quantized_experts.experts_quantized)(
             torch.randn(T, 5), packed(), torch.rand(T, K), ids(), ExpertsConfig()
         )
+
+
+@pytest.mark.triton
+def test_a_gradient_that_no_kernel_has_is_refused_when_the_graph_runs():
+    function = quantized_experts.experts_quantized_triton
+    for place, name in enumerate(("x", "weights", r"experts\.gate_up_bias", r"experts\.down_bias")):
+        experts = packed(biased=True)
+        tensors = leaf(T, H), leaf(T, K), experts.gate_up_bias, experts.down_bias
+        for other, tensor in enumerate(tensors):
+            tensor.requires_grad_(other == place)
+        given = tensors[0], experts, tensors[1], ids(), ExpertsConfig()
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        for run in (function, compiled):
+            with pytest.raises(ValueError, match=f"^{name}: expected no gradient"):
+                run(*given)
+        with torch.no_grad():
+            assert torch.equal(compiled(*given), function(*given))
 
 
 def test_everything_opaque_has_a_stand_in():
@@ -261,11 +318,17 @@ def test_operators_of_the_forms_are_what_they_say(form):
     check("combine", leaf(T * K, H), torch.randperm(T * K), leaf(T, K))
 
 
-@pytest.mark.parametrize("form", ["", "_torch", pytest.param("_triton", marks=pytest.mark.triton)])
+@FORMS_OF_PACKED
 def test_operators_of_packed_experts_are_what_they_say(form):
+    stored = packed(format="e4m3", granularity="channel").gate_up
+    # A file that has [in, out], seen as [out, in].
+    transposed = replace(stored, packed=stored.packed.mT.contiguous().mT)
+    operator = getattr(torch.ops.moespec, f"dequantize{form}").default
     for matrix in (packed().down, packed(format="mxfp4").gate_up):
-        operator = getattr(torch.ops.moespec, f"dequantize{form}").default
         torch.library.opcheck(operator, quantized_operators._parts(matrix))
+    # The check of the schema multiplies arguments, which float8 is not made for.
+    checks = ["test_faketensor", "test_aot_dispatch_dynamic"]
+    torch.library.opcheck(operator, quantized_operators._parts(transposed), test_utils=checks)
     if not form:
         return
     operator = getattr(quantized_operators, f"experts_quantized{form}")

@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from moe_optimized import alignment, dispatch, quantized_kernels
 from moe_optimized import quantized_experts as fast
+from moe_optimized.experts import experts as float_experts
 from moe_optimized.experts_triton import TileShape
 from moe_optimized.interpreter import COMPILED, launches
 from moe_optimized.quantized_experts import (
@@ -448,6 +450,39 @@ def test_gradients_are_those_of_the_reference(weight_on, activations, assert_clo
         assert_close(ours, theirs)
 
 
+NEEDED = [
+    # For each expert: the products for x, for weights and for the two biases, each alone.
+    ("output", None, (3, 2, 2, 0)),
+    ("input", None, (3, 3, 2, 0)),
+    ("output", "int8", (0, 2, 0, 0)),
+    ("input", "int8", (0, 0, 0, 0)),
+]
+
+
+@pytest.mark.parametrize(("weight_on", "activations", "counts"), NEEDED)
+def test_a_backward_makes_the_products_that_it_needs(weight_on, activations, counts, monkeypatch):
+    experts = quantize_experts_of("uint4", {"group_size": 32}, biased=True)
+    experts = replace(experts, activation_format=activations)
+    x, weights, ids = torch.randn(5, 32), torch.rand(5, 2), torch.randint(0, 3, (5, 2))
+    config = ExpertsConfig(weight_on=weight_on)
+    tensors = x, weights, experts.gate_up_bias, experts.down_bias
+
+    def gradients(*wanted):
+        leaves = [t.detach().requires_grad_(place in wanted) for place, t in enumerate(tensors)]
+        given = replace(experts, gate_up_bias=leaves[2], down_bias=leaves[3])
+        out = experts_quantized(leaves[0], given, leaves[1], ids, config).square().sum()
+        made.clear()
+        return torch.autograd.grad(out, [leaves[place] for place in wanted])
+
+    made, right = [], fast.product
+    monkeypatch.setattr(fast, "product", lambda *given: made.append(1) or right(*given))
+    together = gradients(0, 1, 2, 3)
+    for place, count in enumerate(counts):
+        (alone,) = gradients(place)
+        assert torch.equal(alone, together[place])
+        assert len(made) == count * len(ids.unique())
+
+
 def test_a_gradient_of_the_gradient_is_refused():
     experts = quantize_experts_of("mxfp4", {})
     x, weights, ids = routed()
@@ -459,12 +494,28 @@ def test_a_gradient_of_the_gradient_is_refused():
 
 
 def test_gradients_keep_no_unpacked_weights():
-    experts = quantize_experts_of("mxfp4", {})
+    experts = quantize_experts_of("mxfp4", {}, biased=True)
     x, weights, ids = routed()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         experts_quantized(x.requires_grad_(), experts, weights, ids, ExpertsConfig())
-    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (x, weights, ids)}
+    given = (x, weights, experts.gate_up_bias, experts.down_bias, ids)
+    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in given}
+
+
+@pytest.mark.parametrize("kind", ["packed", "prepared", "floats"])
+@pytest.mark.parametrize("name", ["gate_up_bias", "down_bias"])
+def test_a_bias_that_changes_before_the_gradient_is_an_error(name, kind, make_experts):
+    if kind == "floats":
+        run, experts = float_experts, make_experts(3, 32, 64, biased=True)
+    else:
+        run, experts = experts_quantized, quantize_experts_of("mxfp4", {}, biased=True)
+        experts = prepare(experts) if kind == "prepared" else experts
+    x, weights, ids = torch.randn(4, 32), torch.rand(4, 2), torch.randint(0, 3, (4, 2))
+    out = run(x.requires_grad_(), experts, weights, ids, ExpertsConfig())
+    getattr(experts, name).add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
 
 
 @implementations
@@ -483,6 +534,23 @@ def test_bad_arguments_are_refused(implementation):
         implementation(x, experts, weights, ids, "silu")
     with pytest.raises(ValueError, match="expert_map: expected rows below 3, got 3"):
         implementation(x, experts, weights, ids, config, torch.tensor([0, 3]))
+
+
+@implementations
+@pytest.mark.parametrize("prepared", [False, True])
+def test_biases_that_do_not_fit_are_refused(implementation, prepared):
+    experts = quantize_experts_of("uint4", {"group_size": 32}, biased=True)
+    given = torch.randn(4, 32), torch.rand(4, 2), torch.zeros(4, 2, dtype=torch.int64)
+    for name, rows in (("gate_up_bias", 128), ("down_bias", 32)):
+        wrong = [
+            (torch.zeros(3, rows // 2), ValueError, rf"expected shape \[3, {rows}\], got"),
+            (torch.zeros(2, rows), ValueError, rf"expected shape \[3, {rows}\], got"),
+            (torch.zeros(3, rows, dtype=torch.int64), TypeError, "expected dtype .*, got int64"),
+        ]
+        for bias, error, message in wrong:
+            unfit = replace(prepare(experts) if prepared else experts, **{name: bias})
+            with pytest.raises(error, match=rf"experts\.{name}: {message}"):
+                implementation(given[0], unfit, *given[1:], ExpertsConfig())
 
 
 @pytest.mark.triton
@@ -549,14 +617,52 @@ def peak_of(call, device="cpu"):
         call()
         torch.cuda.synchronize()
         return Counter(dict.fromkeys(("all", "floats"), torch.cuda.max_memory_allocated() - before))
-    with LiveBytes() as live:
-        out = call()
-    assert live.now["all"] >= out.numel() * out.element_size()
-    del out
-    # The interpreter's cycles keep what a kernel was given, which makes the peak no smaller.
-    gc.collect()
-    assert live.now["all"] == 0
+    # What was there before is nothing that a collection has to look at.
+    gc.freeze()
+    try:
+        with LiveBytes() as live:
+            out = call()
+        assert live.now["all"] >= out.numel() * out.element_size()
+        del out
+        # The interpreter's cycles keep what a kernel was given, which makes the peak no smaller.
+        gc.collect()
+        assert live.now["all"] == 0
+    finally:
+        gc.unfreeze()
     return live.peak
+
+
+class Waits(TorchDispatchMode):
+    """Operations whose result has to be on the CPU before the next one can start, counted."""
+
+    OPERATIONS = ("nonzero", "_unique2", "_local_scalar_dense", "masked_select")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ in self.OPERATIONS
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("format", "ordered"), [("uint4", False), ("uint4b8", True)])
+def test_the_way_of_torch_waits_no_longer_for_more_experts(format, ordered):
+    E, H, I = 6, 32, 64
+    experts = quantize_experts_of(format, {"group_size": 16}, E=E, H=H, I=I)
+    if ordered:
+        matrices = [
+            quantize(dequantize(matrix), format, group_size=16, g_idx=act_order(E, D, D // 16))
+            for matrix, D in ((experts.gate_up, H), (experts.down, I))
+        ]
+        experts = QuantizedExperts(*matrices)
+    x, weights, counts = torch.randn(6, H).requires_grad_(), torch.rand(6, 1), []
+    for ids in (torch.zeros(6, 1, dtype=torch.int64), torch.arange(6)[:, None]):
+        with Waits() as waits:
+            out = experts_quantized_torch(x, experts, weights, ids, ExpertsConfig())
+            torch.autograd.grad(out.sum(), x)
+        counts.append(waits.count)
+    assert counts[0] == counts[1]
 
 
 def test_live_bytes_are_counted_until_they_are_freed():
@@ -596,8 +702,41 @@ MEASURED = [
 ]
 
 
+@pytest.fixture
+def no_launches(monkeypatch):
+    """Leaves kernels out, which take long in the interpreter and allocate nothing that is counted.
+
+    A GPU counts what its driver allocates as well, and is fast enough.
+    """
+    if not COMPILED:
+        for module in (alignment, dispatch, quantized_kernels):
+            monkeypatch.setattr(module, "launch", lambda *arguments, **options: None)
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(COMPILED, reason="nothing is left out on a GPU")
+def test_without_launches_the_peak_is_the_same(request):
+    experts = rounded_experts("e4m3_block", block_size=16)
+    x, weights, ids = routed(H=56)
+
+    def measured():
+        given = (weights, ids, ExpertsConfig())
+        before = launches.copy()
+        peaks = [
+            peak_of(lambda each=each: experts_quantized_triton(x, each, *given))
+            for each in (experts, prepare(experts))
+        ]
+        return peaks, sum((launches - before).values())
+
+    peaks, launched = measured()
+    assert launched > 0
+    request.getfixturevalue("no_launches")
+    assert measured() == (peaks, 0)
+
+
 @implementations
 @pytest.mark.parametrize(("format", "options", "how"), MEASURED, ids=lambda v: str(v))
+@pytest.mark.usefixtures("no_launches")
 def test_the_weights_of_all_experts_are_never_unpacked(implementation, format, options, how):
     E, T, K, config = 12, 4, 2, ExpertsConfig()
     H = I = 96 if options.get("group_size") in (24, 48) else 64

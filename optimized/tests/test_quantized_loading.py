@@ -120,6 +120,13 @@ def test_what_has_no_layout_is_refused():
         load_prepared_experts(*given)
     with pytest.raises(TypeError, match="options: expected none without a format, got group_size"):
         load_prepared_experts(*given, group_size=B)
+    for more, named in (
+        ({"config": GPTQ}, "config"),
+        ({"zero_points": "v1"}, "zero_points"),
+        ({"config": GPTQ, "round_activations": False}, "config, round_activations"),
+    ):
+        with pytest.raises(TypeError, match=f"^{named}: expected none with a format"):
+            load_prepared_experts(*given, **more, format="uint4", group_size=B)
     wide = ExpertsPlaceholder(1, 256, 256)
     stored = {f"experts.0.{name}_proj.weight": torch.ones(256, 256) for name in SHAPES}
     with pytest.raises(ValueError, match=r"experts.gate_up.format: .* got 'Q4_K'"):

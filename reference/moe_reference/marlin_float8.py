@@ -65,13 +65,16 @@ def from_marlin_float8(marlin: MarlinTensor) -> QuantizedTensor:
 
     Raises:
         TypeError: a tensor has the wrong dtype.
-        ValueError: shapes do not fit each other, or rows of a block have different scales.
+        ValueError: another format, shapes that do not fit each other, or rows of a block that have
+            different scales.
 
     >>> bytes_ = torch.ones(1, 64, 16).to(torch.float8_e4m3fn)
     >>> one = QuantizedTensor("e4m3", bytes_, torch.ones(1, 1, 1), shape=(1, 64, 16))
     >>> from_marlin_float8(to_marlin_float8(one)).scales.shape
     torch.Size([1, 64, 1])
     """
+    if marlin.format != "e4m3":
+        raise ValueError(f"marlin.format: expected 'e4m3', got {marlin.format!r}")
     E, O, D = marlin.shape
     B = marlin.group_size
     codes_EOD = from_marlin_words(marlin.qweight, 8)
@@ -80,7 +83,10 @@ def from_marlin_float8(marlin: MarlinTensor) -> QuantizedTensor:
     scales_EOG = permute_scales(marlin.scales).transpose(1, 2).contiguous()
     if B != -1:
         rows_EOG, scales_EOG = scales_EOG, scales_EOG[:, ::B].contiguous()
-        if not torch.equal(rows_EOG, scales_EOG.repeat_interleave(B, dim=1)[:, :O]):
+        spread_EOG = scales_EOG.repeat_interleave(B, dim=1)[:, :O]
+        # NaN is not equal to itself, and a block may have it for a scale.
+        same_EOG = (rows_EOG == spread_EOG) | (rows_EOG.isnan() & spread_EOG.isnan())
+        if not same_EOG.all():
             raise ValueError("scales: expected the same for all rows of a block, got several")
     bytes_EOD = codes_EOD.view(torch.float8_e4m3fn)
     tensor = QuantizedTensor("e4m3", bytes_EOD, scales_EOG, group_size=B, shape=marlin.shape)

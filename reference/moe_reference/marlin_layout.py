@@ -117,13 +117,16 @@ def from_marlin(marlin: MarlinTensor) -> QuantizedTensor:
 
     Raises:
         TypeError: a tensor has the wrong dtype.
-        ValueError: shapes do not fit each other.
+        ValueError: another format, or shapes that do not fit each other.
 
     >>> words = torch.arange(128, dtype=torch.int32).view(1, 64, 2)
     >>> one = QuantizedTensor("uint4b8", words, torch.ones(1, 64, 1), shape=(1, 64, 16))
     >>> bool((from_marlin(to_marlin(one)).packed == words).all())
     True
     """
+    if marlin.format not in INTEGER_BITS:
+        names = ", ".join(map(repr, INTEGER_BITS))
+        raise ValueError(f"marlin.format: expected one of {names}, got {marlin.format!r}")
     bits = INTEGER_BITS[marlin.format]
     E, O, D = marlin.shape
     codes_EOD = from_marlin_words(marlin.qweight, bits)

@@ -46,7 +46,8 @@ def experts_quantized(
             are global with it.
 
     Returns:
-        [T, H], x's dtype; differentiable in x and weights. Rounded activations have no gradient.
+        [T, H], x's dtype; differentiable in x, weights, biases and scales. Rounded activations have
+        no gradient.
 
     Raises:
         TypeError: an argument has the wrong dtype.

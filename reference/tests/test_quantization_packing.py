@@ -521,6 +521,31 @@ def test_what_is_no_float8_for_marlin_is_refused():
         from_marlin_float8(replace(marlin, scales=marlin.scales[:, :, :32]))
 
 
+def test_each_way_back_from_marlin_has_its_formats():
+    integers = to_marlin(random_tensor("uint8b128", group_size=-1))
+    with pytest.raises(ValueError, match=r"marlin\.format: expected 'e4m3', got 'uint8b128'"):
+        from_marlin_float8(integers)
+    codes, scales = random_codes(1, 64, 16, bits=8), torch.ones(1, 1, 1)
+    tensor = QuantizedTensor("e4m3", codes.view(torch.float8_e4m3fn), scales, shape=(1, 64, 16))
+    expected = "marlin.format: expected one of 'uint4b8', 'uint8b128', 'uint4', got 'e4m3'"
+    with pytest.raises(ValueError, match=expected):
+        from_marlin(to_marlin_float8(tensor))
+
+
+def test_a_block_of_float8_may_have_nan_for_a_scale():
+    codes, scales = random_codes(1, 64, 16, bits=8), torch.rand(1, 4, 1)
+    scales[0, 1] = float("nan")
+    tensor = QuantizedTensor(
+        "e4m3", codes.view(torch.float8_e4m3fn), scales, group_size=16, shape=(1, 64, 16)
+    )
+    marlin = to_marlin_float8(tensor)
+    back = from_marlin_float8(marlin)
+    torch.testing.assert_close(back.scales, scales, rtol=0, atol=0, equal_nan=True)
+    marlin.scales[0, 0, 3] = float("nan")
+    with pytest.raises(ValueError, match="scales: expected the same for all rows of a block"):
+        from_marlin_float8(marlin)
+
+
 def test_act_order_sorts_the_columns_by_group():
     tensor = random_tensor("uint4b8", act_order=True)
     marlin = to_marlin(tensor)

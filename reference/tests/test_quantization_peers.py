@@ -322,10 +322,8 @@ def test_nvfp4_of_torchao(primitives, O, blocks, seed):
     shared = ours.global_scale[0, 0]
     scales, packed = nvfp4_quantize(weight, 16, shared)
     steps = (ours.scales[0].double() * shared.double()).repeat_interleave(16, 1)
-    # A rounding of float32 more or less may move a scale to its neighbour, once in a long while.
-    same = scales.view(torch.uint8) == ours.scales[0].view(torch.uint8)
-    apart = apart_from_middles(weight, steps) & same.repeat_interleave(16, 1)
-    assert same.float().mean() >= 1 - 1 / 2**3
+    assert torch.equal(scales.view(torch.uint8), ours.scales[0].view(torch.uint8))
+    apart = apart_from_middles(weight, steps)
     codes = unpack_nibbles(packed)
     assert torch.equal(codes[apart], unpack_nibbles(ours.packed)[0][apart])
     for bytes_, each in ((packed, scales), (ours.packed[0], ours.scales[0])):
