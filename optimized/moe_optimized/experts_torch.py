@@ -343,9 +343,11 @@ def _batched_linear(
         wide = accumulation_dtype(rows)
         rows, weight = rows.to(wide), weight.to(wide)
         bias = None if bias is None else bias.to(wide)
-    if bias is None:
-        return torch.bmm(rows, weight.transpose(1, 2))
-    return torch.baddbmm(bias[:, None], rows, weight.transpose(1, 2))
+    # Autocast would round both factors to a narrower dtype.
+    with torch.autocast(rows.device.type, enabled=False):
+        if bias is None:
+            return torch.bmm(rows, weight.transpose(1, 2))
+        return torch.baddbmm(bias[:, None], rows, weight.transpose(1, 2))
 
 
 def _mask(rows: torch.Tensor, order: _Rows) -> torch.Tensor:

@@ -622,11 +622,13 @@ def _differentiate_router(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, router_matrix, bias = ctx.saved_tensors
     wide = grad.to(dispatch.accumulation_dtype(grad))
     to_x = to_router = to_bias = None
-    if ctx.needs_input_grad[0]:
-        to_x = (wide @ router_matrix.to(ctx.dtype).to(wide.dtype)).to(ctx.dtype).to(x.dtype)
-    if ctx.needs_input_grad[1]:
-        to_router = wide.T @ x.to(ctx.dtype).to(wide.dtype)
-        to_router = to_router.to(ctx.dtype).to(router_matrix.dtype)
+    # Autocast would round the factors.
+    with torch.autocast(grad.device.type, enabled=False):
+        if ctx.needs_input_grad[0]:
+            to_x = (wide @ router_matrix.to(ctx.dtype).to(wide.dtype)).to(ctx.dtype).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            to_router = wide.T @ x.to(ctx.dtype).to(wide.dtype)
+            to_router = to_router.to(ctx.dtype).to(router_matrix.dtype)
     if ctx.needs_input_grad[2]:
         to_bias = wide.sum(0).to(ctx.dtype).to(bias.dtype)
     return to_x, to_router, to_bias, None

@@ -47,11 +47,13 @@ def router_logits(
     12.0
     """
     wide = torch.float64 if dtype is torch.float64 else torch.float32
-    return F.linear(
-        x.to(dtype).to(wide),
-        router.to(dtype).to(wide),
-        None if bias is None else bias.to(dtype).to(wide),
-    ).to(dtype)
+    # Autocast would round both factors to a narrower dtype, and other experts would be chosen.
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(
+            x.to(dtype).to(wide),
+            router.to(dtype).to(wide),
+            None if bias is None else bias.to(dtype).to(wide),
+        ).to(dtype)
 
 
 def router_logits_triton(
