@@ -14,13 +14,15 @@ pipeline, with gradients of outputs on the way there and gradients of rows on th
 Two nodes of a graph do it, and what makes room for the shared expert is the order in which autograd
 takes them, the last one made first. `depart` is made before the shared expert: forward it posts the
 first chunk, backward it waits for the last. `through_experts` is made after: forward it does all
-else, and backward it leaves the last exchanges on their way, for `depart` to wait for.
+else, and backward it leaves the last exchanges on their way, for `depart` to wait for, or for the
+end of the backward where `depart` has none.
 
 Dimension key: S rows, H hidden size, C chunks, R ranks, E experts of this rank.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +41,7 @@ class Posted(NamedTuple):
     Attributes:
         work: what it is waited for with.
         came: [S, ...], what it writes to.
-        sent: what it reads. Nobody else may hold it, and until the end its memory is needed.
+        sent: what it reads. Perhaps nobody else holds it, and its memory is needed until the end.
     """
 
     work: Any
@@ -206,6 +208,8 @@ class _ThroughExperts(torch.autograd.Function):
         if torch.is_anomaly_enabled():
             # It reads what every node returns.
             _wait_for_all(plan.last)
+        # `depart` has no backward where only the weights' gradients are asked for.
+        torch.autograd.Variable._execution_engine.queue_callback(partial(_wait_for_all, plan.last))
         return out, None, None, *found
 
 
