@@ -20,8 +20,8 @@ Dimension key: T tokens of a rank, H hidden size, K experts per token, E experts
 shape [R, E]), P physical experts, R ranks, C chunks, S rows that leave a rank or come to it.
 """
 
-import functools
 from collections.abc import Callable
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -59,7 +59,7 @@ from moe_optimized.interpreter import KERNEL_DTYPES, has_kernels
 def _not_compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """`torch.compiler.disable` where somebody compiles: it imports the compiler, for seconds."""
 
-    @functools.wraps(function)
+    @wraps(function)
     def run(*arguments: Any, **options: Any) -> torch.Tensor:
         if torch.compiler.is_compiling():
             return torch.compiler.disable(function)(*arguments, **options)
@@ -228,10 +228,10 @@ _TORCH = _Means(
 )
 _TRITON = _Means(
     sort_pairs_triton,
-    spread_triton,
+    partial(spread_triton, caller="expert_parallel_triton"),
     _forward_triton,
     _backward_triton,
-    weighted_sum_triton,
+    partial(weighted_sum_triton, caller="expert_parallel_triton"),
     sum_of_experts_triton,
 )
 

@@ -553,12 +553,12 @@ def _differentiate_combine(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor
     rows, slots, weights = ctx.saved_tensors
     T, K = weights.shape
     wide = dispatch.accumulation_dtype(rows)
-    # A zero in front of all, which the rows of nobody read.
-    here = (slots >= 0) & (slots < T * K)
-    known = torch.where(here, slots.long(), T * K)
+    known = dispatch.known_slots(slots, T * K).long()
+    here = known < T * K
+    # A zero behind all, which the rows of nobody read.
     tokens = known // max(K, 1)
     grads = torch.cat([grad.to(wide), grad.new_zeros((1, grad.shape[1]), dtype=wide)])[tokens]
-    factors = torch.cat([weights.to(wide).flatten(), weights.new_zeros(1, dtype=wide)])[known]
+    factors = dispatch.factors_of(weights, known, wide)
     dots = torch.where(here, (grads * rows.to(wide)).sum(1), 0.0)
     to_weights = torch.zeros(T * K + 1, dtype=wide, device=rows.device).scatter(0, known, dots)
     to_rows = torch.where(here[:, None], grads * factors[:, None], 0.0)
