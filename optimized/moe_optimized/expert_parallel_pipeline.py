@@ -184,11 +184,7 @@ class _ThroughExperts(torch.autograd.Function):
         tensors, saved = ctx.saved_tensors[:4], iter(ctx.saved_tensors[4:])
         kept = [tuple(next(saved) for _ in range(length)) for length in ctx.lengths]
         wanted = ctx.needs_input_grad[3:]
-        # Each chunk writes the gradients of its experts; together they are all of this rank.
-        found = [
-            torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) if want else None
-            for tensor, want in zip(tensors, wanted, strict=True)
-        ]
+        found: list[torch.Tensor | None] = [None] * len(tensors)
 
         def compute(c: int, grad: torch.Tensor) -> torch.Tensor:
             rows, *needed = kept[c]
@@ -198,9 +194,14 @@ class _ThroughExperts(torch.autograd.Function):
             to_rows, _, *to_experts = plan.backward(
                 grad, rows, needed, experts, plan.ids[c], plan.config, needs
             )
-            for gradient, of_chunk in zip(found, to_experts, strict=True):
-                if gradient is not None:
-                    gradient[plan.experts[c]] = of_chunk
+            for i, of_chunk in enumerate(to_experts):
+                if len(plan.experts) == 1:
+                    found[i] = of_chunk
+                elif of_chunk is not None:
+                    # Each chunk writes those of its experts; together they are all of this rank.
+                    if found[i] is None:
+                        found[i] = of_chunk.new_empty(tensors[i].shape)
+                    found[i][plan.experts[c]] = of_chunk
             return to_rows
 
         out, pieces = _empty_where_somebodys(grad, plan), _pieces(grad, plan)

@@ -171,6 +171,12 @@ def test_the_same_copies_are_chosen():
         assert torch.equal(chosen, physical_ids(ids, placement).long())
 
 
+def test_a_placement_is_moved_once():
+    placement = make_placement(torch.tensor([0, 1, 0]), 2, 3)
+    first, again = (order_module._on_device(placement, torch.device("meta")) for _ in range(2))
+    assert all(one is other for one, other in zip(first, again, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_shared_output_is_added_before_the_one_rounding(dtype):
     problem = Problem([3, 0, 4], 5, dtype=dtype)
