@@ -15,14 +15,15 @@ whatever the ids are, so that nothing depends on data and T may change without c
 | `look_up` | the ids of a hash table; it stands in `gating` |
 | `balance_loss`, `balance_loss_backward` | the kernels of `load_balancing` |
 | `z_loss`, `z_loss_backward`, `update_bias` | likewise |
-| `dispatch`, `dispatch_triton` | those of `dispatch`, with T·K rows on every device |
+| `dispatch_triton` | that of `dispatch`, with T·K rows on every device |
 | `combine`, `combine_torch`, `combine_triton` | those of `dispatch` |
 | `align`, `align_torch`, `align_triton` | those of `alignment` |
 | `align_batched`, `align_batched_torch`, `align_batched_triton` | likewise |
 | `add_counts` | `counter += tokens_per_expert`, in a compiled backward pass |
 
 Those of packed experts are in `quantized_operators`. Nobody has to call one: in a compiled function
-the functions of the concepts do, those that are `compiling.opaque`.
+the functions of the concepts do. Those that are `compiling.opaque` have an operator as a stand-in;
+experts, layers, hash tables and modules call theirs by name.
 
 Dimension key: T tokens, H hidden size, J rows of gate_up, E experts, K experts per token.
 """
@@ -522,27 +523,27 @@ def _differentiate_dispatch(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor,
     return combine(grad, slots, ones), None, None
 
 
-def _dispatch_operator(function: Callable[..., Any]) -> Any:
-    def run(x: Tensor, expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-        rows, counts, slots = function(x, expert_ids, num_experts)
-        missing = expert_ids.numel() - rows.shape[0]
+def _dispatch_triton(
+    x: Tensor, expert_ids: Tensor, num_experts: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, counts, slots = dispatch.dispatch_triton(x, expert_ids, num_experts)
+    missing = expert_ids.numel() - rows.shape[0]
+    if missing:
         # On a CPU the rows of nobody are left out; here they are, as on a GPU.
         rows = torch.cat([rows, rows.new_zeros(missing, rows.shape[1])])
-        return rows, counts, torch.cat([slots, slots.new_full((missing,), expert_ids.numel())])
-
-    operator = make_operator(
-        function.__name__,
-        "Tensor x, Tensor expert_ids, int num_experts",
-        "(Tensor rows, Tensor tokens_per_expert, Tensor slots)",
-        run,
-    )
-    operator.register_fake(_fake_dispatch)
-    operator.register_autograd(_differentiate_dispatch, setup_context=_setup_dispatch)
-    return operator
+        slots = torch.cat([slots, slots.new_full((missing,), expert_ids.numel())])
+    return rows, counts, slots
 
 
-dispatch_rows = _dispatch_operator(dispatch.dispatch)
-stands_for(dispatch.dispatch_triton)(_dispatch_operator(dispatch.dispatch_triton))
+dispatch_triton = make_operator(
+    "dispatch_triton",
+    "Tensor x, Tensor expert_ids, int num_experts",
+    "(Tensor rows, Tensor tokens_per_expert, Tensor slots)",
+    _dispatch_triton,
+)
+dispatch_triton.register_fake(_fake_dispatch)
+dispatch_triton.register_autograd(_differentiate_dispatch, setup_context=_setup_dispatch)
+stands_for(dispatch.dispatch_triton)(dispatch_triton)
 
 
 def _setup_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
