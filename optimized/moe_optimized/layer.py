@@ -109,7 +109,7 @@ _TORCH = _Means(router_logits, route_with_counts_torch, sum_of_experts, balance_
 
 
 _TRITON = _Means(
-    operators.router, route_with_counts_triton, sum_of_experts_triton, balance_loss_triton
+    operators.run_router, route_with_counts_triton, sum_of_experts_triton, balance_loss_triton
 )
 
 

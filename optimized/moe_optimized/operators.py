@@ -36,7 +36,8 @@ import torch
 from moe_reference.config import BalanceConfig, ExpertsConfig, ExpertWeights, RoutingConfig
 
 from moe_optimized import alignment, dispatch, gating, load_balancing
-from moe_optimized.compiling import make_operator, make_operators, stands_for
+from moe_optimized.autograd import once
+from moe_optimized.compiling import in_eager, make_operator, make_operators, stands_for
 from moe_optimized.experts_backward import Needs, run_backward
 from moe_optimized.experts_cpu import backward_on_cpu, forward_on_cpu
 from moe_optimized.experts_torch import backward_grouped, forward_grouped
@@ -219,17 +220,25 @@ def _register_experts(name: str, forward: Callable[..., Any], backward: Callable
         # A gradient of the pre-activation would be [T·K, J] of zeros.
         ctx.set_materialize_grads(False)
 
-    def differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-        needs = ctx.needs_input_grad[:6]
-        found = [None] * 6
-        if grad is not None:
-            grads = iter(run_back(grad, *ctx.saved_tensors, list(needs), *ctx.how))
-            found = [next(grads) if wanted else None for wanted in needs]
-        return (*found, *[None] * (4 + len(ctx.how)))
+    def differentiate_by(run_back: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
+        def differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+            needs = ctx.needs_input_grad[:6]
+            found = [None] * 6
+            if grad is not None:
+                grads = iter(run_back(grad, *ctx.saved_tensors, list(needs), *ctx.how))
+                found = [next(grads) if wanted else None for wanted in needs]
+            return (*found, *[None] * (4 + len(ctx.how)))
 
-    run.register_autograd(differentiate, setup_context=setup)
+        return differentiate
+
+    run.register_autograd(differentiate_by(run_back), setup_context=setup)
+    refusing = once("experts_torch")(differentiate_by(backward))
+    _IN_EAGER[run] = forward, in_eager(forward, refusing, setup)
     return run
 
+
+_IN_EAGER: dict[Any, tuple[Callable[..., Any], Callable[..., Any]]] = {}
+"""By operator what does the same in calls that are not compiled, without and with a gradient."""
 
 experts_cpu = _register_experts(
     "experts_cpu", _in_torch(forward_on_cpu), _in_torch_backward(backward_on_cpu)
@@ -250,7 +259,7 @@ def run_experts(
     expert_map: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Call one of the three operators of the experts.
+    """Call one of the three operators of the experts, or do what it does where nothing is compiled.
 
     Args:
         operator: `experts_cpu`, `experts_grouped` or `experts_triton`.
@@ -267,7 +276,8 @@ def run_experts(
     """
     tensors = (x, weights, experts.gate_up, experts.down, experts.gate_up_bias, experts.down_bias)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return operator(*tensors, expert_ids, expert_map, dtype, keep, *how_experts(config))[0]
+    run = operator if torch.compiler.is_compiling() else _IN_EAGER[operator][keep]
+    return run(*tensors, expert_ids, expert_map, dtype, keep, *how_experts(config))[0]
 
 
 def _route(
@@ -650,6 +660,16 @@ router.register_fake(
     lambda x, router, bias, dtype: x.new_empty((x.shape[0], router.shape[0]), dtype=dtype)
 )
 router.register_autograd(_differentiate_router, setup_context=_setup_router)
+_router_in_eager = in_eager(router_logits_triton, _differentiate_router, _setup_router)
+
+
+def run_router(x: Tensor, router_matrix: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`router_logits_triton` with a gradient, as an operator where something is compiled."""
+    given = x, router_matrix, bias, dtype
+    if torch.compiler.is_compiling():
+        return router(*given)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given[:3])
+    return _router_in_eager(*given) if keep else router_logits_triton(*given)
 
 
 def _add_counts(counter: Tensor, tokens_per_expert: Tensor, grad: Tensor) -> None:

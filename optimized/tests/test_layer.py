@@ -14,7 +14,6 @@ from moe_optimized import (
     router,
 )
 from moe_optimized import experts as experts_module
-from moe_optimized import layer as layer_module
 from moe_optimized.interpreter import launches
 from moe_optimized.layer import layer_torch, layer_triton
 from moe_optimized.router import router_logits
@@ -217,7 +216,6 @@ def unreadable(monkeypatch):
         router,
     ):
         monkeypatch.setattr(module, "launch", launch)
-    monkeypatch.setattr(layer_module, "_TRITON", layer_module._TRITON._replace(router=Router.apply))
     # No atomics, no scatter: what a kernel with a place for every row would have done.
     monkeypatch.setattr(dispatch, "has_kernels", lambda tensor: True)
 
@@ -228,18 +226,6 @@ def unreadable(monkeypatch):
         return launched, operations.seen
 
     return run
-
-
-class Router(torch.autograd.Function):
-    """The operator of the router without its fake implementation."""
-
-    @staticmethod
-    def forward(ctx, x, matrix, bias, dtype):
-        return router.router_logits_triton(x, matrix, bias, dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return None, None, None, None
 
 
 # Anything else that depends on values has no shape here, and raises.
