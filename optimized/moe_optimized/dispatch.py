@@ -76,14 +76,18 @@ def dispatch_triton(
     x: torch.Tensor, expert_ids: torch.Tensor, num_experts: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `dispatch`, with the order and the rows from kernels; float64 is not supported."""
-    check_tensor("x", x, ("T", "H"), KERNEL_DTYPES)
-    _check_dispatch(x, expert_ids, num_experts)
+    _check_dispatch(x, expert_ids, num_experts, KERNEL_DTYPES)
     counts, slots = sort_pairs_triton(expert_ids, num_experts)
     return spread_triton(x, slots, expert_ids.shape[1]), counts, slots
 
 
-def _check_dispatch(x: torch.Tensor, expert_ids: torch.Tensor, num_experts: int) -> None:
-    check_tensor("x", x, ("T", "H"), FLOATS)
+def _check_dispatch(
+    x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    num_experts: int,
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+) -> None:
+    check_tensor("x", x, ("T", "H"), dtypes)
     check_tensor("expert_ids", expert_ids, (x.shape[0], "K"), IDS)
     check_count("num_experts", num_experts)
 
@@ -205,8 +209,7 @@ def combine_triton(rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tenso
     The gradient is computed by torch operations: a gather of the output's gradient, no sums over
     more than a row.
     """
-    check_tensor("rows", rows, ("S", "H"), KERNEL_DTYPES)
-    _check_combine(rows, slots, weights)
+    _check_combine(rows, slots, weights, KERNEL_DTYPES)
     return weighted_sum_triton(rows, slots, weights, rows.dtype)
 
 
@@ -279,8 +282,13 @@ def count_tokens(expert_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
     return counts[:-1]
 
 
-def _check_combine(rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> None:
-    check_tensor("rows", rows, ("S", "H"), FLOATS)
+def _check_combine(
+    rows: torch.Tensor,
+    slots: torch.Tensor,
+    weights: torch.Tensor,
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+) -> None:
+    check_tensor("rows", rows, ("S", "H"), dtypes)
     check_tensor("slots", slots, (rows.shape[0],), IDS)
     check_tensor("weights", weights, ("T", "K"), FLOATS)
     if slots.device.type == "cpu" and slots.numel():
