@@ -16,6 +16,7 @@ Stages, and what each gains:
 Dimension key: T tokens, H hidden size, E experts, K experts per token, S rows that go somewhere.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -302,6 +303,14 @@ def _check_combine(
 def accumulation_dtype(x: torch.Tensor) -> torch.dtype:
     """What sums over `x` are computed in: float64 for float64, else float32."""
     return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+def without_autocast(x: torch.Tensor) -> AbstractContextManager:
+    """For products: autocast of x's device would round their factors."""
+    if x.device.type == "meta":
+        # It has none, and refuses to be asked.
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def known_slots(slots: torch.Tensor, num_slots: int) -> torch.Tensor:

@@ -634,7 +634,7 @@ def _differentiate_router(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     wide = grad.to(dispatch.accumulation_dtype(grad))
     to_x = to_router = to_bias = None
     # Autocast would round the factors.
-    with torch.autocast(grad.device.type, enabled=False):
+    with dispatch.without_autocast(grad):
         if ctx.needs_input_grad[0]:
             to_x = (wide @ router_matrix.to(ctx.dtype).to(wide.dtype)).to(ctx.dtype).to(x.dtype)
         if ctx.needs_input_grad[1]:

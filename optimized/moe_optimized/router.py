@@ -16,6 +16,7 @@ Dimension key: T tokens, H hidden size, E experts.
 import torch
 import torch.nn.functional as F
 
+from moe_optimized.dispatch import without_autocast
 from moe_optimized.interpreter import (
     INTERPRETED,
     dot,
@@ -48,7 +49,7 @@ def router_logits(
     """
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     # Autocast would round both factors to a narrower dtype, and other experts would be chosen.
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return F.linear(
             x.to(dtype).to(wide),
             router.to(dtype).to(wide),
