@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 
-def once(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def once(name: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Mark the backward of a `torch.autograd.Function` as one that is differentiated once.
 
     torch's `once_differentiable` refuses only where the output's gradient has a graph. Without one,
@@ -15,7 +15,7 @@ def once(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     on them would have no effect, and nobody would be told.
 
     Args:
-        name: of the function, for the error.
+        name: of the function, for the error; None takes the `caller` of the context.
     """
 
     def mark(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -26,7 +26,8 @@ def once(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             if not torch.is_grad_enabled():
                 return found
             found = found if isinstance(found, tuple) else (found,)
-            return _Refusing.apply(torch.empty(0, requires_grad=True), name, *found)
+            marker = torch.empty(0, requires_grad=True)
+            return _Refusing.apply(marker, name or ctx.caller, *found)
 
         return marked
 

@@ -70,6 +70,21 @@ def make_operator(name: str, arguments: str, results: str, run: Callable[..., An
     )
 
 
+def in_eager(
+    run: Callable[..., Any], differentiate: Callable[..., Any], setup: Callable[..., Any]
+) -> Callable[..., Any]:
+    """What an operator does, for calls that are not compiled: they need not pay for the compiler.
+
+    Args:
+        run: what the operator runs.
+        differentiate: its backward.
+        setup: what its backward needs.
+    """
+    members = {"forward": run, "setup_context": setup, "backward": differentiate}
+    members = {name: staticmethod(member) for name, member in members.items()}
+    return type(run.__name__, (torch.autograd.Function,), members).apply
+
+
 def make_operators(
     module: Any,
     name: str,

@@ -16,6 +16,7 @@ Stages, and what each gains:
 Dimension key: T tokens, H hidden size, E experts, K experts per token, S rows that go somewhere.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -76,14 +77,18 @@ def dispatch_triton(
     x: torch.Tensor, expert_ids: torch.Tensor, num_experts: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `dispatch`, with the order and the rows from kernels; float64 is not supported."""
-    check_tensor("x", x, ("T", "H"), KERNEL_DTYPES)
-    _check_dispatch(x, expert_ids, num_experts)
+    _check_dispatch(x, expert_ids, num_experts, KERNEL_DTYPES)
     counts, slots = sort_pairs_triton(expert_ids, num_experts)
     return spread_triton(x, slots, expert_ids.shape[1]), counts, slots
 
 
-def _check_dispatch(x: torch.Tensor, expert_ids: torch.Tensor, num_experts: int) -> None:
-    check_tensor("x", x, ("T", "H"), FLOATS)
+def _check_dispatch(
+    x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    num_experts: int,
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+) -> None:
+    check_tensor("x", x, ("T", "H"), dtypes)
     check_tensor("expert_ids", expert_ids, (x.shape[0], "K"), IDS)
     check_count("num_experts", num_experts)
 
@@ -129,28 +134,27 @@ def spread_torch(
     Returns:
         [S, H], x's dtype.
     """
-    here = None
-    if slots.is_cuda:
-        here = (slots < x.shape[0] * K)[:, None]
-        slots = torch.where(here[:, 0], slots, 0)
     rows = spread(x, slots, K)
-    rows = rows if here is None else torch.where(here, rows, 0.0)
+    if slots.is_cuda:
+        rows = torch.where((slots < x.shape[0] * K)[:, None], rows, 0.0)
     if weights is None:
         return rows
-    factors = weights.to(accumulation_dtype(x)).flatten()[slots][:, None]
-    factors = factors if here is None else torch.where(here, factors, 0.0)
-    return (rows * factors).to(x.dtype)
+    return (rows * factors_of(weights, slots, accumulation_dtype(x))[:, None]).to(x.dtype)
 
 
 def spread_triton(
-    x: torch.Tensor, slots: torch.Tensor, K: int, weights: torch.Tensor | None = None
+    x: torch.Tensor,
+    slots: torch.Tensor,
+    K: int,
+    weights: torch.Tensor | None = None,
+    caller: str = "dispatch_triton",
 ) -> torch.Tensor:
     """As `spread_torch`, in one Triton kernel; float64 is not supported.
 
     Slots of T·K give zeros on any device. Gradients can be taken once: a gradient of theirs raises
-    RuntimeError.
+    RuntimeError, in the name of the caller.
     """
-    return _SpreadRows.apply(x, slots, K, weights)
+    return _SpreadRows.apply(x, slots, K, weights, caller)
 
 
 @opaque
@@ -186,11 +190,16 @@ def weighted_sum_torch(
     """`combine_torch` on checked arguments, in the dtype that the caller goes on with."""
     T, K = weights.shape
     wide = accumulation_dtype(rows)
-    somebodys = (slots >= 0) & (slots < T * K)
-    if not bool(somebodys.all()):
-        rows, slots = rows[somebodys], slots[somebodys]
-    slots = slots.long()
-    weighted = rows.to(wide) * weights.to(wide).flatten()[slots][:, None]
+    slots = known_slots(slots, T * K).long()
+    here = slots < T * K
+    if T * K == 0:
+        rows, slots = rows[:0], slots[:0]
+    elif slots.device.type != "cpu":
+        # To leave them out the host would have to wait for their number.
+        rows = torch.where(here[:, None], rows, 0.0)
+    elif not bool(here.all()):
+        rows, slots = rows[here], slots[here]
+    weighted = rows.to(wide) * factors_of(weights, slots, wide)[:, None]
     return gather_sum(weighted, slots, T, K).to(dtype)
 
 
@@ -201,16 +210,19 @@ def combine_triton(rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tenso
     The gradient is computed by torch operations: a gather of the output's gradient, no sums over
     more than a row.
     """
-    check_tensor("rows", rows, ("S", "H"), KERNEL_DTYPES)
-    _check_combine(rows, slots, weights)
+    _check_combine(rows, slots, weights, KERNEL_DTYPES)
     return weighted_sum_triton(rows, slots, weights, rows.dtype)
 
 
 def weighted_sum_triton(
-    rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype
+    rows: torch.Tensor,
+    slots: torch.Tensor,
+    weights: torch.Tensor,
+    dtype: torch.dtype,
+    caller: str = "combine_triton",
 ) -> torch.Tensor:
     """`combine_triton` on checked arguments, in the dtype that the caller goes on with."""
-    return _Combine.apply(rows, slots.long(), weights, dtype)
+    return _Combine.apply(rows, slots.long(), weights, dtype, caller)
 
 
 def drop_to_capacity(
@@ -271,8 +283,13 @@ def count_tokens(expert_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
     return counts[:-1]
 
 
-def _check_combine(rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> None:
-    check_tensor("rows", rows, ("S", "H"), FLOATS)
+def _check_combine(
+    rows: torch.Tensor,
+    slots: torch.Tensor,
+    weights: torch.Tensor,
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+) -> None:
+    check_tensor("rows", rows, ("S", "H"), dtypes)
     check_tensor("slots", slots, (rows.shape[0],), IDS)
     check_tensor("weights", weights, ("T", "K"), FLOATS)
     if slots.device.type == "cpu" and slots.numel():
@@ -288,13 +305,37 @@ def accumulation_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
+def without_autocast(x: torch.Tensor) -> AbstractContextManager:
+    """For products: autocast of x's device would round their factors."""
+    if x.device.type == "meta":
+        # It has none, and refuses to be asked.
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def known_slots(slots: torch.Tensor, num_slots: int) -> torch.Tensor:
+    """The slots, with `num_slots` for all that there are not: those of nobody."""
+    return torch.where((slots >= 0) & (slots < num_slots), slots, num_slots)
+
+
+def factors_of(weights: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The weight of each slot, [S] from [T, K], and 0 for slots of T·K."""
+    return torch.cat([weights.to(dtype).flatten(), weights.new_zeros(1, dtype=dtype)])[slots]
+
+
 def spread(x: torch.Tensor, slots: torch.Tensor, K: int) -> torch.Tensor:
-    """The token of each slot, [S, H] from x [T, H]; gradients are added up in float32."""
+    """The token of each slot, [S, H] from x [T, H]; gradients are added up in float32.
+
+    Slots of T·K have some token's row, and no gradient.
+    """
     return _Spread.apply(x, slots, K)
 
 
 def gather_sum(rows: torch.Tensor, slots: torch.Tensor, T: int, K: int) -> torch.Tensor:
-    """The sum of each token's rows, [T, H] from [S, H], in the dtype of the rows."""
+    """The sum of each token's rows, [T, H] from [S, H], in the dtype of the rows.
+
+    Rows of slot T·K are left out; what is said to be their gradient is that of some token.
+    """
     return _GatherSum.apply(rows, slots, T, K)
 
 
@@ -303,7 +344,7 @@ class _Spread(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, slots: torch.Tensor, K: int) -> torch.Tensor:
         ctx.save_for_backward(slots)
         ctx.T, ctx.K = x.shape[0], K
-        return x.index_select(0, slots // max(K, 1))
+        return x.index_select(0, _tokens_of(slots, ctx.T, K))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -325,13 +366,19 @@ class _GatherSum(torch.autograd.Function):
         return spread(grad, slots, ctx.K), None, None, None
 
 
+def _tokens_of(slots: torch.Tensor, T: int, K: int) -> torch.Tensor:
+    """The token of each slot, and any for those of T·K."""
+    return (slots // max(K, 1)).clamp(max=T - 1)
+
+
 def _sum_rows(rows: torch.Tensor, slots: torch.Tensor, T: int, K: int) -> torch.Tensor:
     # index_add is atomic on a GPU: its sums change from run to run.
     if has_kernels(rows):
         return sum_places(rows, places_of(slots, T * K), None, T, K, rows.dtype)
     if rows.is_cuda:
         return _sum_places_torch(rows, places_of(slots, T * K), T, K)
-    return rows.new_zeros(T, rows.shape[1]).index_add_(0, slots // max(K, 1), rows)
+    # The last row is for those of nobody.
+    return rows.new_zeros(T + 1, rows.shape[1]).index_add_(0, slots // max(K, 1), rows)[:T]
 
 
 def _sum_places_torch(rows: torch.Tensor, places: torch.Tensor, T: int, K: int) -> torch.Tensor:
@@ -350,46 +397,59 @@ class _Combine(torch.autograd.Function):
         slots: torch.Tensor,
         weights: torch.Tensor,
         dtype: torch.dtype,
+        caller: str,
     ) -> torch.Tensor:
-        ctx.save_for_backward(rows, slots, weights)
+        # Only the gradient of the weights is made of the rows.
+        ctx.save_for_backward(rows if ctx.needs_input_grad[2] else None, slots, weights)
+        ctx.dtype, ctx.caller = rows.dtype, caller
         T, K = weights.shape
         return sum_places(rows, places_of(slots, T * K), weights, T, K, dtype)
 
     @staticmethod
-    @once("combine_triton")
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor, None]:
+    @once()
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, slots, weights = ctx.saved_tensors
         T, K = weights.shape
         if T * K == 0:
-            return torch.zeros_like(rows), None, torch.zeros_like(weights), None
-        somebodys = (slots >= 0) & (slots < T * K)
-        to_rows = spread_rows(grad, torch.where(somebodys, slots, T * K), K, weights)
-        tokens = torch.where(somebodys, slots, 0) // K
-        to_weights = _dots_of_slots(grad.index_select(0, tokens), rows, slots, weights)
-        return to_rows.to(rows.dtype), None, to_weights, None
+            to_rows = grad.new_zeros((len(slots), grad.shape[1]), dtype=ctx.dtype)
+            return to_rows, None, torch.zeros_like(weights), None, None
+        to_rows = to_weights = None
+        known = known_slots(slots, T * K)
+        if ctx.needs_input_grad[0]:
+            to_rows = spread_rows(grad, known, K, weights).to(ctx.dtype)
+        if ctx.needs_input_grad[2]:
+            of_tokens = grad.index_select(0, _tokens_of(known, T, K))
+            to_weights = _dots_of_slots(of_tokens, rows, known, weights)
+        return to_rows, None, to_weights, None, None
 
 
 class _SpreadRows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, slots: torch.Tensor, K: int, weights: torch.Tensor | None
+        ctx: Any,
+        x: torch.Tensor,
+        slots: torch.Tensor,
+        K: int,
+        weights: torch.Tensor | None,
+        caller: str,
     ) -> torch.Tensor:
-        ctx.save_for_backward(slots, weights, None if weights is None else x)
-        ctx.T, ctx.K = x.shape[0], K
+        # Only the gradient of the weights is made of x.
+        ctx.save_for_backward(slots, weights, x if ctx.needs_input_grad[3] else None)
+        ctx.T, ctx.K, ctx.caller = x.shape[0], K, caller
         return spread_rows(x, slots, K, weights)
 
     @staticmethod
-    @once("dispatch_triton")
-    def backward(
-        ctx: Any, grad: torch.Tensor
-    ) -> tuple[torch.Tensor, None, None, torch.Tensor | None]:
+    @once()
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         slots, weights, x = ctx.saved_tensors
         T, K = ctx.T, ctx.K
-        to_x = sum_places(grad, places_of(slots, T * K), weights, T, K, grad.dtype)
-        if weights is None:
-            return to_x, None, None, None
-        tokens = torch.where(slots < T * K, slots, 0) // max(K, 1)
-        return to_x, None, None, _dots_of_slots(x.index_select(0, tokens), grad, slots, weights)
+        to_x = to_weights = None
+        if ctx.needs_input_grad[0]:
+            to_x = sum_places(grad, places_of(slots, T * K), weights, T, K, grad.dtype)
+        if ctx.needs_input_grad[3]:
+            of_tokens = x.index_select(0, _tokens_of(slots, T, K))
+            to_weights = _dots_of_slots(of_tokens, grad, slots, weights)
+        return to_x, None, None, to_weights, None
 
 
 def _dots_of_slots(
@@ -398,7 +458,7 @@ def _dots_of_slots(
     """The gradient of the weights: each slot's product of two rows, 0 where it has none."""
     num_slots = weights.numel()
     found = weights.new_zeros(num_slots + 1, dtype=torch.float32)
-    index = torch.where((slots >= 0) & (slots < num_slots), slots, num_slots)
+    index = known_slots(slots, num_slots)
     found.scatter_(0, index, (left.float() * right.float()).sum(1))
     return found[:-1].view(weights.shape).to(weights.dtype)
 
@@ -406,8 +466,8 @@ def _dots_of_slots(
 def places_of(slots: torch.Tensor, num_slots: int) -> torch.Tensor:
     """Where each slot's row stands, [T·K] int32, -1 for a slot that has none."""
     places = slots.new_full((num_slots + 1,), -1, dtype=torch.int32)
-    index = torch.where((slots >= 0) & (slots < num_slots), slots, num_slots)
-    places.scatter_(0, index, torch.arange(slots.numel(), dtype=torch.int32, device=slots.device))
+    rows = torch.arange(slots.numel(), dtype=torch.int32, device=slots.device)
+    places.scatter_(0, known_slots(slots, num_slots), rows)
     return places[:-1]
 
 
@@ -472,7 +532,7 @@ def spread_rows(
         spread_rows_kernel,
         (-(-S // block_s), -(-H // block_h)),
         x,
-        slots,
+        slots.contiguous(),
         x if weights is None else weights.contiguous(),
         out,
         S,

@@ -3,10 +3,12 @@
 Stages, and what each gains:
 
 1. Pairs are sorted once, by chunk, rank and expert, so that each chunk of each rank is one piece of
-   the rows, and an expert's weights and their gradients are views of this rank's.
+   the rows, and its experts' weights are views of this rank's.
 2. Counts are on their way while the rows are copied into that order. The host has to know them, as
-   all-to-alls take lengths in its memory: it waits once, for one copy. What would need no wait is
-   `torch.ops.symm_mem.all_to_all_vdev`, which reads lengths on the GPU; it could not be run here.
+   all-to-alls take lengths in its memory: it waits once, for one copy, and again for a placement or
+   an order of experts that is new. (Products in float64, which are for comparisons, wait too.)
+   What would need no wait is `torch.ops.symm_mem.all_to_all_vdev`, which reads lengths on the GPU;
+   it could not be run here.
 3. Arrived rows are not sorted: they are tokens with one expert and a weight of one, and the fast
    experts give them back in the order in which they came. So there is nothing to undo.
 4. `expert_parallel_pipeline`: the next chunk travels while one is computed, the shared expert is
@@ -20,8 +22,8 @@ Dimension key: T tokens of a rank, H hidden size, K experts per token, E experts
 shape [R, E]), P physical experts, R ranks, C chunks, S rows that leave a rank or come to it.
 """
 
-import functools
 from collections.abc import Callable
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -59,7 +61,7 @@ from moe_optimized.interpreter import KERNEL_DTYPES, has_kernels
 def _not_compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """`torch.compiler.disable` where somebody compiles: it imports the compiler, for seconds."""
 
-    @functools.wraps(function)
+    @wraps(function)
     def run(*arguments: Any, **options: Any) -> torch.Tensor:
         if torch.compiler.is_compiling():
             return torch.compiler.disable(function)(*arguments, **options)
@@ -228,10 +230,10 @@ _TORCH = _Means(
 )
 _TRITON = _Means(
     sort_pairs_triton,
-    spread_triton,
+    partial(spread_triton, caller="expert_parallel_triton"),
     _forward_triton,
     _backward_triton,
-    weighted_sum_triton,
+    partial(weighted_sum_triton, caller="expert_parallel_triton"),
     sum_of_experts_triton,
 )
 

@@ -48,7 +48,10 @@ def held_experts(num_experts: int, size: int, placement: Placement | None) -> He
             f"placement: expected copies of {num_experts} experts on ranks below {size}, got "
             f"{len(placement.replica_count)} experts on ranks {sorted(set(on))}"
         )
-    return tuple(tuple(p for p, at in enumerate(on) if at == rank) for rank in range(size))
+    held: list[list[int]] = [[] for _ in range(size)]
+    for p, rank in enumerate(on):
+        held[rank].append(p)
+    return tuple(map(tuple, held))
 
 
 def own_shards(local: ExpertWeights, held: Held, group: dist.ProcessGroup | None) -> ExpertWeights:
@@ -114,11 +117,20 @@ def choose_copies(expert_ids: torch.Tensor, placement: Placement) -> torch.Tenso
     sorted_S = ids_S[order_S]
     turn_S = torch.arange(len(order_S), device=order_S.device) - starts[sorted_S]
     known_S = sorted_S.clamp(min=0)
-    copies_S = placement.replica_count.to(ids_S)[known_S]
-    physical_S = placement.logical_to_physical.to(ids_S)[known_S, turn_S % copies_S]
+    counts_E, physical_EC = _on_device(placement, ids_S.device)
+    physical_S = physical_EC[known_S, turn_S % counts_E[known_S]]
     chosen_S = torch.empty_like(ids_S)
     chosen_S[order_S] = torch.where(sorted_S < 0, -1, physical_S)
     return chosen_S.view(expert_ids.shape)
+
+
+@functools.lru_cache(maxsize=64)
+def _on_device(placement: Placement, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many copies each expert has, and which. Remembered, as the order of experts is."""
+    return (
+        placement.replica_count.to(device, torch.int64),
+        placement.logical_to_physical.to(device, torch.int64),
+    )
 
 
 class Order(NamedTuple):

@@ -14,13 +14,15 @@ pipeline, with gradients of outputs on the way there and gradients of rows on th
 Two nodes of a graph do it, and what makes room for the shared expert is the order in which autograd
 takes them, the last one made first. `depart` is made before the shared expert: forward it posts the
 first chunk, backward it waits for the last. `through_experts` is made after: forward it does all
-else, and backward it leaves the last exchanges on their way, for `depart` to wait for.
+else, and backward it leaves the last exchanges on their way, for `depart` to wait for, or for the
+end of the backward where `depart` has none.
 
 Dimension key: S rows, H hidden size, C chunks, R ranks, E experts of this rank.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +41,7 @@ class Posted(NamedTuple):
     Attributes:
         work: what it is waited for with.
         came: [S, ...], what it writes to.
-        sent: what it reads. Nobody else may hold it, and until the end its memory is needed.
+        sent: what it reads. Perhaps nobody else holds it, and its memory is needed until the end.
     """
 
     work: Any
@@ -182,11 +184,7 @@ class _ThroughExperts(torch.autograd.Function):
         tensors, saved = ctx.saved_tensors[:4], iter(ctx.saved_tensors[4:])
         kept = [tuple(next(saved) for _ in range(length)) for length in ctx.lengths]
         wanted = ctx.needs_input_grad[3:]
-        # Each chunk writes the gradients of its experts; together they are all of this rank.
-        found = [
-            torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) if want else None
-            for tensor, want in zip(tensors, wanted, strict=True)
-        ]
+        found: list[torch.Tensor | None] = [None] * len(tensors)
 
         def compute(c: int, grad: torch.Tensor) -> torch.Tensor:
             rows, *needed = kept[c]
@@ -196,9 +194,14 @@ class _ThroughExperts(torch.autograd.Function):
             to_rows, _, *to_experts = plan.backward(
                 grad, rows, needed, experts, plan.ids[c], plan.config, needs
             )
-            for gradient, of_chunk in zip(found, to_experts, strict=True):
-                if gradient is not None:
-                    gradient[plan.experts[c]] = of_chunk
+            for i, of_chunk in enumerate(to_experts):
+                if len(plan.experts) == 1:
+                    found[i] = of_chunk
+                elif of_chunk is not None:
+                    # Each chunk writes those of its experts; together they are all of this rank.
+                    if found[i] is None:
+                        found[i] = of_chunk.new_empty(tensors[i].shape)
+                    found[i][plan.experts[c]] = of_chunk
             return to_rows
 
         out, pieces = _empty_where_somebodys(grad, plan), _pieces(grad, plan)
@@ -206,6 +209,8 @@ class _ThroughExperts(torch.autograd.Function):
         if torch.is_anomaly_enabled():
             # It reads what every node returns.
             _wait_for_all(plan.last)
+        # `depart` has no backward where only the weights' gradients are asked for.
+        torch.autograd.Variable._execution_engine.queue_callback(partial(_wait_for_all, plan.last))
         return out, None, None, *found
 
 

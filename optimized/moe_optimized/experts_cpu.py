@@ -12,7 +12,8 @@ Stages, and what each gains:
 4. The backward recomputes the activation, so that x and the pre-activation are all that is kept.
 
 Everything is multiplied in float32 (float64 for float64 x), which every CPU can do fast. A narrow
-matrix is widened when its expert's turn comes, and is still in the cache when it is used.
+matrix is widened when its expert's turn comes, and is still in the cache when it is used. Autocast
+would round the factors of a product; one that writes to its `out` it leaves alone.
 
 Dimension key: T tokens, H hidden size, I intermediate size, J = 2I (I without a gate), E experts,
 K experts per token, S rows that go somewhere.
@@ -135,7 +136,8 @@ def backward_on_cpu(
             if experts.down_bias is not None:
                 for e, first, last in block:
                     bias = experts.down_bias[e].to(wide)
-                    dots[first:last] += grads[first - start : last - start] @ bias
+                    with torch.autocast("cpu", enabled=False):
+                        dots[first:last] += grads[first - start : last - start] @ bias
         if not on_input:
             hidden.mul_(factor)
         if needs.down:
@@ -217,7 +219,8 @@ def _sum_outer(
         if out.dtype is left.dtype:
             torch.mm(left[mine].T, right[mine], out=out[e])
         else:
-            out[e] = left[mine].T @ right[mine]
+            with torch.autocast("cpu", enabled=False):
+                out[e] = left[mine].T @ right[mine]
 
 
 def _sum_by_expert(

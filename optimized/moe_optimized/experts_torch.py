@@ -35,7 +35,7 @@ from moe_reference.config import ExpertsConfig, ExpertWeights
 
 from moe_optimized.activations import activate, activate_with_gradient
 from moe_optimized.alignment import local_ids, sort_slots
-from moe_optimized.dispatch import accumulation_dtype, gather_sum, spread
+from moe_optimized.dispatch import accumulation_dtype, gather_sum, spread, without_autocast
 from moe_optimized.experts_backward import Needs
 
 try:
@@ -343,9 +343,11 @@ def _batched_linear(
         wide = accumulation_dtype(rows)
         rows, weight = rows.to(wide), weight.to(wide)
         bias = None if bias is None else bias.to(wide)
-    if bias is None:
-        return torch.bmm(rows, weight.transpose(1, 2))
-    return torch.baddbmm(bias[:, None], rows, weight.transpose(1, 2))
+    # Autocast would round both factors to a narrower dtype.
+    with without_autocast(rows):
+        if bias is None:
+            return torch.bmm(rows, weight.transpose(1, 2))
+        return torch.baddbmm(bias[:, None], rows, weight.transpose(1, 2))
 
 
 def _mask(rows: torch.Tensor, order: _Rows) -> torch.Tensor:

@@ -21,7 +21,6 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from moe_reference.checks import FLOATS, IDS, check_tensor
 from moe_reference.config import LayerConfig, LayerOutput, LayerWeights
 
@@ -110,7 +109,7 @@ _TORCH = _Means(router_logits, route_with_counts_torch, sum_of_experts, balance_
 
 
 _TRITON = _Means(
-    operators.router, route_with_counts_triton, sum_of_experts_triton, balance_loss_triton
+    operators.run_router, route_with_counts_triton, sum_of_experts_triton, balance_loss_triton
 )
 
 
@@ -165,7 +164,7 @@ def _shared_output(
     wide = accumulation_dtype(tokens)
     weights = tokens.new_full((T, 1), config.shared_scale, dtype=wide)
     if parameters.shared_gate is not None:
-        gate = F.linear(tokens.to(wide), parameters.shared_gate.to(wide))
+        gate = router_logits(tokens, parameters.shared_gate, None, wide)
         weights = weights * torch.sigmoid(gate)
     everyone = torch.zeros(T, 1, dtype=torch.int32, device=tokens.device)
     how = replace(config.experts, weight_on="output")

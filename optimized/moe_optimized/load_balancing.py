@@ -213,8 +213,7 @@ def update_bias_triton(
     bias: torch.Tensor, tokens_per_expert: torch.Tensor, rate: float, centred: bool
 ) -> torch.Tensor:
     """As `update_bias`, in one Triton kernel; float64 biases are not supported."""
-    check_tensor("bias", bias, ("E",), KERNEL_DTYPES)
-    _check_update(bias, tokens_per_expert)
+    _check_update(bias, tokens_per_expert, KERNEL_DTYPES)
     (E,) = bias.shape
     out = bias.new_empty(E, dtype=torch.float32)
     launch(
@@ -240,8 +239,9 @@ def _check_balance(
     config: BalanceConfig,
     padding_mask: torch.Tensor | None,
     tokens_per_expert: torch.Tensor | None,
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
 ) -> None:
-    _check_z(logits, padding_mask)
+    _check_z(logits, padding_mask, dtypes)
     if not isinstance(config, BalanceConfig):
         raise TypeError(f"config: expected a BalanceConfig, got {type(config).__name__}")
     T, E = logits.shape
@@ -259,14 +259,22 @@ def _check_balance(
         raise ValueError(f"num_devices: expected a divisor of E = {E}, got {devices}")
 
 
-def _check_z(logits: torch.Tensor, padding_mask: torch.Tensor | None) -> None:
-    check_tensor("logits", logits, ("T", "E"), FLOATS)
+def _check_z(
+    logits: torch.Tensor,
+    padding_mask: torch.Tensor | None,
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+) -> None:
+    check_tensor("logits", logits, ("T", "E"), dtypes)
     if padding_mask is not None:
         check_tensor("padding_mask", padding_mask, (logits.shape[0],), (torch.bool,))
 
 
-def _check_update(bias: torch.Tensor, tokens_per_expert: torch.Tensor) -> None:
-    check_tensor("bias", bias, ("E",), FLOATS)
+def _check_update(
+    bias: torch.Tensor,
+    tokens_per_expert: torch.Tensor,
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+) -> None:
+    check_tensor("bias", bias, ("E",), dtypes)
     check_tensor("tokens_per_expert", tokens_per_expert, tuple(bias.shape), IDS + FLOATS)
 
 
@@ -368,8 +376,7 @@ def balance_forward(
         loss: a scalar, float32.
         pull: [N, E], float32, and scale, a scalar, float32: what the gradient is made of.
     """
-    check_tensor("logits", logits, ("T", "E"), KERNEL_DTYPES)
-    _check_balance(logits, expert_ids, config, padding_mask, tokens_per_expert)
+    _check_balance(logits, expert_ids, config, padding_mask, tokens_per_expert, KERNEL_DTYPES)
     T, E = logits.shape
     L = tokens_per_sequence(T, config.loss, config.sequence_length)
     loss = logits.new_zeros((), dtype=torch.float32)
@@ -546,8 +553,7 @@ def z_forward(
         loss: a scalar, float32.
         logs: [T], float32, and scale, a scalar, float32: what the gradient is made of.
     """
-    check_tensor("logits", logits, ("T", "E"), KERNEL_DTYPES)
-    _check_z(logits, padding_mask)
+    _check_z(logits, padding_mask, KERNEL_DTYPES)
     T, E = logits.shape
     mask = _bytes(padding_mask)
     rows = _share_out(1, T, E)

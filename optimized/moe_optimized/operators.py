@@ -15,14 +15,15 @@ whatever the ids are, so that nothing depends on data and T may change without c
 | `look_up` | the ids of a hash table; it stands in `gating` |
 | `balance_loss`, `balance_loss_backward` | the kernels of `load_balancing` |
 | `z_loss`, `z_loss_backward`, `update_bias` | likewise |
-| `dispatch`, `dispatch_triton` | those of `dispatch`, with T·K rows on every device |
+| `dispatch_triton` | that of `dispatch`, with T·K rows on every device |
 | `combine`, `combine_torch`, `combine_triton` | those of `dispatch` |
 | `align`, `align_torch`, `align_triton` | those of `alignment` |
 | `align_batched`, `align_batched_torch`, `align_batched_triton` | likewise |
 | `add_counts` | `counter += tokens_per_expert`, in a compiled backward pass |
 
 Those of packed experts are in `quantized_operators`. Nobody has to call one: in a compiled function
-the functions of the concepts do, those that are `compiling.opaque`.
+the functions of the concepts do. Those that are `compiling.opaque` have an operator as a stand-in;
+experts, layers, hash tables and modules call theirs by name.
 
 Dimension key: T tokens, H hidden size, J rows of gate_up, E experts, K experts per token.
 """
@@ -35,7 +36,8 @@ import torch
 from moe_reference.config import BalanceConfig, ExpertsConfig, ExpertWeights, RoutingConfig
 
 from moe_optimized import alignment, dispatch, gating, load_balancing
-from moe_optimized.compiling import make_operator, make_operators, stands_for
+from moe_optimized.autograd import once
+from moe_optimized.compiling import in_eager, make_operator, make_operators, stands_for
 from moe_optimized.experts_backward import Needs, run_backward
 from moe_optimized.experts_cpu import backward_on_cpu, forward_on_cpu
 from moe_optimized.experts_torch import backward_grouped, forward_grouped
@@ -218,17 +220,25 @@ def _register_experts(name: str, forward: Callable[..., Any], backward: Callable
         # A gradient of the pre-activation would be [T·K, J] of zeros.
         ctx.set_materialize_grads(False)
 
-    def differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-        needs = ctx.needs_input_grad[:6]
-        found = [None] * 6
-        if grad is not None:
-            grads = iter(run_back(grad, *ctx.saved_tensors, list(needs), *ctx.how))
-            found = [next(grads) if wanted else None for wanted in needs]
-        return (*found, *[None] * (4 + len(ctx.how)))
+    def differentiate_by(run_back: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
+        def differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+            needs = ctx.needs_input_grad[:6]
+            found = [None] * 6
+            if grad is not None:
+                grads = iter(run_back(grad, *ctx.saved_tensors, list(needs), *ctx.how))
+                found = [next(grads) if wanted else None for wanted in needs]
+            return (*found, *[None] * (4 + len(ctx.how)))
 
-    run.register_autograd(differentiate, setup_context=setup)
+        return differentiate
+
+    run.register_autograd(differentiate_by(run_back), setup_context=setup)
+    refusing = once("experts_torch")(differentiate_by(backward))
+    _IN_EAGER[run] = forward, in_eager(forward, refusing, setup)
     return run
 
+
+_IN_EAGER: dict[Any, tuple[Callable[..., Any], Callable[..., Any]]] = {}
+"""By operator what does the same in calls that are not compiled, without and with a gradient."""
 
 experts_cpu = _register_experts(
     "experts_cpu", _in_torch(forward_on_cpu), _in_torch_backward(backward_on_cpu)
@@ -249,7 +259,7 @@ def run_experts(
     expert_map: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Call one of the three operators of the experts.
+    """Call one of the three operators of the experts, or do what it does where nothing is compiled.
 
     Args:
         operator: `experts_cpu`, `experts_grouped` or `experts_triton`.
@@ -266,7 +276,8 @@ def run_experts(
     """
     tensors = (x, weights, experts.gate_up, experts.down, experts.gate_up_bias, experts.down_bias)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return operator(*tensors, expert_ids, expert_map, dtype, keep, *how_experts(config))[0]
+    run = operator if torch.compiler.is_compiling() else _IN_EAGER[operator][keep]
+    return run(*tensors, expert_ids, expert_map, dtype, keep, *how_experts(config))[0]
 
 
 def _route(
@@ -522,27 +533,27 @@ def _differentiate_dispatch(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor,
     return combine(grad, slots, ones), None, None
 
 
-def _dispatch_operator(function: Callable[..., Any]) -> Any:
-    def run(x: Tensor, expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-        rows, counts, slots = function(x, expert_ids, num_experts)
-        missing = expert_ids.numel() - rows.shape[0]
+def _dispatch_triton(
+    x: Tensor, expert_ids: Tensor, num_experts: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, counts, slots = dispatch.dispatch_triton(x, expert_ids, num_experts)
+    missing = expert_ids.numel() - rows.shape[0]
+    if missing:
         # On a CPU the rows of nobody are left out; here they are, as on a GPU.
         rows = torch.cat([rows, rows.new_zeros(missing, rows.shape[1])])
-        return rows, counts, torch.cat([slots, slots.new_full((missing,), expert_ids.numel())])
-
-    operator = make_operator(
-        function.__name__,
-        "Tensor x, Tensor expert_ids, int num_experts",
-        "(Tensor rows, Tensor tokens_per_expert, Tensor slots)",
-        run,
-    )
-    operator.register_fake(_fake_dispatch)
-    operator.register_autograd(_differentiate_dispatch, setup_context=_setup_dispatch)
-    return operator
+        slots = torch.cat([slots, slots.new_full((missing,), expert_ids.numel())])
+    return rows, counts, slots
 
 
-dispatch_rows = _dispatch_operator(dispatch.dispatch)
-stands_for(dispatch.dispatch_triton)(_dispatch_operator(dispatch.dispatch_triton))
+dispatch_triton = make_operator(
+    "dispatch_triton",
+    "Tensor x, Tensor expert_ids, int num_experts",
+    "(Tensor rows, Tensor tokens_per_expert, Tensor slots)",
+    _dispatch_triton,
+)
+dispatch_triton.register_fake(_fake_dispatch)
+dispatch_triton.register_autograd(_differentiate_dispatch, setup_context=_setup_dispatch)
+stands_for(dispatch.dispatch_triton)(dispatch_triton)
 
 
 def _setup_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -553,12 +564,12 @@ def _differentiate_combine(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor
     rows, slots, weights = ctx.saved_tensors
     T, K = weights.shape
     wide = dispatch.accumulation_dtype(rows)
-    # A zero in front of all, which the rows of nobody read.
-    here = (slots >= 0) & (slots < T * K)
-    known = torch.where(here, slots.long(), T * K)
+    known = dispatch.known_slots(slots, T * K).long()
+    here = known < T * K
+    # A zero behind all, which the rows of nobody read.
     tokens = known // max(K, 1)
     grads = torch.cat([grad.to(wide), grad.new_zeros((1, grad.shape[1]), dtype=wide)])[tokens]
-    factors = torch.cat([weights.to(wide).flatten(), weights.new_zeros(1, dtype=wide)])[known]
+    factors = dispatch.factors_of(weights, known, wide)
     dots = torch.where(here, (grads * rows.to(wide)).sum(1), 0.0)
     to_weights = torch.zeros(T * K + 1, dtype=wide, device=rows.device).scatter(0, known, dots)
     to_rows = torch.where(here[:, None], grads * factors[:, None], 0.0)
@@ -622,11 +633,13 @@ def _differentiate_router(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, router_matrix, bias = ctx.saved_tensors
     wide = grad.to(dispatch.accumulation_dtype(grad))
     to_x = to_router = to_bias = None
-    if ctx.needs_input_grad[0]:
-        to_x = (wide @ router_matrix.to(ctx.dtype).to(wide.dtype)).to(ctx.dtype).to(x.dtype)
-    if ctx.needs_input_grad[1]:
-        to_router = wide.T @ x.to(ctx.dtype).to(wide.dtype)
-        to_router = to_router.to(ctx.dtype).to(router_matrix.dtype)
+    # Autocast would round the factors.
+    with dispatch.without_autocast(grad):
+        if ctx.needs_input_grad[0]:
+            to_x = (wide @ router_matrix.to(ctx.dtype).to(wide.dtype)).to(ctx.dtype).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            to_router = wide.T @ x.to(ctx.dtype).to(wide.dtype)
+            to_router = to_router.to(ctx.dtype).to(router_matrix.dtype)
     if ctx.needs_input_grad[2]:
         to_bias = wide.sum(0).to(ctx.dtype).to(bias.dtype)
     return to_x, to_router, to_bias, None
@@ -647,6 +660,16 @@ router.register_fake(
     lambda x, router, bias, dtype: x.new_empty((x.shape[0], router.shape[0]), dtype=dtype)
 )
 router.register_autograd(_differentiate_router, setup_context=_setup_router)
+_router_in_eager = in_eager(router_logits_triton, _differentiate_router, _setup_router)
+
+
+def run_router(x: Tensor, router_matrix: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`router_logits_triton` with a gradient, as an operator where something is compiled."""
+    given = x, router_matrix, bias, dtype
+    if torch.compiler.is_compiling():
+        return router(*given)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given[:3])
+    return _router_in_eager(*given) if keep else router_logits_triton(*given)
 
 
 def _add_counts(counter: Tensor, tokens_per_expert: Tensor, grad: Tensor) -> None:

@@ -16,6 +16,7 @@ Dimension key: T tokens, H hidden size, E experts.
 import torch
 import torch.nn.functional as F
 
+from moe_optimized.dispatch import without_autocast
 from moe_optimized.interpreter import (
     INTERPRETED,
     dot,
@@ -47,11 +48,13 @@ def router_logits(
     12.0
     """
     wide = torch.float64 if dtype is torch.float64 else torch.float32
-    return F.linear(
-        x.to(dtype).to(wide),
-        router.to(dtype).to(wide),
-        None if bias is None else bias.to(dtype).to(wide),
-    ).to(dtype)
+    # Autocast would round both factors to a narrower dtype, and other experts would be chosen.
+    with without_autocast(x):
+        return F.linear(
+            x.to(dtype).to(wide),
+            router.to(dtype).to(wide),
+            None if bias is None else bias.to(dtype).to(wide),
+        ).to(dtype)
 
 
 def router_logits_triton(

@@ -5,7 +5,14 @@ import pytest
 import torch
 from moe_optimized.alignment import local_ids, sort_slots
 from moe_optimized.autograd import once
-from moe_optimized.dispatch import combine, combine_triton, dispatch, dispatch_triton
+from moe_optimized.dispatch import (
+    combine,
+    combine_triton,
+    dispatch,
+    dispatch_triton,
+    spread_triton,
+    weighted_sum_triton,
+)
 from moe_optimized.gating import route_triton
 from moe_optimized.load_balancing import balance_loss_triton, z_loss_triton
 from moe_reference.config import BalanceConfig, RoutingConfig
@@ -49,6 +56,16 @@ def test_kernels_refuse_it(name, graph):
         ),
     }  # fmt: skip
     refused(*calls[name](), graph)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("move", [spread_triton, weighted_sum_triton])
+def test_it_is_refused_in_the_name_of_what_was_called(move):
+    x, weights, slots = drawn(4, 3), torch.rand(2, 2), torch.randperm(4)
+    given = (x, slots, 1) if move is spread_triton else (x, slots, weights, torch.float32)
+    gradient = torch.autograd.grad(move(*given, caller="mine").sum(), x, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="mine: expected to be differentiated once"):
+        gradient.sum().backward()
 
 
 @pytest.mark.parametrize("graph", [False, True])

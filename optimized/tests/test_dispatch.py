@@ -1,5 +1,6 @@
 import pytest
 import torch
+from moe_optimized import dispatch as module
 from moe_optimized.dispatch import (
     _sum_places_torch,
     combine_torch,
@@ -7,11 +8,13 @@ from moe_optimized.dispatch import (
     dispatch_torch,
     dispatch_triton,
     drop_to_capacity,
+    factors_of,
     gather_sum,
     places_of,
     spread,
     spread_torch,
     spread_triton,
+    weighted_sum_torch,
 )
 from moe_optimized.interpreter import launches
 from moe_reference import dispatch as reference
@@ -132,6 +135,52 @@ def test_combine_takes_any_strides(implementation, assert_close):
     assert_close(implementation(rows.T.contiguous().T, slots, weights), expected)
 
 
+@pytest.mark.triton
+@pytest.mark.parametrize("weighted", [False, True])
+def test_slots_may_have_any_stride(weighted):
+    x, weights = torch.randn(6, 4), torch.rand(6, 2) if weighted else None
+    slots = torch.randperm(12)[::2]
+    assert torch.equal(spread_triton(x, slots, 2, weights), spread_torch(x, slots, 2, weights))
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("weights_too", [False, True])
+@pytest.mark.parametrize("rows_too", [False, True])
+def test_only_gradients_that_are_asked_for_are_computed(rows_too, weights_too, monkeypatch):
+    computed = []
+
+    def noting(function):
+        def run(*given):
+            computed.append(function.__name__)
+            return function(*given)
+
+        return run
+
+    for name in ("spread_rows", "sum_places", "_dots_of_slots"):
+        monkeypatch.setattr(module, name, noting(getattr(module, name)))
+    slots, leaf = torch.randperm(8), torch.ones((), requires_grad=True)
+    for run, size, to_rows in (
+        (lambda rows, weights: combine_triton(rows, slots, weights), 8, "spread_rows"),
+        (lambda rows, weights: spread_triton(rows, slots, 2, weights), 4, "sum_places"),
+    ):
+        rows, weights = torch.randn(size, 3), torch.rand(4, 2)
+        out = run(rows * leaf if rows_too else rows, weights * leaf if weights_too else weights)
+        computed.clear()
+        if rows_too or weights_too:
+            out.sum().backward()
+        assert computed == [to_rows] * rows_too + ["_dots_of_slots"] * weights_too
+
+
+def test_a_weighted_sum_reads_no_value_but_on_a_cpu():
+    # What has no values cannot be read.
+    rows, weights = (torch.empty(8, n, device="meta", requires_grad=True) for n in (3, 2))
+    slots = torch.empty(8, dtype=torch.int64, device="meta")
+    out = weighted_sum_torch(rows, slots, weights[:4], torch.float32)
+    assert out.shape == (4, 3)
+    out.sum().backward()
+    assert rows.grad.shape == rows.shape
+
+
 @combines
 def test_combine_refuses_slots_of_nothing(implementation):
     with pytest.raises(ValueError, match="slots: expected slots from 0 to 4, got 5"):
@@ -173,6 +222,22 @@ def test_gradients_of_a_token_are_added_up_in_float32():
     rows = spread(x, torch.arange(5), 5)
     rows.backward(torch.tensor([[256.0], [1.0], [1.0], [1.0], [1.0]], dtype=torch.bfloat16))
     assert x.grad.item() == 260.0
+
+
+def test_rows_of_nobody_take_no_part():
+    slots, known = torch.tensor([6, 3, 6, 0, 5]), torch.tensor([1, 3, 4])
+    x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    rows = spread(x, slots, 2)
+    assert torch.equal(rows[known], spread(x, slots[known], 2))
+    cotangent = torch.randn(5, 2, dtype=torch.float64)
+    found = torch.autograd.grad(rows, x, cotangent)
+    expected = torch.autograd.grad(spread(x, slots[known], 2), x, cotangent[known])
+    assert torch.equal(*found, *expected)
+    assert torch.equal(gather_sum(rows, slots, 3, 2), gather_sum(rows[known], slots[known], 3, 2))
+    weights = torch.rand(3, 2)
+    assert factors_of(weights, slots, torch.float64).tolist() == [
+        0.0, weights[1, 1].item(), 0.0, weights[0, 0].item(), weights[2, 1].item()
+    ]  # fmt: skip
 
 
 def test_gradients_in_float64():

@@ -81,6 +81,13 @@ def late(monkeypatch):
     return made
 
 
+def posted_and_waited_for(log):
+    return [
+        sorted(each.removeprefix(what) for each in log if each.startswith(what))
+        for what in ("post ", "wait for ")
+    ]
+
+
 # The same numbers
 
 
@@ -92,8 +99,7 @@ def test_any_number_of_chunks_computes_what_one_rank_computes(name, chunks, late
     problems.assert_same(found, problems.on_one_rank(problem))
     # Each exchange is waited for, and with one rank there is none.
     for log in late.log.values():
-        posted = sorted(each.removeprefix("post ") for each in log if each.startswith("post "))
-        waited = sorted(each.removeprefix("wait for ") for each in log if "wait" in each)
+        posted, waited = posted_and_waited_for(log)
         assert posted == waited
     assert len(late.log) == (problem.world_size if problem.world_size > 1 else 0)
 
@@ -163,6 +169,12 @@ def test_the_same_copies_are_chosen():
         ids = ids.int() if seed % 2 else ids
         chosen = order_module.choose_copies(ids, placement)
         assert torch.equal(chosen, physical_ids(ids, placement).long())
+
+
+def test_a_placement_is_moved_once():
+    placement = make_placement(torch.tensor([0, 1, 0]), 2, 3)
+    first, again = (order_module._on_device(placement, torch.device("meta")) for _ in range(2))
+    assert all(one is other for one, other in zip(first, again, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -320,6 +332,23 @@ def test_a_rank_that_asks_for_no_gradient_takes_part_in_the_backward(late):
     torch.testing.assert_close(found[0], problems.on_one_rank(problem)[1][0])
     assert found[1] is None
     assert len(late.calls[0]) == len(late.calls[1]) == 1 + 4 * 2
+
+
+def test_gradients_of_the_weights_alone_leave_no_exchange_behind(late):
+    problem = Problem([3, 4], 4)
+    _, locals_ = problem.locals()
+
+    def run(rank):
+        x, local = problems.leaf(problem.xs[rank]), problems.leaves(locals_[rank])
+        given = problem.weights[rank], problem.ids[rank], local, 4, CONFIGS[0], None
+        y = expert_parallel(x, *given)
+        return torch.autograd.grad((y * problem.targets[rank]).sum(), local.down)[0]
+
+    found = problems.on_ranks(2, run)
+    torch.testing.assert_close(torch.cat(found), problems.on_one_rank(problem)[3]["down"])
+    for log in late.log.values():
+        posted, waited = posted_and_waited_for(log)
+        assert posted == waited
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -13,9 +13,10 @@ from moe_optimized import (
     load_balancing,
     router,
 )
-from moe_optimized import layer as layer_module
+from moe_optimized import experts as experts_module
 from moe_optimized.interpreter import launches
 from moe_optimized.layer import layer_torch, layer_triton
+from moe_optimized.router import router_logits
 from moe_reference.config import (
     BalanceConfig,
     ExpertsConfig,
@@ -215,7 +216,6 @@ def unreadable(monkeypatch):
         router,
     ):
         monkeypatch.setattr(module, "launch", launch)
-    monkeypatch.setattr(layer_module, "_TRITON", layer_module._TRITON._replace(router=Router.apply))
     # No atomics, no scatter: what a kernel with a place for every row would have done.
     monkeypatch.setattr(dispatch, "has_kernels", lambda tensor: True)
 
@@ -226,18 +226,6 @@ def unreadable(monkeypatch):
         return launched, operations.seen
 
     return run
-
-
-class Router(torch.autograd.Function):
-    """The operator of the router without its fake implementation."""
-
-    @staticmethod
-    def forward(ctx, x, matrix, bias, dtype):
-        return router.router_logits_triton(x, matrix, bias, dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return None, None, None, None
 
 
 # Anything else that depends on values has no shape here, and raises.
@@ -325,3 +313,58 @@ def test_the_ids_of_a_hash_table_are_read_where_no_graph_is_captured(unreadable)
 def test_a_copy_to_the_host_would_be_seen(unreadable):
     _, seen = unreadable(lambda: torch.ones(3, device="cuda").cpu())
     assert READS & seen.keys()
+
+
+def gradients_of(loss, leaves):
+    return [loss.detach(), *torch.autograd.grad(loss, leaves, allow_unused=True)]
+
+
+@implementations
+@pytest.mark.parametrize("narrow", [False, True])
+def test_autocast_changes_nothing(implementation, narrow, make_layer):
+    form = implementation.__name__.removeprefix("layer")
+    # Experts of another dtype than their rows have a way of their own.
+    parameters = make_layer()
+    if narrow:
+        parameters = replace(parameters, experts=make_layer(torch.bfloat16).experts)
+    x, weights, ids = torch.randn(2, 6, 16), torch.rand(12, 2), torch.randint(-1, 6, (12, 2))
+    counts = torch.randint(0, 3, (6,))
+    matrices = {k: v.clone().requires_grad_() for k, v in vars(parameters.experts).items()}
+    router, gate = (getattr(parameters, k).requires_grad_() for k in ("router", "shared_gate"))
+    parameters = replace(parameters, experts=ExpertWeights(**matrices))
+    given = x.requires_grad_(), weights.requires_grad_(), *matrices.values()
+
+    def of_layer():
+        out = implementation(x, parameters, CONFIG)
+        return out.output, out.weights, out.expert_ids
+
+    def of_route():
+        route = getattr(gating, f"route{form}")
+        logits = router_logits(x.view(12, 16), router, None, torch.float32)
+        return route(logits, CONFIG.routing)
+
+    def of_experts():
+        run = getattr(experts_module, f"experts{form}")
+        return (run(x.view(12, 16), parameters.experts, weights, ids, ExpertsConfig()),)
+
+    def of_batched():
+        run = getattr(experts_module, f"experts_batched{form}")
+        return (run(x.view(6, 2, 16), counts, parameters.experts, ExpertsConfig()),)
+
+    for run in (of_layer, of_route, of_experts, of_batched):
+        leaves = [*given, router, gate]
+        plain = run()
+        plain_grads = gradients_of(plain[0].square().sum(), leaves)
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = run()
+            loss = inside[0].float().square().sum()
+            if run is of_experts:
+                # Its backward is written out.
+                inside_grads = gradients_of(loss, leaves)
+        if run is not of_experts:
+            inside_grads = gradients_of(loss, leaves)
+        for found, expected in zip(inside, plain, strict=True):
+            assert torch.equal(found, expected)
+        for found, expected in zip(inside_grads, plain_grads, strict=True):
+            assert (found is None) == (expected is None)
+            assert found is None or torch.equal(found, expected)
