@@ -14,7 +14,7 @@ from moe_conformance.case import Answer, Case
 from moe_conformance.codec import replace_tensors, walk
 from moe_conformance.experts_oracle import Spread
 from moe_conformance.inputs.expert_slicing import cut_for_a_rank, placed, sliced
-from moe_conformance.inputs.experts import expert_inputs
+from moe_conformance.inputs.experts import expert_batches, expert_inputs
 from moe_conformance.inputs.given import (
     Content,
     Given,
@@ -22,10 +22,12 @@ from moe_conformance.inputs.given import (
     Plan,
     Plans,
     Scope,
+    choice,
     torch_dtype,
 )
 from moe_conformance.inputs.layer import layer_inputs
 from moe_conformance.inputs.load_balancing import balance, biases, router_logits
+from moe_conformance.inputs.quantization import packed_inputs, quantized_inputs
 from moe_conformance.inputs.routing import routing
 from moe_conformance.inputs.slots import batched, capacities, rows, scattered, slots
 from moe_conformance.judge import Closeness, Violation, equal, equals, impostors
@@ -50,10 +52,13 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "combine": ("rows", "slots", "weights"),
     "drop_to_capacity": ("weights", "expert_ids", "num_experts", "capacity", "policy"),
     "experts": ("x", "experts", "weights", "expert_ids", "config", "expert_map"),
+    "experts_batched": ("x", "tokens_per_expert", "experts", "config"),
     "layer": ("x", "parameters", "config", "token_ids", "padding_mask", "training"),
     "slice_experts": ("experts", "start", "count"),
     "slice_tensor_parallel": ("experts", "world_size", "rank"),
     "place_experts": ("load", "num_physical", "num_ranks"),
+    "dequantize": ("packed",),
+    "experts_quantized": ("x", "experts", "weights", "expert_ids", "config", "expert_map"),
 }
 
 GIVEN: dict[str, Given] = {
@@ -68,19 +73,26 @@ GIVEN: dict[str, Given] = {
     "drop_to_capacity": capacities(),
     # Ids that are not here have requirements of their own: EXPERT-07, 08, 17 and 18.
     "experts": expert_inputs(invalid_ids=(False,), expert_map=(False,)),
+    "experts_batched": expert_batches(),
     "layer": layer_inputs(),
     "slice_experts": sliced(),
     "slice_tensor_parallel": cut_for_a_rank(),
     "place_experts": placed(),
+    "dequantize": packed_inputs(),
+    "experts_quantized": quantized_inputs(),
 }
 
-APART = ("route", "balance_loss", "z_loss", "update_bias", "experts", "drop_to_capacity")
-"""Operations whose arguments and results have a requirement of their own, which asks more of them:
-GATE-24, BALANCE-26, BALANCE-52, BALANCE-42, EXPERT-29, DISPATCH-44."""
+KEPT = ("experts_batched", "dequantize", "experts_quantized")
+"""Operations of which one requirement asks for the answer to other data in the same storage, and
+that arguments and the first answer stay what they were: EXPERT-23 and 25, QUANT-11, QUANT-19."""
 
-ANSWERED = (*APART[:-1], "align", "dispatch", "combine", "layer")
+APART = ("route", "balance_loss", "z_loss", "update_bias", "experts", "drop_to_capacity", *KEPT)
+"""Operations whose arguments and results have a requirement of their own, which asks more of them:
+GATE-24, BALANCE-26, BALANCE-52, BALANCE-42, EXPERT-29, DISPATCH-44, and those of `KEPT`."""
+
+ANSWERED = (*APART[:5], "align", "dispatch", "combine", "layer", *KEPT)
 """Operations of which another requirement asks for the answer to other data in the same storage:
-GATE-23, BALANCE-50, 52 and 54, NUM-06, ALIGN-35, DISPATCH-42 and 43, LAYER-16."""
+GATE-23, BALANCE-50, 52 and 54, NUM-06, ALIGN-35, DISPATCH-42 and 43, LAYER-16, those of `KEPT`."""
 
 FREE_ORDER = ("align", "align_batched", "dispatch")
 """Operations whose results stand in an order that is free unless it is declared."""
@@ -99,13 +111,45 @@ DIFFERENTIABLE: dict[str, tuple[str, ...]] = {
         "experts.gate_up_bias",
         "experts.down_bias",
     ),
+    "experts_batched": (
+        "x",
+        "experts.gate_up",
+        "experts.down",
+        "experts.gate_up_bias",
+        "experts.down_bias",
+    ),
+    "drop_to_capacity": ("weights",),
     "layer": (
         "x",
         "parameters.router",
+        "parameters.router_bias",
         "parameters.experts.gate_up",
         "parameters.experts.down",
+        "parameters.experts.gate_up_bias",
+        "parameters.experts.down_bias",
         "parameters.shared.gate_up",
         "parameters.shared.down",
+        "parameters.shared.gate_up_bias",
+        "parameters.shared.down_bias",
+        "parameters.shared_gate",
+    ),
+    "slice_experts": (
+        "experts.gate_up",
+        "experts.down",
+        "experts.gate_up_bias",
+        "experts.down_bias",
+    ),
+    "slice_tensor_parallel": (
+        "experts.gate_up",
+        "experts.down",
+        "experts.gate_up_bias",
+        "experts.down_bias",
+    ),
+    "experts_quantized": (
+        "x",
+        "weights",
+        "experts.gate_up_bias",
+        "experts.down_bias",
     ),
 }
 """What the outputs of an operation are differentiated by, where the target declares gradients."""
@@ -142,6 +186,24 @@ def _named(operation: str, plan: Plan) -> Plan:
     return {**plan, "operation": operation}
 
 
+def in_any_mode(given: Given) -> Given:
+    """The same, some of it with gradients off: a path of its own has memory of its own."""
+
+    def plans(scope: Scope) -> Plans | None:
+        drawn = given.plans(scope)
+        if drawn is None:
+            return None
+        return st.tuples(drawn, choice(("recording", "inference_mode", "no_grad"))).map(
+            lambda pair: {**pair[0], "grad_mode": pair[1]}
+        )
+
+    def build(plan: Plan) -> Inputs:
+        rest = {name: value for name, value in plan.items() if name != "grad_mode"}
+        return {**given.build(rest), "grad_mode": plan["grad_mode"]}
+
+    return Given(plans, build)
+
+
 def _given(case: Case) -> dict[str, Any]:
     return {name: case[name] for name in ARGUMENTS[case["operation"]]}
 
@@ -167,7 +229,7 @@ def _judge_none(case: Case, what: str, found: list[str]) -> None:
     reason="A result on another device, of a lazy class, or with a stride of 0, moves the cost and "
     "the error to whoever uses it next.",
     sources=("GPU MODE reference-kernels", "vLLM #16801"),
-    given=any_operation(),
+    given=in_any_mode(any_operation()),
 )
 def results_are_plain_tensors_on_the_inputs_device(case: Case) -> None:
     """Type and device of every tensor in the result; one that is expanded cannot be written to."""
@@ -189,7 +251,7 @@ def results_are_plain_tensors_on_the_inputs_device(case: Case) -> None:
     reason="The caller goes on with them: router logits feed the loss, x feeds the residual, whose "
     "gradient is the one that came in.",
     sources=("transformers MoE jitter", "TensorCast topk_weights /=", "KernelBench zero_out"),
-    given=any_operation(*_without(APART)),
+    given=in_any_mode(any_operation(*_without(APART))),
     kinds=2,
 )
 def inputs_are_left_alone(case: Case) -> None:
@@ -197,7 +259,8 @@ def inputs_are_left_alone(case: Case) -> None:
     operation, given = case["operation"], _given(case)
     answer = case.call(operation, **given)
     _judge_none(case, "changed its input", answer.changed)
-    if operation in case.scope.capabilities.gradients and operation in DIFFERENTIABLE:
+    recorded = case["grad_mode"] == "recording" and operation in DIFFERENTIABLE
+    if recorded and operation in case.scope.capabilities.gradients:
         asked = {"wrt": _leaves(operation, given), "cotangents": _cotangents(answer.outputs)}
         _judge_none(case, "changed its input", case.call(operation, **given, **asked).changed)
 
@@ -209,7 +272,7 @@ def inputs_are_left_alone(case: Case) -> None:
     "Outputs MUST NOT share memory with an input.",
     reason="The caller may write to either.",
     sources=("KernelBench result_reuse",),
-    given=any_operation(*_without(APART)),
+    given=in_any_mode(any_operation(*_without(APART))),
 )
 def outputs_have_memory_of_their_own(case: Case) -> None:
     """Storages of arguments and results do not overlap."""
@@ -240,7 +303,7 @@ def global_state_is_left_alone(case: Case) -> None:
     "A second call MUST NOT change the result of the first.",
     reason="A result that lives in a reused buffer is overwritten by the next call.",
     sources=("KernelBench result_reuse", "kernelgenbench ghost replay"),
-    given=any_operation(),
+    given=in_any_mode(any_operation(*_without(KEPT))),
 )
 def earlier_results_stay(case: Case) -> None:
     """The first result is read again after a second call with other data."""
@@ -269,6 +332,7 @@ TURNED: dict[str, tuple[str, ...]] = {
     "combine": ("rows", "weights"),
     "drop_to_capacity": ("weights", "expert_ids"),
     "experts": ("x", "weights", "expert_ids"),
+    "experts_quantized": ("x", "weights", "expert_ids"),
 }
 """Arguments that other data changes, where it is more than the first tensor."""
 
@@ -846,18 +910,23 @@ def _leaves(operation: str, given: dict[str, Any]) -> list[str]:
     given=_differentiable_operations(),
 )
 def a_gradient_does_not_depend_on_the_others(case: Case) -> None:
-    """Each gradient by itself against all together."""
+    """Each gradient by itself, those of parameters, and those of all else, against all together."""
     operation, given = case["operation"], _given(case)
     wrt = _leaves(operation, given)
     cotangents = _cotangents(case.call(operation, **given).outputs)
-    together, *alone = case.session(
+    trained = [path for path in wrt if "." in path]
+    frozen = [path for path in wrt if path not in trained]
+    some = [paths for paths in (trained, frozen) if 1 < len(paths) < len(wrt)]
+    asked = [*([path] for path in wrt), *some]
+    together, *apart = case.session(
         [
             case.planned(operation, **given, wrt=paths, cotangents=cotangents)
-            for paths in (wrt, *([path] for path in wrt))
+            for paths in (wrt, *asked)
         ]
     )
-    for path, answer in zip(wrt, alone, strict=True):
-        _judge_gradients(case, operation, [path], together, answer, "alone")
+    for paths, answer in zip(asked, apart, strict=True):
+        how = "alone" if len(paths) == 1 else f"with {' and '.join(paths)} alone"
+        _judge_gradients(case, operation, paths, together, answer, how)
 
 
 @requirement(
