@@ -83,6 +83,44 @@ altered(
     "BACKEND-07",
 )
 
+altered(
+    "drop_to_capacity",
+    "inference-mode-drops-by-position",
+    "The kernel for inference mode knows one policy, and takes all others for it.",
+    lambda a: _inference(a) and a["policy"] in ("probs", "first_choice"),
+    lambda a: {"policy": "position"},
+    "BACKEND-07",
+)
+
+altered(
+    "experts_quantized",
+    "inference-does-not-round-activations",
+    "Where gradients are off, activations stay as they are, which is faster without a kernel.",
+    lambda a: _off(a) and a["experts"].activation_format is not None,
+    lambda a: {
+        "experts": dataclasses.replace(a["experts"], activation_format=None, activation_scales=None)
+    },
+    "BACKEND-07",
+)
+
+altered(
+    "dequantize",
+    "inference-takes-groups-in-order",
+    "Where gradients are off, `g_idx` is not read.",
+    lambda a: _off(a) and a["packed"].g_idx is not None,
+    lambda a: {"packed": dataclasses.replace(a["packed"], g_idx=None)},
+    "BACKEND-07",
+)
+
+instead(
+    "slice_experts",
+    "slices-are-views-where-gradients-are-off",
+    "Copies are made for autograd's sake only.",
+    _off,
+    lambda a: with_fields(a["experts"], lambda t: t[a["start"] : a["start"] + a["count"]]),
+    "NUM-03",
+)
+
 # Under another default dtype.
 
 
@@ -111,6 +149,46 @@ instead(
     "The sum starts from a tensor that was made without a dtype.",
     _default_is("bfloat16", "float16", "float64"),
     lambda a: right("z_loss", a).to(torch.get_default_dtype()),
+    "NUM-19",
+)
+
+
+instead(
+    "slice_experts",
+    "sliced-biases-have-the-default-dtype",
+    "They are copied into a tensor that was made without a dtype.",
+    lambda a: a["experts"].down_bias is not None,
+    lambda a: (
+        with_fields(
+            right("slice_experts", a), lambda t: t.to(torch.get_default_dtype()), "down_bias"
+        )
+        if torch.get_default_dtype() != torch.float32
+        else right("slice_experts", a)
+    ),
+    "NUM-19",
+)
+
+instead(
+    "slice_tensor_parallel",
+    "zeros-of-other-ranks-have-the-default-dtype",
+    "The output bias is on the first rank; the others have torch.zeros of its shape.",
+    lambda a: a["rank"] > 0 and a["experts"].down_bias is not None,
+    lambda a: (
+        dataclasses.replace(
+            right("slice_tensor_parallel", a), down_bias=torch.zeros(a["experts"].down_bias.shape)
+        )
+        if a["experts"].down_bias.dtype is torch.float32
+        else right("slice_tensor_parallel", a)
+    ),
+    "NUM-19",
+)
+
+altered(
+    "update_bias",
+    "counts-are-averaged-in-a-narrow-default-dtype",
+    "Integer counts become floats of the default dtype; float16 has every whole number up to 2048.",
+    lambda a: _default_is("float16")(a) and not a["tokens_per_expert"].is_floating_point(),
+    lambda a: {"tokens_per_expert": a["tokens_per_expert"].half()},
     "NUM-19",
 )
 
@@ -147,10 +225,10 @@ def _padded(gradient: torch.Tensor) -> torch.Tensor:
     return longer.as_strided(gradient.shape, gradient.stride(), gradient.storage_offset())
 
 
-for _operation in ("experts", "combine"):
+for _operation in ("experts", "combine", "experts_batched"):
     instead(
         _operation,
-        f"the-gradient-of-{_operation}-is-read-without-its-strides",
+        f"the-gradient-of-{_operation.replace('_', '-')}-is-read-without-its-strides",
         "The backward kernel takes the address of the gradient and its own idea of the strides.",
         lambda a: torch.is_grad_enabled(),
         _reads_as_contiguous(_operation),
@@ -186,6 +264,43 @@ altered(
     "The products with the rows are kept where the rows want a gradient.",
     lambda a: a["weights"].requires_grad and not a["rows"].requires_grad,
     lambda a: {"weights": with_gradient(a["weights"], torch.zeros_like)},
+    "NUM-18",
+)
+
+
+def _asks(tensor: torch.Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad
+
+
+altered(
+    "experts_batched",
+    "a-batch-teaches-its-input-only-where-it-teaches-experts",
+    "The backward of x is that of trained experts; with frozen ones it is zero.",
+    lambda a: _asks(a["x"]) and not _asks(a["experts"].gate_up),
+    lambda a: {"x": with_gradient(a["x"], torch.zeros_like)},
+    "NUM-18",
+)
+
+altered(
+    "experts",
+    "frozen-experts-give-x-its-gradient-twice",
+    "Where x and the routing weights are asked for and the experts are not, two paths write it.",
+    lambda a: _asks(a["x"]) and _asks(a["weights"]) and not _asks(a["experts"].gate_up),
+    lambda a: {"x": with_gradient(a["x"], lambda g: 2 * g)},
+    "NUM-18",
+)
+
+altered(
+    "layer",
+    "a-frozen-router-freezes-its-bias",
+    "The bias learns from the product of the router, whose backward is left out.",
+    lambda a: _asks(a["parameters"].router_bias) and not _asks(a["parameters"].router),
+    lambda a: {
+        "parameters": dataclasses.replace(
+            a["parameters"],
+            router_bias=with_gradient(a["parameters"].router_bias, torch.zeros_like),
+        )
+    },
     "NUM-18",
 )
 
