@@ -222,7 +222,8 @@ def _of_large_blocks(
     """Sizes with which some expert may have a block in full, and more; few experts pad little."""
     most = max(least, min(scope.capabilities.max_experts or 4, 4))
     experts = draw(st.integers(least, most))
-    top_k = draw(st.integers(least_k, max(least_k, min(2, experts))))
+    most_k = min(2, experts, scope.capabilities.max_top_k or 2)
+    top_k = draw(st.integers(least_k, max(least_k, most_k)))
     total = draw(choice((block_size // 2, block_size, block_size + 1, 2 * block_size + 9)))
     return {"experts": experts, "top_k": top_k, "tokens": max(least, total // top_k)}
 
