@@ -880,6 +880,36 @@ def _spilt(output: Tensor) -> Tensor:
     return torch.cat([output[:1], torch.cat([output[:-1, -1:], output[1:, 1:]], 1)])
 
 
+def _broken(a: dict[str, Any]) -> Tensor:
+    broken: Tensor = ~a["x"].isfinite().all(1)
+    return broken
+
+
+def _beside_broken(a: dict[str, Any]) -> Tensor:
+    ids: Tensor = a["expert_ids"]
+    return torch.isin(ids, ids[_broken(a)]).any(1, keepdim=True)
+
+
+instead(
+    "experts_quantized",
+    "a-broken-token-breaks-its-experts",
+    "Rows of a tile are masked by multiplication: a NaN reaches all tokens of its experts.",
+    lambda a: bool(_broken(a).any()),
+    lambda a: right("experts_quantized", a).masked_fill(_beside_broken(a), torch.nan),
+    "QUANT-23",
+    thread="SGLang #30895",
+)
+
+instead(
+    "experts_quantized",
+    "a-broken-token-breaks-the-one-after-it",
+    "The scale of a row is taken over two rows, and of NaN and a number it is NaN.",
+    lambda a: len(a["x"]) > 1 and bool(_broken(a).any()),
+    lambda a: right("experts_quantized", a).masked_fill(_broken(a).roll(1)[:, None], torch.nan),
+    "QUANT-23",
+)
+
+
 @fault("packed-experts-are-prepared-once", catches=("QUANT-19",), thread="SGLang #25852")
 class PreparedOnce(Reference):
     """The layout that the kernel wants is made once for each address."""

@@ -41,6 +41,32 @@ def last_used(a: Arguments) -> torch.Tensor:
     return (torch.arange(rows(a)) == counts(a)[:, None] - 1)[..., None]
 
 
+def broken(a: Arguments) -> torch.Tensor:
+    """[E, C, 1], the rows in use that hold NaN or infinity."""
+    return ~unused(a) & ~a["x"].isfinite().all(-1, keepdim=True)
+
+
+instead(
+    "experts_batched",
+    "a-broken-row-breaks-its-expert",
+    "Rows are masked by multiplication: one that is NaN makes all of its expert's NaN.",
+    lambda a: bool(broken(a).any()),
+    lambda a: right("experts_batched", a).masked_fill(
+        ~unused(a) & broken(a).any(1, keepdim=True), torch.nan
+    ),
+    "EXPERT-31",
+    thread="SGLang #30895",
+)
+
+instead(
+    "experts_batched",
+    "a-broken-row-breaks-the-next-experts",
+    "A row that is NaN is added to the same row of the next expert, times zero.",
+    lambda a: len(a["x"]) > 1 and bool(broken(a).any()),
+    lambda a: right("experts_batched", a).masked_fill(~unused(a) & broken(a).roll(1, 0), torch.nan),
+    "EXPERT-31",
+)
+
 instead(
     "experts_batched",
     "the-last-row-of-full-tiles-is-lost",

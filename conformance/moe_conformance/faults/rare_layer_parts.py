@@ -12,6 +12,7 @@ from moe_reference.layer import layer as reference_layer
 from moe_reference.layer import shared_expert
 
 from moe_conformance.faults import fault
+from moe_conformance.faults.gradients import with_gradient
 from moe_conformance.faults.rare import Arguments, When, tokens, top_k
 from moe_conformance.faults.rare_calls import (
     Change,
@@ -338,6 +339,15 @@ field_of(
     lambda out, a: replace(out, balance_loss=out.balance_loss.detach()),
     "LAYER-10",
     thread="NeMo Automodel #1408",
+)
+
+field_of(
+    "the-loss-ignores-the-gradient-that-comes-in",
+    "The gradient of the loss is that of the loss itself, whatever it was multiplied by.",
+    trained,
+    lambda out, a: replace(out, balance_loss=with_gradient(out.balance_loss, torch.ones_like)),
+    "LAYER-10",
+    thread="DeepSeek-MoE #17",
 )
 
 field_of(

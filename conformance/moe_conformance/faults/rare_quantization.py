@@ -145,3 +145,33 @@ class ExpertsKeptByCodes(Reference):
             down = replace(experts.down, **found)
             right = super().experts_quantized(x, replace(experts, down=down), *given, **named)
         return right
+
+
+MANY = 2**16
+"""More weights than this have no index of sixteen bits."""
+
+
+@fault("weights-have-an-index-of-16-bits", catches=("QUANT-01", "QUANT-06"))
+class IndexOf16Bits(Reference):
+    """Weights past the 65536th of all experts together are the first ones once more."""
+
+    def dequantize(self, packed: QuantizedTensor) -> Tensor:
+        """Right, and read at an index that wraps around."""
+        weights = super().dequantize(packed)
+        index = torch.arange(weights.numel()) % MANY
+        return weights.reshape(-1)[index].reshape(weights.shape)
+
+
+@fault("packed-rows-have-an-index-of-16-bits", catches=("QUANT-14",))
+class RowsOf16Bits(Reference):
+    """Rows of gate_up that begin past the 65536th weight of an expert are the first ones again."""
+
+    def experts_quantized(self, x: Tensor, experts: Any, *given: Any, **named: Any) -> Tensor:
+        """With the codes of other rows, where there are so many."""
+        if isinstance(experts, QuantizedExperts):
+            rows = torch.arange(experts.gate_up.packed.shape[1])
+            wrapped = rows % max(1, MANY // experts.gate_up.shape[2])
+            packed = experts.gate_up.packed.contiguous().view(torch.uint8)[:, wrapped]
+            packed = packed.view(experts.gate_up.packed.dtype)
+            experts = replace(experts, gate_up=replace(experts.gate_up, packed=packed))
+        return super().experts_quantized(x, experts, *given, **named)

@@ -315,6 +315,16 @@ gradient(
 )
 
 gradient(
+    "gate-and-up-of-a-cut-exchange-their-gradients",
+    "The gradient of gate_up is put together with up first.",
+    "experts.gate_up",
+    lambda a: a["experts"].gate_up.shape[1] == 2 * inner(a),
+    lambda g, a: torch.cat(g.chunk(2, 1)[::-1], 1),
+    "SLICE-14",
+    operation="slice_tensor_parallel",
+)
+
+gradient(
     "the-output-bias-has-a-gradient-on-every-rank",
     "The output bias that is zero on the other ranks takes a gradient there.",
     "experts.down_bias",

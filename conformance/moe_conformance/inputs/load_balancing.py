@@ -323,6 +323,10 @@ def build_balance(plan: Plan) -> Inputs:
         much = int(content.integers(0, 1, 1))
         if plan["counts"] in ID_DTYPES:
             counts = (counts * 2 ** (18 * much)).to(ID_DTYPES[plan["counts"]])
+            if much and plan["dtype"] == "float64":
+                # Then they need not be exact as float32, and are not.
+                odd = 2 * content.integers(0, 7, experts).to(counts.dtype) + 1
+                counts = counts + odd * (counts > 0)
         else:
             # 2^30 is beyond float16.
             many = 0 if plan["counts"] == "float16" else 18

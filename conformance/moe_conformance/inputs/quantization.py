@@ -88,6 +88,12 @@ CHANGES = ("everything", "codes", "scales",
 WIDE = (129, 136, 200, 256, 257, 264)
 """Columns of a row that is longer than the tile, or the group, that kernels count in."""
 
+MANY = 2**16
+"""More weights than this have no index of sixteen bits."""
+
+LARGE = 260
+"""Columns and rows of a matrix that has more than `MANY` weights."""
+
 Drawn = dict[str, Any]
 """What a packed tensor is made of, as the names of `_drawn` say."""
 
@@ -126,6 +132,7 @@ def packed_inputs(
     least_experts: int = 1,
     nan: bool = False,
     changes: tuple[str, ...] = (),
+    large: bool = False,
     **fixed: tuple[Any, ...],
 ) -> Given:
     """Inputs of `dequantize` inside the declaration.
@@ -140,6 +147,7 @@ def packed_inputs(
         least_experts: smallest E.
         nan: codes and scales that are NaN, where the target takes them.
         changes: of `CHANGES`, for what comes with a second call.
+        large: now and then there are more weights than sixteen bits count.
         **fixed: the values that a field of `UNIVERSE` may take here, inside the declared ones.
     """
     fixed = {"padding": (False,), "g_idx": (False,), **NO_ROUNDING, **fixed}
@@ -153,10 +161,17 @@ def packed_inputs(
             format, choices = draw(choice(chosen))
             about = draw(_about(format, choices, orders))
             experts = draw(st.integers(least_experts, 4))
+            sizes = _sizes(draw, about, several_groups, scope.interpreted)
+            if large and not scope.interpreted and draw(st.integers(0, 9)) == 9:
+                # Of all experts together, or in each of two at most.
+                apart = draw(st.booleans())
+                experts = max(least_experts, min(experts, 2)) if apart else experts
+                each = sizes["columns"] * (1 if apart else experts)
+                sizes["rows"] = MANY // each + draw(st.integers(1, 3))
             return {
                 **about,
                 "experts": experts,
-                **_sizes(draw, about, several_groups, scope.interpreted),
+                **sizes,
                 "codes": draw(choice(codes)),
                 "scales": draw(choice(scales)),
                 "zeros": draw(choice(zeros)),
@@ -332,6 +347,7 @@ def quantized_inputs(
     partial: bool = False,
     least_tokens: int = 1,
     changes: tuple[str, ...] = (),
+    large: bool = False,
     loads: tuple[str, ...] = ("uniform", "skewed", "duplicates", "half empty"),
     **fixed: tuple[Any, ...],
 ) -> Given:
@@ -342,6 +358,7 @@ def quantized_inputs(
         partial: the groups of down lack columns, as those of a tensor-parallel slice do.
         least_tokens: smallest number of tokens.
         changes: of `CHANGES`, for what comes with a second call.
+        large: now and then each expert has more weights than sixteen bits count.
         loads: how tokens spread over experts.
         **fixed: the values that a field of `UNIVERSE`, or of that of `experts`, may take here,
             inside the declared ones.
@@ -363,7 +380,7 @@ def quantized_inputs(
             format, choices = draw(choice(chosen))
             about = draw(_about(format, choices, orders))
             return {
-                **_fitting(draw, draw(drawn), about, scope),
+                **_fitting(draw, draw(drawn), about, scope, large),
                 **{name: value for name, value in about.items() if name != "format"},
                 "quantized": about["format"],
                 "codes": "any",
@@ -390,7 +407,7 @@ ELSEWHERE = (5, 8, 13, 29)
 """Experts of other ranks: a map may be longer than any list of experts here."""
 
 
-def _fitting(draw: st.DrawFn, plan: Plan, about: Plan, scope: Scope) -> Plan:
+def _fitting(draw: st.DrawFn, plan: Plan, about: Plan, scope: Scope, large: bool) -> Plan:
     """A plan of `experts` with sizes that the format can hold."""
     capabilities, step = scope.capabilities, 1 if about["padding"] else step_of(about)
     of_h = math.lcm(step, capabilities.hidden_multiple)
@@ -406,6 +423,10 @@ def _fitting(draw: st.DrawFn, plan: Plan, about: Plan, scope: Scope) -> Plan:
             hidden, inner = -(-wide // of_h) * of_h, -(-min(inner, 8) // of_i) * of_i
         else:
             hidden, inner = -(-min(hidden, 8) // of_h) * of_h, -(-wide // of_i) * of_i
+    few_tokens = MOST_TOKENS
+    if large and not scope.interpreted and draw(st.integers(0, 9)) == 9:
+        hidden, inner = (-(-LARGE // of) * of for of in (of_h, of_i))
+        few_tokens = 3
     if about["g_idx"] == "uneven" and inner == about["group_size"]:
         # A single group cannot lack what the others have.
         inner *= 2
@@ -418,7 +439,7 @@ def _fitting(draw: st.DrawFn, plan: Plan, about: Plan, scope: Scope) -> Plan:
         experts = max(experts, min(local + draw(choice(ELSEWHERE)), most_experts))
     return {
         **plan,
-        "tokens": min(plan["tokens"], MOST_TOKENS),
+        "tokens": min(plan["tokens"], few_tokens),
         "hidden": hidden,
         "intermediate": inner,
         "local": local,

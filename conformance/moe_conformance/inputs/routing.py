@@ -52,6 +52,9 @@ EXPERTS = (1, 2, 3, 4, 7, 8, 16, 60, 64, 72, 128, 160, 255, 256, 257, 384, 512)
 BLOCKS = (16, 32, 64, 128, 256, 512, 1024)
 """Sizes of tiles, warps and bytes: of experts to 512, and of tokens."""
 
+WIDE_GROUPS = (33, 40, 65)
+"""Experts per group that a warp has not enough lanes for."""
+
 FEW = (2, 4, 8, 16, 32)
 """Such numbers of experts per token."""
 
@@ -178,6 +181,9 @@ def _plans(
             most_per_group = max(fewest, min(33, most // config["num_groups"]))
             few = st.integers(fewest, min(most_per_group, fewest + 3))
             per_group = draw(st.one_of(few, st.integers(fewest, most_per_group)))
+            wide = [n for n in WIDE_GROUPS if fewest <= n <= most // config["num_groups"]]
+            if wide and draw(st.integers(0, 5)) == 5:
+                per_group = draw(choice(wide))
             experts = per_group * config["num_groups"]
             fewest_groups = -(-fewest_k // per_group)
             config["topk_groups"] = draw(st.integers(fewest_groups, config["num_groups"]))

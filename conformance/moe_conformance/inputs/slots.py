@@ -33,6 +33,9 @@ from moe_conformance.worker import LAYOUTS
 BLOCK_SIZES = (1, 2, 4, 7, 8, 16, 32, 48, 64, 128, 256)
 """Block sizes where the target declares none: 1, tiles of kernels, two that are no power of two."""
 
+LARGE_BLOCKS = (512, 1000, 1024)
+"""Block sizes that neither a byte nor a warp holds: now and then, with few experts."""
+
 ANY_BLOCK = (1, 2**30)
 
 EXPERTS = (
@@ -140,6 +143,9 @@ def slots(
         if (moved and not scope.capabilities.strides) or (long and scope.interpreted):
             return None
         sized = _block_sizes(scope, *blocks)
+        large = tuple(b for b in LARGE_BLOCKS if blocks[0] <= b <= blocks[1])
+        if long or scope.interpreted or scope.capabilities.block_sizes is not None:
+            large = ()
         taken = loads_inside(scope, loads)
         made = []
         for declared in scope.capabilities.alternatives("align"):
@@ -151,7 +157,7 @@ def slots(
             if sized and taken and all(choices.values()):
                 least = max(least_experts, least_k)
                 made.append(
-                    _align_plans(scope, choices, taken, sized, (least, least_k), moved, long)
+                    _align_plans(scope, choices, taken, sized, large, (least, least_k), moved, long)
                 )
         possible = [each for each in made if each is not None]
         return st.one_of(possible) if possible else None
@@ -179,6 +185,7 @@ def _align_plans(
     choices: dict[str, tuple[bool, ...]],
     loads: tuple[str, ...],
     block_sizes: tuple[int, ...],
+    large: tuple[int, ...],
     least: tuple[int, int],
     moved: bool,
     long: bool,
@@ -188,13 +195,17 @@ def _align_plans(
 
     def plan(draw: st.DrawFn) -> Plan:
         drawn = _draw_ids(draw, scope, loads, choices["invalid_ids"], *least, long=long)
+        block_size = draw(choice(block_sizes))
+        if large and draw(st.integers(0, 9)) == 9:
+            block_size = draw(choice(large))
+            drawn |= _of_large_blocks(draw, scope, block_size, *least)
         experts, local = drawn["experts"], None
         if draw(choice(choices["expert_map"])):
             some = st.integers(max(1, experts // 3), max(1, experts - 1))
             local = draw(st.one_of(some, some, some, st.sampled_from((experts, 0))))
         return {
             **drawn,
-            "block_size": draw(choice(block_sizes)),
+            "block_size": block_size,
             "local": local,
             "map_ids": draw(choice(scope.capabilities.id_dtypes)),
             "drop_invalid": draw(choice(choices["drop_invalid"])),
@@ -203,6 +214,18 @@ def _align_plans(
         }
 
     return planned(plan)
+
+
+def _of_large_blocks(
+    draw: st.DrawFn, scope: Scope, block_size: int, least: int, least_k: int
+) -> Plan:
+    """Sizes with which some expert may have a block in full, and more; few experts pad little."""
+    most = max(least, min(scope.capabilities.max_experts or 4, 4))
+    experts = draw(st.integers(least, most))
+    most_k = min(2, experts, scope.capabilities.max_top_k or 2)
+    top_k = draw(st.integers(least_k, max(least_k, most_k)))
+    total = draw(choice((block_size // 2, block_size, block_size + 1, 2 * block_size + 9)))
+    return {"experts": experts, "top_k": top_k, "tokens": max(least, total // top_k)}
 
 
 def _enough_experts(scope: Scope, least: int, least_k: int) -> bool:

@@ -599,19 +599,26 @@ def an_uneven_cut_is_right_or_refused(case: Case) -> None:
     references=CUT,
 )
 def gradients_reach_the_rows_that_were_taken(case: Case) -> None:
-    """The gradients of the ranks' sums add up to one everywhere."""
+    """A rank's cotangent is its own slice of small integers: the gradients add up to the whole.
+
+    Slices of other weights than the case's, so that gate and up, exchanged, are other numbers.
+    """
     experts: ExpertWeights = case["experts"]
-    present = [name for name in FIELDS if getattr(experts, name) is not None]
-    totals = {
-        name: torch.zeros(getattr(experts, name).shape, dtype=torch.float64) for name in present
-    }
+    fields = {name: getattr(experts, name) for name in FIELDS}
+    present = [name for name, each in fields.items() if each is not None]
+    content = Content(len(present))
+    whole = {name: content.integers(-3, 3, *fields[name].shape) for name in present}
+    whole = {name: each.to(fields[name].dtype) for name, each in whole.items()}
+    totals = {name: torch.zeros(each.shape, dtype=torch.float64) for name, each in whole.items()}
     missing = set()
     for rank in range(case["world_size"]):
         given = {"experts": experts, "world_size": case["world_size"], "rank": rank}
-        part = _weights("slice_tensor_parallel", case.call("slice_tensor_parallel", **given))
-        cotangents = {
-            name: torch.ones_like(each) for name, each in part.items() if each is not None
-        }
+        sliced_whole = given | {"experts": replace(experts, **whole)}
+        part = _weights("slice_tensor_parallel", case.call("slice_tensor_parallel", **sliced_whole))
+        cotangents = {name: each for name, each in part.items() if each is not None}
+        if "down_bias" in cotangents:
+            # Zero on the other ranks, where a gradient has to be seen all the same.
+            cotangents["down_bias"] = whole["down_bias"]
         wrt = [f"experts.{name}" for name in present]
         answer = case.call("slice_tensor_parallel", **given, wrt=wrt, cotangents=cotangents)
         for name, total in totals.items():
@@ -622,7 +629,7 @@ def gradients_reach_the_rows_that_were_taken(case: Case) -> None:
             total += 0 if gradient is None else gradient.double()
     for name, total in totals.items():
         found = None if name in missing else total
-        _judge_gradient(case, name, found, torch.ones_like(total))
+        _judge_gradient(case, name, found, whole[name].double())
 
 
 @requirement(

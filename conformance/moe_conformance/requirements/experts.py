@@ -771,6 +771,13 @@ def _padded(case: Case, value: float) -> torch.Tensor:
     return case["x"].masked_fill(~used[..., None], value)
 
 
+def _takes_nan(given: Given) -> Given:
+    """The same inputs, for targets that take NaN."""
+    return Given(
+        lambda scope: None if scope.capabilities.finite_only else given.plans(scope), given.build
+    )
+
+
 def _as_pairs(case: Case) -> dict[str, Any]:
     """The batch as arguments of `experts`: a pair of weight 1 per row, -1 past the counts."""
     x, counts = case["x"], case["tokens_per_expert"]
@@ -1189,6 +1196,36 @@ def weights_of_a_batch_have_a_dtype_of_their_own(case: Case) -> None:
     case.note("another dtype than x", case["experts"].down.dtype is not case["x"].dtype)
     flat = output.reshape(spread.value.shape)
     case.judge(rule_of(spread), flat, wrong_outputs(spread))
+
+
+@requirement(
+    "EXPERT-31",
+    MUST,
+    "experts_batched",
+    "A row in use that is NaN or infinite MUST NOT change any other row.",
+    reason="The rows of an expert are one product: masked by multiplication, or scaled by their "
+    "greatest, they are all what one of them is.",
+    sources=("docs/spec/operations.md", "SGLang #30895", "vLLM #50845"),
+    given=_takes_nan(expert_batches(least_tokens=2)),
+    references=("experts.experts_batched",),
+)
+def a_broken_row_breaks_no_other(case: Case) -> None:
+    """The first row of every other expert is NaN or infinite, and all others are judged."""
+    x, counts = case["x"].clone(), case["tokens_per_expert"]
+    x[::4, 0], x[2::4, 0] = torch.nan, torch.inf
+    output = output_of(case.call("experts_batched", **_batch(case, x=x)), x)
+    whole = experts_oracle(**_as_pairs(case), arithmetic=arithmetic_of(case, x))
+    spoilt = (torch.arange(len(x)) % 2 == 0) & (counts > 0)
+    broken = (torch.arange(x.shape[1]) == 0) & spoilt[:, None]
+    kept = ~broken.reshape(-1)
+    expected = Spread(whole.value[kept], whole.sigma[kept], whole.freedom[kept])
+    case.note("an expert with several rows", bool((counts > 1).any()))
+    wrong = torch.full_like(expected.value, torch.nan)
+    case.judge(
+        rule_of(expected, "output of the other rows"),
+        output.reshape(whole.value.shape)[kept],
+        [*wrong_outputs(expected), ("NaN", wrong)],
+    )
 
 
 @requirement(

@@ -16,6 +16,7 @@ from moe_reference.experts import experts as reference_experts
 
 from moe_conformance.case import Answer, Case, must_raise
 from moe_conformance.experts_oracle import Between, Spread, local_ids
+from moe_conformance.inputs.given import Given
 from moe_conformance.inputs.quantization import (
     CHANGES,
     E4M3,
@@ -126,6 +127,7 @@ def with_parts(drawn: Drawn, change: Callable[[torch.Tensor], torch.Tensor], *na
         formats=(*INTEGERS, *FORMATS, *("e4m3",) * 5),
         scales=("usual", "usual", "zeros", "zeros", "tiny"),
         g_idx=(False, True),
+        large=True,
     ),
     references=("quantization.dequantize",),
 )
@@ -195,6 +197,7 @@ def codes_stand_where_the_format_puts_them(case: Case) -> None:
         formats=(*INTEGERS, *INTEGERS, *GROUPED),
         codes=("any", "every", "one"),
         least_experts=2,
+        large=True,
     ),
     references=("quantization.dequantize",),
 )
@@ -279,7 +282,9 @@ def g_idx_says_which_group_a_column_is_of(case: Case) -> None:
     reason="Rows and columns of blocks are exchanged without an error where there are as many of "
     "both, and sizes that no block divides end in the neighbour's scale.",
     sources=("vLLM #48173", "vLLM #44763", "ATOM #1944", "DeepSeek-V3 (arXiv 2412.19437)"),
-    given=packed_inputs(formats=("e4m3",), scales=("usual", "zeros"), codes=("any", "every")),
+    given=packed_inputs(
+        formats=("e4m3",), scales=("usual", "zeros"), codes=("any", "every"), large=True
+    ),
     references=("float8.dequantize_e4m3",),
 )
 def a_float8_scale_multiplies_what_it_is_of(case: Case) -> None:
@@ -652,6 +657,13 @@ def compute(case: Case, **changed: Any) -> torch.Tensor:
     return output_of(answer, changed.get("x", case["x"]))
 
 
+def _takes_nan(given: Given) -> Given:
+    """The same inputs, for targets that take NaN."""
+    return Given(
+        lambda scope: None if scope.capabilities.finite_only else given.plans(scope), given.build
+    )
+
+
 PLAIN: dict[str, Any] = {
     "bias": (False,), "expert_map": (False,), "invalid_ids": (False,), "weight_on": ("output",),
 }  # fmt: skip
@@ -666,7 +678,7 @@ PLAIN: dict[str, Any] = {
     reason="The error of quantisation is in the weights, once. Held against the original weights "
     "a wrong kernel hides behind it.",
     sources=("vLLM fused_marlin_moe", "hanzo-engine quantised experts", "vLLM #44563"),
-    given=quantized_inputs(g_idx=(False, True), **PLAIN),
+    given=quantized_inputs(g_idx=(False, True), large=True, **PLAIN),
     references=("quantized_experts.experts_quantized",),
 )
 def packed_experts_are_experts_on_the_unpacked_weights(case: Case) -> None:
@@ -787,6 +799,35 @@ def padding_never_reaches_the_output(case: Case) -> None:
     spread = spread_of(case)
     leaked = torch.full_like(spread.value, torch.nan)
     judge_output(case, compute(case), spread, {"NaN": leaked})
+
+
+@requirement(
+    "QUANT-23",
+    MUST,
+    "experts_quantized",
+    "A token that is NaN or infinite MUST NOT change the output of any other token.",
+    reason="The tokens of an expert are the rows of one tile; a mask that multiplies, or a scale "
+    "that is taken over the tile, makes all of them what one of them is.",
+    sources=("docs/spec/operations.md", "SGLang #30895", "vLLM #50845"),
+    given=_takes_nan(quantized_inputs(least_tokens=2, **PLAIN | {"g_idx": (False, True)})),
+    references=("quantized_experts.experts_quantized",),
+)
+def a_broken_token_breaks_no_other_of_packed_experts(case: Case) -> None:
+    """The first token is NaN, the last infinite; those between are judged."""
+    x = case["x"].clone()
+    x[0] = torch.nan
+    if len(x) > 2:
+        x[-1] = torch.inf
+    rows = slice(1, -1 if len(x) > 2 else None)
+    whole = spread_of(case)
+    expected = Spread(whole.value[rows], whole.sigma[rows], whole.freedom[rows])
+    case.note(f"format {case['experts'].down.format}")
+    wrong = torch.full_like(expected.value, torch.nan)
+    case.judge(
+        rule_of(expected, "output of the other tokens"),
+        compute(case, x=x)[rows],
+        [*wrong_outputs(expected), ("NaN", wrong)],
+    )
 
 
 @requirement(
