@@ -400,6 +400,17 @@ class SlicesOfTheSharedExpertAreNotGated(OnSharedSlices):
         return None
 
 
+@fault("the-gate-of-the-shared-expert-is-that-of-the-first-token", catches=("EP-23",))
+class TheGateIsThatOfTheFirstToken(OnSharedSlices):
+    """One factor for all tokens."""
+
+    def shared_tensor_parallel(self, x: Tensor, *given: Any, **named: Any) -> Tensor:
+        """See the contract."""
+        gate = named.pop("shared_gate", None)
+        y = super().shared_tensor_parallel(x, *given, **named)
+        return y if gate is None else (y * torch.sigmoid(x @ gate.T)[:1]).to(y.dtype)
+
+
 @fault("every-rank-gates-what-it-has-added-up", catches=("EP-23",))
 class EveryRankGatesWhatItHasAddedUp(OnSharedSlices):
     """A slice's output is gated, and so is the sum."""

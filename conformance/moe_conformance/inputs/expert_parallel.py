@@ -335,11 +335,18 @@ def build_on_replicas(plan: Plan) -> Inputs:
     return {**made, "ranks": ranks, "layouts": _layouts(ranks, plan)}
 
 
-def on_shared(*, counts: tuple[str, ...] = SOME, **drawn_too: Any) -> Given:
+GATES = ("zero", "one column", "one column", "one column")
+"""Weights of a shared expert's gate: all zero; or zero but for one, which is a power of two."""
+
+
+def on_shared(
+    *, counts: tuple[str, ...] = SOME, gates: tuple[str, ...] = GATES[:1], **drawn_too: Any
+) -> Given:
     """Inputs of a shared expert that is cut over ranks, all of which have the same tokens.
 
     Args:
         counts: as for `on_replicas`.
+        gates: of `GATES`.
         **drawn_too: as for `on_ranks`.
     """
     drawn = on_ranks(counts=counts, weight_on=("output",), **drawn_too)
@@ -355,7 +362,12 @@ def on_shared(*, counts: tuple[str, ...] = SOME, **drawn_too: Any) -> Given:
         if made is None or not factors:
             return None
         unit = {"unit": scope.capabilities.intermediate_multiple}
-        return st.builds(lambda plan, of: {**plan, **of, **unit}, made, choice(factors))
+        return st.builds(
+            lambda plan, of, gate: {**plan, **of, **unit, "gate": gate},
+            made,
+            choice(factors),
+            choice(gates),
+        )
 
     return Given(plans, build_on_shared)
 
@@ -368,7 +380,8 @@ def build_on_shared(plan: Plan) -> Inputs:
     """One expert, which every token goes to with the same weight, and its slices.
 
     The gate's weight is zero, so that it is a factor that the oracle has without rounding; its
-    gradient is not zero.
+    gradient is not zero. Or it has one element, a power of two: then its product with a token is
+    exact in every dtype and every order, and the factor is off by what its sigmoid rounds.
     """
     size, scale, gated = len(plan["counts"]), plan["shared_scale"], plan["shared_gate"]
     one = {**plan, "experts": 1, "local": 1, "top_k": 1, "tokens": plan["counts"][0]}
@@ -379,9 +392,13 @@ def build_on_shared(plan: Plan) -> Inputs:
     whole = build_experts({**one, "load": "one expert"})
     x, shared, config = whole["x"], whole["experts"], whole["config"]
     ids = torch.zeros(len(x), 1, dtype=torch.int64)
+    gate = x.new_zeros(1, x.shape[1])
+    if gated and plan["gate"] == "one column" and len(x):
+        gate = _one_column(Content(plan["seed"] ^ 0x6A7E), x)
+    factors = (x.double() @ gate.double().T).sigmoid() if gated else torch.ones(len(x), 1).double()
     ranks = [
         {"x": x.clone(), "part": _slice(shared, config.gated, size, rank, unit)}
-        | ({"shared_gate": x.new_zeros(1, x.shape[1])} if gated else {})
+        | ({"shared_gate": gate.clone()} if gated else {})
         for rank in range(size)
     ]
     return {
@@ -395,13 +412,28 @@ def build_on_shared(plan: Plan) -> Inputs:
         "shared_scale": scale,
         "whole": {
             "x": x,
-            "weights": torch.full((len(x), 1), scale * (GATE if gated else 1), dtype=x.dtype),
+            "weights": scale * factors,
             "expert_ids": ids,
             "experts": shared,
         },
         "held": [[0]] * size,
         "layouts": _layouts(ranks, plan),
     }
+
+
+def _one_column(content: Content, x: torch.Tensor) -> torch.Tensor:
+    """[1, H]: with x at most 4, and below -2 for one of the tokens: there a sigmoid is not linear.
+
+    A column of zeros stays one.
+    """
+    column = int(content.integers(0, x.shape[1] - 1))
+    values = x[:, column].double()
+    most = values[values.abs().argmax()]
+    gate = torch.zeros_like(x[:1])
+    if most != 0:
+        power = 2 - int(torch.log2(most.abs()).ceil())
+        gate[0, column] = -torch.sign(most) * 2.0 ** max(-14, min(power, 14))
+    return gate
 
 
 def _layouts(ranks: list[dict[str, Any]], plan: Plan) -> dict[str, str]:

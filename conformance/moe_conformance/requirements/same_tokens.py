@@ -17,9 +17,11 @@ import torch
 
 from moe_conformance.case import Answer, Case
 from moe_conformance.codec import replace_tensors, walk
+from moe_conformance.experts_oracle import FUNCTION_ULPS, Spread
 from moe_conformance.inputs.expert_parallel import (
     ANY_MODE,
     GATE,
+    GATES,
     SOME_OR_NONE,
     on_replicas,
     on_shared,
@@ -27,6 +29,7 @@ from moe_conformance.inputs.expert_parallel import (
 )
 from moe_conformance.inputs.given import differentiable
 from moe_conformance.judge import Closeness, Violation, close, equal, has_form, impostors
+from moe_conformance.precision import UNIT
 from moe_conformance.registry import MUST, requirement
 from moe_conformance.requirements.expert_parallel import (
     Limit,
@@ -40,7 +43,7 @@ from moe_conformance.requirements.expert_parallel import (
     value_of,
     without,
 )
-from moe_conformance.requirements.experts import cotangent_of, left_alone
+from moe_conformance.requirements.experts import arithmetic_of, cotangent_of, left_alone
 
 SLICED, REPLICATED, SHARED = (
     "sliced_expert_parallel",
@@ -77,7 +80,7 @@ def judge_everywhere(case: Case, answer: Answer, others: dict[str, torch.Tensor]
     if len(case["whole"]["x"]) == 0:
         _judge_shapes(case, answer)
         return
-    spread, size = oracle_of(case), len(case["ranks"])
+    spread, size = _with_gate(case, oracle_of(case)), len(case["ranks"])
 
     def rule(outputs: Tensors) -> Closeness:
         found = [
@@ -98,6 +101,31 @@ def judge_everywhere(case: Case, answer: Answer, others: dict[str, torch.Tensor]
     }
     outputs = outputs_of(answer, case["ranks"])
     case.judge(rule, outputs, [(name, [value] * size) for name, value in wrong.items()])
+
+
+def _with_gate(case: Case, spread: Spread) -> Spread:
+    """Add what the sigmoid of a shared expert's gate may be off by.
+
+    Its argument is exact, but where products are of tf32, which rounds x. The function is off by a
+    few units of the accumulator; the factor, and its product with the scale, may be rounded to x's
+    dtype, as the layer's. A token has one factor: it moves the whole row, as one error.
+    """
+    gate = case["ranks"][0].get("shared_gate")
+    if gate is None or not bool(gate.any()):
+        return spread
+    x = case["whole"]["x"]
+    arithmetic = arithmetic_of(case, x).outside
+    logit = x.double() @ gate.double().T
+    unit = arithmetic.accumulator_unit
+    relative = FUNCTION_ULPS * unit * (1 + logit.abs()) + 2 * max(unit, arithmetic.unit)
+    if arithmetic.accumulator == "tf32":
+        relative = relative + UNIT["tf32"] * logit.abs()
+    added = (relative * spread.value).square() / 3
+    total, once = spread.sigma.square().sum(-1), added.sum(-1)
+    squares = (1 / spread.freedom - 1 / x.shape[1]) * total.square() + once.square()
+    freedom = 1 / (1 / x.shape[1] + squares / (total + once).square().clamp_min(1e-300))
+    sigma = (spread.sigma.square() + added).sqrt()
+    return Spread(spread.value, sigma, freedom.clamp_min(1.0))
 
 
 def _judge_shapes(case: Case, answer: Answer) -> None:
@@ -344,7 +372,9 @@ def doubled(case: Case) -> torch.Tensor:
     reason="A slice's output is partial. Beside routed experts it is easily reduced a second time "
     "with their sum, or with none; one rank shows neither.",
     sources=("vLLM #49122", "vLLM #49378", "SGLang #35535", "SGLang #32963"),
-    given=on_shared(counts=SOME_OR_NONE, part_of_world=(False, True), grad_modes=ANY_MODE),
+    given=on_shared(
+        counts=SOME_OR_NONE, part_of_world=(False, True), gates=GATES, grad_modes=ANY_MODE
+    ),
     references=("partial_sums.shared_tensor_parallel", "partial_sums.reduce_once"),
 )
 def the_shared_expert_is_reduced_once(case: Case) -> None:
