@@ -39,7 +39,8 @@ PLAN = {
     "load": "uniform", "content": "normal", "spread": "even", "weights": "positive",
     "dtype": "float32", "experts_dtype": "float32", "weights_dtype": None, "ids": "int64",
     "layout": "contiguous", "seed": 3, "world_size": 2, "members": [0, 1], "counts": [3, 4],
-    "physical": None, "copies": None, "to_one_rank": False,
+    "physical": None, "copies": None, "to_one_rank": False, "grad_mode": "recording",
+    "cotangent_layout": "contiguous",
 }  # fmt: skip
 
 

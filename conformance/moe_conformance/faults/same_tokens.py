@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from moe_reference.token_slices import enter_slices, leave_slices
 
 from moe_conformance.faults import fault
 from moe_conformance.faults.gradients import with_gradient
+from moe_conformance.faults.rare_calls import as_if_contiguous
 from moe_conformance.target import SAME_TOKENS
 from moe_conformance.targets import Reference
 
@@ -398,6 +400,17 @@ class SlicesOfTheSharedExpertAreNotGated(OnSharedSlices):
         return None
 
 
+@fault("the-gate-of-the-shared-expert-is-that-of-the-first-token", catches=("EP-23",))
+class TheGateIsThatOfTheFirstToken(OnSharedSlices):
+    """One factor for all tokens."""
+
+    def shared_tensor_parallel(self, x: Tensor, *given: Any, **named: Any) -> Tensor:
+        """See the contract."""
+        gate = named.pop("shared_gate", None)
+        y = super().shared_tensor_parallel(x, *given, **named)
+        return y if gate is None else (y * torch.sigmoid(x @ gate.T)[:1]).to(y.dtype)
+
+
 @fault("every-rank-gates-what-it-has-added-up", catches=("EP-23",))
 class EveryRankGatesWhatItHasAddedUp(OnSharedSlices):
     """A slice's output is gated, and so is the sum."""
@@ -418,6 +431,151 @@ class TheGateOfTheSharedExpertLearnsOnOneRank(OnSharedSlices):
         if shared_gate is None:
             return None
         return with_gradient(shared_gate, lambda g: g * (ranks.here[0] == 0))
+
+
+# What all three have in common.
+
+
+class OnSameTokens(Reference):
+    """All three operations, whose arguments and output can be changed."""
+
+    def sliced_expert_parallel(self, *given: Any, **named: Any) -> Tensor:
+        """As `changed`."""
+        return self.changed(super().sliced_expert_parallel, *given, **named)
+
+    def replicated_experts(self, *given: Any, **named: Any) -> Tensor:
+        """As `changed`."""
+        return self.changed(super().replicated_experts, *given, **named)
+
+    def shared_tensor_parallel(self, *given: Any, **named: Any) -> Tensor:
+        """As `changed`."""
+        return self.changed(super().shared_tensor_parallel, *given, **named)
+
+    def changed(self, right: Callable[..., Tensor], *given: Any, **named: Any) -> Tensor:
+        """The right output."""
+        return right(*given, **named)
+
+
+@fault("no-tokens-are-refused", catches=("EP-19", "EP-21", "EP-23"), thread="pytorch #146468")
+class NoTokensAreRefused(OnSameTokens):
+    """A view of the tokens has a dimension that is worked out from their number."""
+
+    def changed(self, right: Callable[..., Tensor], *given: Any, **named: Any) -> Tensor:
+        """See the contract."""
+        x = named["x"]
+        x.view(-1, *x.shape)
+        return right(*given, **named)
+
+
+@fault("no-tokens-have-no-gradient", catches=("EP-20", "EP-22", "EP-24"))
+class NoTokensHaveNoGradient(OnSameTokens):
+    """Without tokens a new tensor is given back at once, which leads to no parameter."""
+
+    def changed(self, right: Callable[..., Tensor], *given: Any, **named: Any) -> Tensor:
+        """See the contract."""
+        x = named["x"]
+        return right(*given, **named) if len(x) else torch.zeros_like(x)
+
+
+@fault(
+    "ranks-that-have-the-same-tokens-are-counted-in-the-world",
+    catches=("EP-19", "EP-21", "EP-23"),
+    thread="torchtitan #2842",
+)
+class RanksAreCountedInTheWorld(OnSameTokens):
+    """Rows are found by the number of the rank in the world."""
+
+    def changed(self, right: Callable[..., Tensor], *given: Any, **named: Any) -> Tensor:
+        """See the contract."""
+        group = named["group"]
+        return right(*given, **named).roll(dist.get_rank() - dist.get_rank(group), 0)
+
+
+@fault(
+    "pairs-of-nobody-are-multiplied-by-zero",
+    catches=("EP-19", "EP-21"),
+    thread="transformers #48653",
+)
+class PairsOfNobodyAreMultipliedByZero(OnSameTokens):
+    """A mask is multiplied with the weights, of which some are not finite."""
+
+    def changed(self, right: Callable[..., Tensor], *given: Any, **named: Any) -> Tensor:
+        """See the contract."""
+        y = right(*given, **named)
+        if "expert_ids" not in named:
+            return y
+        ids = named["expert_ids"]
+        here = (ids >= 0) & (ids < named["num_experts"])
+        masked = named["weights"].detach() * ~here * 0
+        return y + masked.sum(1, keepdim=True).to(y.dtype)
+
+
+@fault("ids-of-nobody-are-the-last-experts", catches=("EP-19", "EP-21"), thread="vLLM #42034")
+class IdsOfNobodyAreTheLastExperts(OnSameTokens):
+    """As an index -1 is the last expert."""
+
+    def changed(self, right: Callable[..., Tensor], *given: Any, **named: Any) -> Tensor:
+        """See the contract."""
+        if "expert_ids" in named:
+            ids, last = named["expert_ids"], named["num_experts"] - 1
+            named["expert_ids"] = ids.where(ids >= 0, last)
+        return right(*given, **named)
+
+
+@fault(
+    "the-tokens-are-written-over-with-the-output",
+    catches=("EP-26", "EP-27", "EP-28"),
+    thread="vLLM #16801",
+)
+class TheTokensAreWrittenOverWithTheOutput(OnSameTokens):
+    """Where no gradient is asked for, memory is saved."""
+
+    def changed(self, right: Callable[..., Tensor], *given: Any, **named: Any) -> Tensor:
+        """See the contract."""
+        y, x = right(*given, **named), named["x"]
+        if not x.requires_grad:
+            x.copy_(y)
+        return y
+
+
+@fault(
+    "the-sum-is-in-a-buffer-that-is-used-again",
+    catches=("EP-26", "EP-27", "EP-28"),
+    thread="KernelBench result_reuse",
+)
+class TheSumIsInABufferThatIsUsedAgain(OnSameTokens):
+    """Where no gradient is asked for, outputs of one shape have one memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
+
+    def changed(self, right: Callable[..., Tensor], *given: Any, **named: Any) -> Tensor:
+        """See the contract."""
+        y = right(*given, **named)
+        if named["x"].requires_grad:
+            return y
+        # What was added up is part of a graph in any case, for a rank that asks for gradients.
+        y = y.detach()
+        key = (dist.get_rank(), y.shape, y.dtype)
+        return self.kept.setdefault(key, torch.empty_like(y)).copy_(y)
+
+
+@fault(
+    "the-gradient-of-the-output-is-read-as-if-contiguous",
+    catches=("EP-07", "EP-20", "EP-22", "EP-24"),
+    thread="pytorch #193633",
+)
+class TheGradientOfTheOutputIsReadAsIfContiguous(OnSameTokens):
+    """The elements of the gradient that comes in are read one after the other in memory."""
+
+    def expert_parallel(self, *given: Any, **named: Any) -> Tensor:
+        """As `changed`."""
+        return self.changed(super().expert_parallel, *given, **named)
+
+    def changed(self, right: Callable[..., Tensor], *given: Any, **named: Any) -> Tensor:
+        """See the contract."""
+        return with_gradient(right(*given, **named), as_if_contiguous)
 
 
 # All ranks compute the same loss, of the output that all of them have.

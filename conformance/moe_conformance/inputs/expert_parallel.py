@@ -17,12 +17,20 @@ from moe_conformance.codec import replace_tensors, walk
 from moe_conformance.inputs.experts import build_experts, expert_inputs
 from moe_conformance.inputs.given import Content, Given, Inputs, Plan, Plans, Scope, choice
 from moe_conformance.inputs.layer import UNIVERSE as LAYER
+from moe_conformance.worker import LAYOUTS
 
 COUNTS = ("equal", "unequal", "one idle", "one busy")
 """Tokens of the ranks: as many on each; not as many; none on one of them; none on all but one."""
 
 SHARES = ("even", "uneven", "fewer")
 """Experts of the ranks: as many on each; one more on some; fewer experts than ranks."""
+
+RECORDED = ("recording",)
+ANY_MODE = ("recording", "recording", "no_grad", "inference_mode")
+"""Whether torch records for a backward pass where no gradient is asked for: see `GRAD_MODES`."""
+
+LEAST_WORLD = 3
+"""The smallest world that has a group of two ranks without its first."""
 
 UNIVERSE: dict[str, tuple[Any, ...]] = {
     "placement": (False, True),
@@ -42,8 +50,10 @@ def on_ranks(
     shares: tuple[str, ...] = SHARES,
     copies: tuple[bool, ...] = (False,),
     to_one_rank: bool = False,
-    part_of_world: bool = False,
+    part_of_world: tuple[bool, ...] = (False,),
     least_k: int = 1,
+    grad_modes: tuple[str, ...] = RECORDED,
+    cotangent_layouts: bool = False,
     **fixed: Any,
 ) -> Given:
     """Inputs inside the declaration, for one of the world sizes of the scope.
@@ -53,8 +63,11 @@ def on_ranks(
         shares: of `SHARES`.
         copies: with a placement that has copies, without, or either.
         to_one_rank: all pairs go to experts of one rank.
-        part_of_world: the group is a part of the world, and not its first ranks.
+        part_of_world: the group is a part of the world, and not its first ranks; or it is the
+            world; or either.
         least_k: smallest K.
+        grad_modes: what the call is made under.
+        cotangent_layouts: the gradient that comes in has other strides than contiguous ones, too.
         **fixed: as for `expert_inputs`.
     """
     fixed = {"invalid_ids": (False,), "loads": ("uniform", "skewed", "duplicates"), **fixed}
@@ -62,19 +75,28 @@ def on_ranks(
 
     def plans(scope: Scope) -> Plans | None:
         drawn = base.plans(_without_maps(scope))
-        least = 3 if part_of_world else 1
         allowed = {name: _allowed(scope, name) for name in UNIVERSE}
         cuts = tuple(each for each in shares if each in allowed["shares"])
         with_copies = tuple(each for each in copies if each in allowed["placement"])
         sizes = [
-            size
-            for size in scope.world_sizes
-            if size >= least and _least_experts(size, cuts) <= _most_experts(scope)
+            size for size in scope.world_sizes if _least_experts(size, cuts) <= _most_experts(scope)
         ]
-        possible = sizes and cuts and with_copies and part_of_world in allowed["part_of_world"]
-        if drawn is None or not possible:
+        worlds = {
+            part: [size for size in sizes if size >= (LEAST_WORLD if part else 1)]
+            for part in part_of_world
+            if part in allowed["part_of_world"]
+        }
+        worlds = {part: large for part, large in worlds.items() if large}
+        if drawn is None or not (worlds and cuts and with_copies):
             return None
-        return _plans(drawn, sizes, scope, counts, cuts, with_copies, to_one_rank, part_of_world)
+        strides = LAYOUTS if cotangent_layouts and scope.capabilities.strides else LAYOUTS[:1]
+        plain = _plans(drawn, worlds, scope, counts, cuts, with_copies, to_one_rank)
+        return st.builds(
+            lambda plan, mode, layout: {**plan, "grad_mode": mode, "cotangent_layout": layout},
+            plain,
+            choice(grad_modes),
+            choice(strides),
+        )
 
     return Given(plans, build_on_ranks)
 
@@ -123,18 +145,18 @@ def _without_maps(scope: Scope) -> Scope:
 def _plans(
     draw: st.DrawFn,
     drawn: Plans,
-    sizes: Sequence[int],
+    worlds: Mapping[bool, Sequence[int]],
     scope: Scope,
     counts: tuple[str, ...],
     shares: tuple[str, ...],
     copies: tuple[bool, ...],
     to_one_rank: bool,
-    part_of_world: bool,
 ) -> Plan:
     plan = draw(drawn)
-    world_size = draw(choice(sizes))
+    part = draw(choice(worlds))
+    world_size = draw(choice(worlds[part]))
     members = list(range(world_size))
-    if part_of_world:
+    if part:
         members = draw(choice(_parts(world_size)))
     ranks = len(members)
     most = _most_experts(scope)
@@ -210,11 +232,17 @@ def build_on_ranks(plan: Plan) -> Inputs:
         "num_experts": plan["experts"],
         "config": whole["config"],
         "placement": placement,
+        **surroundings_of(plan),
         "whole": together,
         "held": held,
     }
     paths = [path for path, _ in walk({"ranks": given["ranks"]})]
     return {**given, "layouts": dict.fromkeys(paths, plan["layout"])}
+
+
+def surroundings_of(plan: Plan) -> Inputs:
+    """What is the same on all ranks, and no argument."""
+    return {name: plan[name] for name in ("grad_mode", "cotangent_layout")}
 
 
 def cut(
@@ -279,9 +307,20 @@ def _to_one_rank(
     return of_rank[ids.long() % len(of_rank)]
 
 
-def on_replicas(**drawn: Any) -> Given:
-    """Inputs of ranks that all have the same tokens: as `on_ranks`, but for `counts`."""
-    return Given(on_ranks(counts=("equal",), **drawn).plans, build_on_replicas)
+SOME = ("equal",)
+"""Counts of ranks that have the same tokens, and have some."""
+
+SOME_OR_NONE = ("equal", "equal", "equal", "none")
+
+
+def on_replicas(*, counts: tuple[str, ...] = SOME, **drawn: Any) -> Given:
+    """Inputs of ranks that all have the same tokens: as `on_ranks`.
+
+    Args:
+        counts: "equal", or "none".
+        **drawn: as for `on_ranks`.
+    """
+    return Given(on_ranks(counts=counts, **drawn).plans, build_on_replicas)
 
 
 def build_on_replicas(plan: Plan) -> Inputs:
@@ -296,9 +335,21 @@ def build_on_replicas(plan: Plan) -> Inputs:
     return {**made, "ranks": ranks, "layouts": _layouts(ranks, plan)}
 
 
-def on_shared() -> Given:
-    """Inputs of a shared expert that is cut over ranks, all of which have the same tokens."""
-    drawn = on_ranks(counts=("equal",), weight_on=("output",))
+GATES = ("zero", "one column", "one column", "one column")
+"""Weights of a shared expert's gate: all zero; or zero but for one, which is a power of two."""
+
+
+def on_shared(
+    *, counts: tuple[str, ...] = SOME, gates: tuple[str, ...] = GATES[:1], **drawn_too: Any
+) -> Given:
+    """Inputs of a shared expert that is cut over ranks, all of which have the same tokens.
+
+    Args:
+        counts: as for `on_replicas`.
+        gates: of `GATES`.
+        **drawn_too: as for `on_ranks`.
+    """
+    drawn = on_ranks(counts=counts, weight_on=("output",), **drawn_too)
 
     def plans(scope: Scope) -> Plans | None:
         made = drawn.plans(scope)
@@ -311,7 +362,12 @@ def on_shared() -> Given:
         if made is None or not factors:
             return None
         unit = {"unit": scope.capabilities.intermediate_multiple}
-        return st.builds(lambda plan, of: {**plan, **of, **unit}, made, choice(factors))
+        return st.builds(
+            lambda plan, of, gate: {**plan, **of, **unit, "gate": gate},
+            made,
+            choice(factors),
+            choice(gates),
+        )
 
     return Given(plans, build_on_shared)
 
@@ -324,7 +380,8 @@ def build_on_shared(plan: Plan) -> Inputs:
     """One expert, which every token goes to with the same weight, and its slices.
 
     The gate's weight is zero, so that it is a factor that the oracle has without rounding; its
-    gradient is not zero.
+    gradient is not zero. Or it has one element, a power of two: then its product with a token is
+    exact in every dtype and every order, and the factor is off by what its sigmoid rounds.
     """
     size, scale, gated = len(plan["counts"]), plan["shared_scale"], plan["shared_gate"]
     one = {**plan, "experts": 1, "local": 1, "top_k": 1, "tokens": plan["counts"][0]}
@@ -335,9 +392,13 @@ def build_on_shared(plan: Plan) -> Inputs:
     whole = build_experts({**one, "load": "one expert"})
     x, shared, config = whole["x"], whole["experts"], whole["config"]
     ids = torch.zeros(len(x), 1, dtype=torch.int64)
+    gate = x.new_zeros(1, x.shape[1])
+    if gated and plan["gate"] == "one column" and len(x):
+        gate = _one_column(Content(plan["seed"] ^ 0x6A7E), x)
+    factors = (x.double() @ gate.double().T).sigmoid() if gated else torch.ones(len(x), 1).double()
     ranks = [
         {"x": x.clone(), "part": _slice(shared, config.gated, size, rank, unit)}
-        | ({"shared_gate": x.new_zeros(1, x.shape[1])} if gated else {})
+        | ({"shared_gate": gate.clone()} if gated else {})
         for rank in range(size)
     ]
     return {
@@ -347,16 +408,32 @@ def build_on_shared(plan: Plan) -> Inputs:
         "num_experts": 1,
         "config": config,
         "placement": None,
+        **surroundings_of(plan),
         "shared_scale": scale,
         "whole": {
             "x": x,
-            "weights": torch.full((len(x), 1), scale * (GATE if gated else 1), dtype=x.dtype),
+            "weights": scale * factors,
             "expert_ids": ids,
             "experts": shared,
         },
         "held": [[0]] * size,
         "layouts": _layouts(ranks, plan),
     }
+
+
+def _one_column(content: Content, x: torch.Tensor) -> torch.Tensor:
+    """[1, H]: with x at most 4, and below -2 for one of the tokens: there a sigmoid is not linear.
+
+    A column of zeros stays one.
+    """
+    column = int(content.integers(0, x.shape[1] - 1))
+    values = x[:, column].double()
+    most = values[values.abs().argmax()]
+    gate = torch.zeros_like(x[:1])
+    if most != 0:
+        power = 2 - int(torch.log2(most.abs()).ceil())
+        gate[0, column] = -torch.sign(most) * 2.0 ** max(-14, min(power, 14))
+    return gate
 
 
 def _layouts(ranks: list[dict[str, Any]], plan: Plan) -> dict[str, str]:

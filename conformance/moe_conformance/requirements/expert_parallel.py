@@ -18,7 +18,7 @@ from moe_reference.experts import experts as reference_experts
 from moe_conformance.case import Answer, Case
 from moe_conformance.codec import replace_tensors, walk
 from moe_conformance.experts_oracle import Spread, experts_oracle
-from moe_conformance.inputs.expert_parallel import cut, on_ranks
+from moe_conformance.inputs.expert_parallel import ANY_MODE, cut, on_ranks
 from moe_conformance.inputs.given import Given, Scope, differentiable
 from moe_conformance.judge import (
     Closeness,
@@ -195,7 +195,7 @@ def with_whole(case: Case, **changed: Any) -> None:
     reason="Spreading the experts changes where the work is done, and no output. Without the way "
     "back every row is still a row of the right width, of another token.",
     sources=("DeepSeek-V2 moe_infer", "xtuner #2053", "DeepEP #112"),
-    given=on_ranks(),
+    given=on_ranks(grad_modes=ANY_MODE),
     references=SHOWN,
 )
 def every_rank_gets_what_one_rank_computes(case: Case) -> None:
@@ -251,7 +251,7 @@ def equal_on_ranks(expected: torch.Tensor, counts: Sequence[int]) -> Callable[[T
     reason="Rows arrive rank by rank and are computed expert by expert. Whoever forgets to undo "
     "either order, or swaps the splits on the way there and not on the way back, mixes tokens.",
     sources=("DeepSeek-V2 moe_infer", "TensorCast MoE layer", "xtuner #2053"),
-    given=exact_on_ranks(),
+    given=exact_on_ranks(grad_modes=ANY_MODE),
     references=("parallel_steps.expert_major", "dispatch.inverse_permutation"),
 )
 def rows_come_back_to_their_tokens(case: Case) -> None:
@@ -301,6 +301,7 @@ def with_gradients(case: Case) -> Answer:
         OPERATION,
         wrt=[f"ranks.{rank}.{path}" for rank in range(len(ranks)) for path in paths_of(case)],
         cotangents={str(rank): each for rank, each in enumerate(cotangents)},
+        cotangent_layout=case["cotangent_layout"],
         **arguments(case),
     )
     answer = case.session([call])[0]
@@ -503,7 +504,7 @@ def ranks_hold_different_numbers_of_experts(case: Case) -> None:
     reason="Frameworks average the gradients of replicated parameters over the ranks. An expert is "
     "on one rank, which has seen the tokens of all: its gradient is whole already.",
     sources=("pytorch #160285", "DeepSpeed #5259", "transformers #48687", "torchtitan #2416"),
-    given=differentiable(OPERATION, on_ranks()),
+    given=differentiable(OPERATION, on_ranks(cotangent_layouts=True)),
     references=("ranks.ProcessRanks", "expert_parallel.expert_parallel"),
 )
 def gradients_are_the_slice_of_one_ranks(case: Case) -> None:
@@ -577,7 +578,7 @@ def ids_that_are_nowhere_contribute_nothing(case: Case) -> None:
     reason="A token may be sent once to a rank that has two of its experts, and is then easily "
     "weighted once.",
     sources=("DeepSeek-V2 moe_infer: cnts.scatter_", "DeepEP #112"),
-    given=on_ranks(least_k=2, loads=("duplicates",)),
+    given=on_ranks(least_k=2, loads=("duplicates",), grad_modes=ANY_MODE),
     references=("dispatch.dispatch",),
 )
 def equal_ids_travel_twice(case: Case) -> None:
@@ -709,7 +710,7 @@ def the_cut_into_ranks_does_not_matter(case: Case) -> None:
         "vllm-ascend #5311",
         "vLLM #28377",
     ),
-    given=on_ranks(copies=(True,)),
+    given=on_ranks(copies=(True,), grad_modes=ANY_MODE),
     references=("placement.physical_ids", "parallel_steps.held_experts"),
 )
 def a_placement_changes_no_output(case: Case) -> None:
@@ -831,7 +832,7 @@ def arguments_that_do_not_fit_raise_on_every_rank(case: Case) -> None:
     reason="With pipeline or data parallelism around it the experts' group is a part of the world: "
     "a rank's number there is another, and those outside are not called.",
     sources=("torchtitan #2842", "torchtitan #2416"),
-    given=on_ranks(part_of_world=True),
+    given=on_ranks(part_of_world=(True,)),
     references=("ranks.ProcessRanks",),
 )
 def ranks_are_counted_in_their_group(case: Case) -> None:

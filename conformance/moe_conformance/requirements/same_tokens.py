@@ -9,6 +9,7 @@ Dimension key: T tokens, H hidden size, K experts per token, E experts, R ranks.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +17,19 @@ import torch
 
 from moe_conformance.case import Answer, Case
 from moe_conformance.codec import replace_tensors, walk
-from moe_conformance.inputs.expert_parallel import GATE, on_replicas, on_shared, taken
+from moe_conformance.experts_oracle import FUNCTION_ULPS, Spread
+from moe_conformance.inputs.expert_parallel import (
+    ANY_MODE,
+    GATE,
+    GATES,
+    SOME_OR_NONE,
+    on_replicas,
+    on_shared,
+    taken,
+)
 from moe_conformance.inputs.given import differentiable
 from moe_conformance.judge import Closeness, Violation, close, equal, has_form, impostors
+from moe_conformance.precision import UNIT
 from moe_conformance.registry import MUST, requirement
 from moe_conformance.requirements.expert_parallel import (
     Limit,
@@ -32,7 +43,7 @@ from moe_conformance.requirements.expert_parallel import (
     value_of,
     without,
 )
-from moe_conformance.requirements.experts import cotangent_of
+from moe_conformance.requirements.experts import arithmetic_of, cotangent_of, left_alone
 
 SLICED, REPLICATED, SHARED = (
     "sliced_expert_parallel",
@@ -57,6 +68,8 @@ def note(case: Case) -> None:
     case.note(f"{size} ranks")
     case.note("tokens that do not divide by the ranks", tokens % size > 0)
     case.note("fewer tokens than ranks", tokens < size)
+    case.note("no tokens", tokens == 0)
+    case.note("a group that is a part of the world", size < case["world_size"])
     case.note("a rank without experts", not all(case["held"]))
     case.note("a placement", case["placement"] is not None)
 
@@ -64,7 +77,10 @@ def note(case: Case) -> None:
 def judge_everywhere(case: Case, answer: Answer, others: dict[str, torch.Tensor]) -> None:
     """Every rank has to have the one rank's output; the impostors have it on no rank."""
     note(case)
-    spread, size = oracle_of(case), len(case["ranks"])
+    if len(case["whole"]["x"]) == 0:
+        _judge_shapes(case, answer)
+        return
+    spread, size = _with_gate(case, oracle_of(case)), len(case["ranks"])
 
     def rule(outputs: Tensors) -> Closeness:
         found = [
@@ -85,6 +101,41 @@ def judge_everywhere(case: Case, answer: Answer, others: dict[str, torch.Tensor]
     }
     outputs = outputs_of(answer, case["ranks"])
     case.judge(rule, outputs, [(name, [value] * size) for name, value in wrong.items()])
+
+
+def _with_gate(case: Case, spread: Spread) -> Spread:
+    """Add what the sigmoid of a shared expert's gate may be off by.
+
+    Its argument is exact, but where products are of tf32, which rounds x. The function is off by a
+    few units of the accumulator; the factor, and its product with the scale, may be rounded to x's
+    dtype, as the layer's. A token has one factor: it moves the whole row, as one error.
+    """
+    gate = case["ranks"][0].get("shared_gate")
+    if gate is None or not bool(gate.any()):
+        return spread
+    x = case["whole"]["x"]
+    arithmetic = arithmetic_of(case, x).outside
+    logit = x.double() @ gate.double().T
+    unit = arithmetic.accumulator_unit
+    relative = FUNCTION_ULPS * unit * (1 + logit.abs()) + 2 * max(unit, arithmetic.unit)
+    if arithmetic.accumulator == "tf32":
+        relative = relative + UNIT["tf32"] * logit.abs()
+    added = (relative * spread.value).square() / 3
+    total, once = spread.sigma.square().sum(-1), added.sum(-1)
+    squares = (1 / spread.freedom - 1 / x.shape[1]) * total.square() + once.square()
+    freedom = 1 / (1 / x.shape[1] + squares / (total + once).square().clamp_min(1e-300))
+    sigma = (spread.sigma.square() + added).sqrt()
+    return Spread(spread.value, sigma, freedom.clamp_min(1.0))
+
+
+def _judge_shapes(case: Case, answer: Answer) -> None:
+    """Of no tokens there is nothing but the form of what they get."""
+
+    def rule(outputs: Tensors) -> None:
+        outputs_of(dataclasses.replace(answer, outputs=outputs), case["ranks"])
+
+    row = case["whole"]["x"].new_zeros(1, case["whole"]["x"].shape[1])
+    case.judge(rule, answer.outputs, [("a row", [row] * len(case["ranks"]))])
 
 
 def same_loss(case: Case) -> bool:
@@ -118,6 +169,7 @@ def with_gradients(case: Case, operation: str) -> Answer:
             if tensor.is_floating_point()
         ],
         cotangents=cotangents_of(case),
+        cotangent_layout=case["cotangent_layout"],
         **arguments(case, operation),
     )
     answer = case.session([call])[0]
@@ -148,6 +200,10 @@ def judge_together(case: Case, found: dict[str, Tensors]) -> None:
     add up where losses do; where all compute the same loss, each is the whole.
     """
     note(case)
+    if len(case["whole"]["x"]) == 0:
+        for path, gradients in found.items():
+            judge_zeros(case, path, gradients)
+        return
     size = len(case["ranks"])
     right = gradient_limits(case, sums=size if same_loss(case) else 0)
     for path, gradients in found.items():
@@ -190,24 +246,44 @@ def _joined(path: str, slices: Tensors, gated: bool) -> torch.Tensor:
     return torch.cat([half for pair in zip(*halves, strict=True) for half in pair], 1)
 
 
+def spoil_nobodys_weights(case: Case) -> dict[str, torch.Tensor]:
+    """Make the weights of pairs whose id is nobody's not finite; what counting them would give."""
+    given = case["whole"]
+    ids, weights = given["expert_ids"].long(), given["weights"]
+    nobodys = (ids < 0) | (ids >= case["num_experts"])
+    if not bool(nobodys.any()):
+        return {}
+    case.note("an id that is nobody's")
+    last = ids.masked_fill(nobodys, case["num_experts"] - 1)
+    others = {"counted as the last expert": value_of(case, expert_ids=last)}
+    kinds = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=weights.dtype)
+    spoilt = torch.where(nobodys, kinds[torch.arange(len(weights)) % 3, None], weights)
+    case.inputs["whole"] = given | {"weights": spoilt}
+    case.inputs["ranks"] = [rank | {"weights": spoilt.clone()} for rank in case["ranks"]]
+    return others
+
+
 @requirement(
     "EP-19",
     MUST,
     SLICED,
     "Ranks that have the same tokens and share them out MUST all get back every token's output, "
-    "also where the tokens do not divide by the ranks.",
+    "also where the tokens do not divide by the ranks, and where there are none. Ranks are counted "
+    "in their group. A pair whose id is nobody's counts for nothing, whatever its weight.",
     reason="Tokens are padded, cut, computed, gathered and trimmed. What is cut off at the wrong "
-    "end, or left over between equal slices, is another token's output, or nobody's.",
-    sources=("TensorCast MoE layer",),
-    given=on_replicas(),
+    "end, or left over between equal slices, is another token's output, or nobody's; so is the "
+    "slice of a rank's number in the world.",
+    sources=("TensorCast MoE layer", "torchtitan #2842", "vLLM #42034"),
+    given=on_replicas(counts=SOME_OR_NONE, invalid_ids=(False, True), part_of_world=(False, True)),
     references=("domain_transforms.sliced_expert_parallel", "token_slices.leave_slices"),
 )
 def slices_are_put_together_again(case: Case) -> None:
     """Statistical comparison with one rank; the impostor leaves out what is left over."""
+    others = spoil_nobodys_weights(case)
     answer = case.call(SLICED, **arguments(case, SLICED))
     tokens, size = len(case["whole"]["x"]), len(case["ranks"])
     left_over = torch.arange(tokens) >= tokens // size * size
-    judge_everywhere(case, answer, {"left over": without(case, left_over[:, None])})
+    judge_everywhere(case, answer, others | {"left over": without(case, left_over[:, None])})
 
 
 @requirement(
@@ -221,7 +297,7 @@ def slices_are_put_together_again(case: Case) -> None:
     "way back of the gathering is a sum over the ranks where losses are terms, and a slice where "
     "they are one; what it leaves of x on a rank is its slice's part.",
     sources=("transformers #48687", "pytorch #160285", "Automodel #1260"),
-    given=differentiable(SLICED, on_replicas()),
+    given=differentiable(SLICED, on_replicas(counts=SOME_OR_NONE, cotangent_layouts=True)),
     references=("ranks.all_gather",),
 )
 def gradients_of_slices_add_up(case: Case) -> None:
@@ -234,20 +310,30 @@ def gradients_of_slices_add_up(case: Case) -> None:
     MUST,
     REPLICATED,
     "Ranks that have the same tokens and a share of the experts each MUST all get the one rank's "
-    "output, whichever copies of an expert there are.",
+    "output, whichever copies of an expert there are, also where there are no tokens. Ranks are "
+    "counted in their group. A pair whose id is nobody's counts for nothing, whatever its weight.",
     reason="A pair is computed by exactly one rank. Ranks that choose among copies by themselves "
-    "compute it twice or not at all, and an id of another rank's expert is none of this one's.",
-    sources=("SGLang #32962",),
-    given=on_replicas(copies=(False, True, True)),
+    "compute it twice or not at all, and an id of another rank's expert is none of this one's. "
+    "Where pairs of others are multiplied by zero, what is not finite stays.",
+    sources=("SGLang #32962", "transformers #48653", "torchtitan #2842"),
+    given=on_replicas(
+        copies=(False, True, True),
+        counts=SOME_OR_NONE,
+        invalid_ids=(False, True),
+        part_of_world=(False, True),
+        grad_modes=ANY_MODE,
+    ),
     references=("partial_sums.replicated_experts", "placement.physical_ids"),
 )
 def parts_of_all_ranks_add_up(case: Case) -> None:
     """Statistical comparison with one rank; the impostor is the first rank's part."""
+    others = spoil_nobodys_weights(case)
     answer = case.call(REPLICATED, **arguments(case, REPLICATED))
     elsewhere = ~torch.isin(
         case["whole"]["expert_ids"].long(), torch.tensor(case["held"][0], dtype=torch.int64)
     )
-    judge_everywhere(case, answer, {"the first rank's part": without(case, elsewhere)})
+    others["the first rank's part"] = without(case, elsewhere)
+    judge_everywhere(case, answer, others)
 
 
 @requirement(
@@ -261,7 +347,9 @@ def parts_of_all_ranks_add_up(case: Case) -> None:
     "come back to each. A reduction without a backward gives each its own loss's, an average a "
     "part; and where all compute one loss, a sum gives R times too much.",
     sources=("pytorch #160285", "DeepSpeed #5259", "transformers #48687"),
-    given=differentiable(REPLICATED, on_replicas(copies=(False, True))),
+    given=differentiable(
+        REPLICATED, on_replicas(copies=(False, True), counts=SOME_OR_NONE, cotangent_layouts=True)
+    ),
     references=("partial_sums.reduce_once", "ranks.all_reduce"),
 )
 def gradients_of_parts_add_up(case: Case) -> None:
@@ -279,12 +367,14 @@ def doubled(case: Case) -> torch.Tensor:
     "EP-23",
     MUST,
     SHARED,
-    "The slices of a shared expert MUST be summed over the ranks exactly once, its output bias "
-    "too.",
+    "The slices of a shared expert MUST be summed over the ranks of the group exactly once, its "
+    "output bias too, however many tokens there are.",
     reason="A slice's output is partial. Beside routed experts it is easily reduced a second time "
     "with their sum, or with none; one rank shows neither.",
     sources=("vLLM #49122", "vLLM #49378", "SGLang #35535", "SGLang #32963"),
-    given=on_shared(),
+    given=on_shared(
+        counts=SOME_OR_NONE, part_of_world=(False, True), gates=GATES, grad_modes=ANY_MODE
+    ),
     references=("partial_sums.shared_tensor_parallel", "partial_sums.reduce_once"),
 )
 def the_shared_expert_is_reduced_once(case: Case) -> None:
@@ -304,7 +394,7 @@ def the_shared_expert_is_reduced_once(case: Case) -> None:
     "out, every slice learns from one rank's loss; taken twice, R times too much. Where they are "
     "one, it is x's and the gate's gradients that have to be summed.",
     sources=("pytorch #160285", "DeepSpeed #5259"),
-    given=differentiable(SHARED, on_shared()),
+    given=differentiable(SHARED, on_shared(counts=SOME_OR_NONE, cotangent_layouts=True)),
     references=("partial_sums.reduce_once", "ranks.all_reduce"),
 )
 def gradients_of_the_shared_expert_are_slices(case: Case) -> None:
@@ -347,8 +437,13 @@ def padding_is_routed_nowhere(case: Case) -> None:
     for path, gradients in gradients_of(case, answer).items():
         if path.startswith("local."):
             rows = [each[of_rank] for each, of_rank in zip(gradients, idle, strict=True)]
-            if any(each.numel() for each in rows):
-                case.judge(_zeros(path), rows, [("ones", [each + 1 for each in rows])])
+            judge_zeros(case, path, rows)
+
+
+def judge_zeros(case: Case, path: str, rows: Tensors) -> None:
+    """Hold rows of gradients against zeros, to the bit, where there are any."""
+    if any(each.numel() for each in rows):
+        case.judge(_zeros(path), rows, [("ones", [each + 1 for each in rows])])
 
 
 def _zeros(path: str) -> Callable[[Tensors], None]:
@@ -358,3 +453,90 @@ def _zeros(path: str) -> Callable[[Tensors], None]:
             equal(what, gradient, torch.zeros_like(gradient))
 
     return rule
+
+
+def other_tokens(case: Case) -> None:
+    """As many other tokens, on all ranks, with the same experts."""
+    made = dict(case["whole"])
+    made["x"] = made["x"].flip(0) * 0.5
+    for name in ("weights", "expert_ids"):
+        made[name] = made[name].flip(0).flip(1)
+    case.inputs["whole"] = made
+    case.inputs["ranks"] = [
+        rank | {name: made[name].clone() for name in made.keys() & rank.keys()}
+        for rank in case["ranks"]
+    ]
+
+
+def leaves_things_alone(case: Case, operation: str) -> None:
+    """Two calls in one session; the second one is judged too, and the first is read again."""
+    first_ranks, first = case["ranks"], case.planned(operation, **arguments(case, operation))
+    other_tokens(case)
+    answers = case.session([first, case.planned(operation, **arguments(case, operation))])
+    for answer in answers:
+        found = answer.changed + answer.shared + answer.state
+        case.judge(left_alone(operation), found, [("one", ["one"])])
+    judge_everywhere(case, answers[1], {})
+    outputs = outputs_of(answers[0], first_ranks)
+
+    def rule(again: Tensors) -> None:
+        for rank, (before, after) in enumerate(zip(outputs, again, strict=True)):
+            equal(f"the first output of rank {rank}, read again", after, before)
+
+    overwritten = [torch.where(each == 0, 1.0, 0.0).to(each.dtype) for each in outputs]
+    case.judge(rule, answers[0].afterwards, [("overwritten", overwritten)])
+
+
+ALONE = (
+    "inputs MUST NOT be changed, the output MUST NOT share memory with them, torch's global state "
+    "MUST stay, and a second call with other tokens MUST be right and leave the first output as it "
+    "was."
+)
+
+
+@requirement(
+    "EP-26",
+    MUST,
+    SLICED,
+    f"Where tokens are cut into slices, {ALONE}",
+    reason="A slice is a view of what the caller has, and where nothing has to be padded so is all "
+    "of it. What is gathered has the same shape at every step, and is easily kept.",
+    sources=("TensorCast topk_weights /=", "KernelBench result_reuse", "xtuner #2053"),
+    given=on_replicas(grad_modes=ANY_MODE),
+    references=("token_slices.enter_slices", "token_slices.leave_slices"),
+)
+def slices_leave_things_alone(case: Case) -> None:
+    """Every argument of every rank is compared with a copy made before the call."""
+    leaves_things_alone(case, SLICED)
+
+
+@requirement(
+    "EP-27",
+    MUST,
+    REPLICATED,
+    f"Where parts are added up, {ALONE}",
+    reason="A reduction works in place. In a buffer that is kept the next step's sum is in the "
+    "place of this one's, and x goes on into the residual.",
+    sources=("TensorCast topk_weights /=", "KernelBench result_reuse", "vLLM #16801"),
+    given=on_replicas(copies=(False, True), grad_modes=ANY_MODE),
+    references=("partial_sums.replicated_experts", "partial_sums.reduce_once"),
+)
+def parts_leave_things_alone(case: Case) -> None:
+    """Every argument of every rank is compared with a copy made before the call."""
+    leaves_things_alone(case, REPLICATED)
+
+
+@requirement(
+    "EP-28",
+    MUST,
+    SHARED,
+    f"Where slices of a shared expert are added up, {ALONE}",
+    reason="A reduction works in place. In a buffer that is kept the next layer's sum is in the "
+    "place of this one's, and x is what the routed experts are given too.",
+    sources=("KernelBench result_reuse", "vLLM #16801"),
+    given=on_shared(grad_modes=ANY_MODE),
+    references=("partial_sums.shared_tensor_parallel", "partial_sums.reduce_once"),
+)
+def slices_of_the_shared_expert_leave_things_alone(case: Case) -> None:
+    """Every argument of every rank is compared with a copy made before the call."""
+    leaves_things_alone(case, SHARED)
