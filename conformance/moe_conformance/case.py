@@ -12,12 +12,11 @@ import torch
 from moe_conformance.executor import Executor, TargetLost
 from moe_conformance.inputs.given import Inputs, Scope
 from moe_conformance.judge import Closeness, Violation, has_form
+from moe_conformance.worker import SURROUNDINGS
 
 A = TypeVar("A")
 FLOATS = (torch.float32, torch.float64)
 IDS = (torch.int32, torch.int64)
-SURROUNDINGS = ("grad_mode", "default_dtype")
-"""Inputs that are for `worker.surroundings`."""
 
 
 @dataclass(frozen=True)

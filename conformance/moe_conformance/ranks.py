@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from moe_conformance import worker
 from moe_conformance.codec import from_bytes
-from moe_conformance.worker import LoadError
+from moe_conformance.worker import SURROUNDINGS, LoadError
 
 STEP = "moespec: in "
 """Marks in a rank's log where it was: a rank that hangs or dies cannot say it any more."""
@@ -59,7 +59,8 @@ def part_of(session: Session, member: int) -> Session:
                 "cotangents": {} if cotangent is None else {"": cotangent},
             }
         )
-    return {"device": session["device"], "calls": calls}
+    asked = {"device": session["device"], "calls": calls}
+    return asked | {name: session[name] for name in SURROUNDINGS if name in session}
 
 
 def together(parts: Sequence[Sequence[Answer]]) -> list[Answer]:

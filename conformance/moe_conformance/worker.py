@@ -316,6 +316,10 @@ def run_session(
         return _run_calls(target, session, tell)
 
 
+SURROUNDINGS = ("grad_mode", "default_dtype")
+"""What `surroundings` reads of a session; a case's inputs of these names become a session's."""
+
+
 @contextlib.contextmanager
 def surroundings(session: dict[str, Any]) -> Iterator[None]:
     """What a caller may have set: `grad_mode`, one of `GRAD_MODES`, and torch's `default_dtype`."""

@@ -578,6 +578,22 @@ class TheGradientOfTheOutputIsReadAsIfContiguous(OnSameTokens):
         return with_gradient(right(*given, **named), as_if_contiguous)
 
 
+@fault("without-gradients-equal-ids-travel-once", catches=("EP-10",))
+class WithoutGradientsEqualIdsTravelOnce(Reference):
+    """The way of inference has one row for each token and expert."""
+
+    def expert_parallel(
+        self, x: Tensor, weights: Tensor, expert_ids: Tensor, *given: Any, **named: Any
+    ) -> Tensor:
+        """See the contract."""
+        ids = expert_ids.clone()
+        if not torch.is_grad_enabled():
+            for k in range(1, ids.shape[1]):
+                seen = (ids[:, :k] == ids[:, k : k + 1]).any(1)
+                ids[:, k] = ids[:, k].where(~seen, -1)
+        return super().expert_parallel(x, weights, ids, *given, **named)
+
+
 # All ranks compute the same loss, of the output that all of them have.
 
 

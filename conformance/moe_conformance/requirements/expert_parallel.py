@@ -150,6 +150,7 @@ def note(case: Case) -> None:
     case.note("a rank without experts", not all(held))
     case.note("ranks with more experts than others", len(set(map(len, held))) > 1)
     case.note("a placement", case["placement"] is not None)
+    case.note("gradients are off", case["grad_mode"] != "recording")
     case.note(f"dtype {str(case['whole']['x'].dtype).removeprefix('torch.')}")
 
 

@@ -72,6 +72,7 @@ def note(case: Case) -> None:
     case.note("a group that is a part of the world", size < case["world_size"])
     case.note("a rank without experts", not all(case["held"]))
     case.note("a placement", case["placement"] is not None)
+    case.note("gradients are off", case["grad_mode"] != "recording")
 
 
 def judge_everywhere(case: Case, answer: Answer, others: dict[str, torch.Tensor]) -> None:
