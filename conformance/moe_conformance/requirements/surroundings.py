@@ -11,7 +11,9 @@ from dataclasses import replace
 from hypothesis import strategies as st
 
 from moe_conformance.case import Case
+from moe_conformance.executor import TargetLost
 from moe_conformance.inputs.given import Given, Inputs, Plan, Plans, Scope, choice
+from moe_conformance.judge import Violation
 from moe_conformance.registry import (
     ANY,
     MUST,
@@ -21,6 +23,7 @@ from moe_conformance.registry import (
     requirements,
 )
 from moe_conformance.target import ON_RANKS
+from moe_conformance.worker import SURROUNDINGS
 
 ABOUT_ERRORS = (
     *("GATE-17", "BALANCE-27", "BALANCE-35", "BALANCE-43", "ALIGN-19", "ALIGN-31"),
@@ -95,7 +98,19 @@ def _ask(case: Case, set_to: str) -> None:
     case.note(f"{set_to}, operation {asked.operation}")
     if "grad_mode" in case.inputs:
         case.scope = _recording_nothing(case.scope)
-    asked.check(case)
+    try:
+        asked.check(case)
+    except (Violation, TargetLost):
+        # What is wrong in any surroundings is what the other requirement is there to say.
+        inputs = {name: v for name, v in case.inputs.items() if name not in SURROUNDINGS}
+        plain = Case(inputs, case.scope, case.executor)
+        try:
+            asked.check(plain)
+        except (Violation, TargetLost):
+            case.note("wrong without them too")
+            case.judged += 1
+            return
+        raise
 
 
 @requirement(
