@@ -1,11 +1,14 @@
 """Every seeded fault is caught by a requirement that it names; every requirement has its faults."""
 
 import pytest
+import torch
+from moe_conformance.executor import InlineExecutor
 from moe_conformance.faults import faults
-from moe_conformance.registry import MAY, requirements
+from moe_conformance.registry import MAY, requirement_named, requirements
 from moe_conformance.runner import Effort, run_requirement
 from moe_conformance.selfcheck import catch, inline_scope, noticed, run_selfcheck
-from moe_conformance.target import OPERATIONS
+from moe_conformance.target import OPERATIONS, Capabilities
+from moe_conformance.targets import Reference
 from moe_conformance.variants import VARIANTS, variant_target
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,8 +45,6 @@ def test_a_fault_is_caught(fault):
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 def test_a_legal_variant_is_not_accused(variant):
-    from moe_conformance.executor import InlineExecutor
-
     executor = InlineExecutor(variant_target(variant))
     scope = inline_scope(executor, ("float32", "bfloat16", "float16"))
     for requirement in requirements("experts"):
@@ -56,10 +57,29 @@ def test_a_suite_that_misses_a_fault_says_so(monkeypatch):
     """The self-check is unsound when a fault is right after all."""
     from moe_conformance import selfcheck
     from moe_conformance.faults import Fault
-    from moe_conformance.targets import Reference
 
     harmless = Fault("nothing-is-wrong", ("GATE-19",), "", Reference)
     monkeypatch.setattr(selfcheck, "faults", lambda: [harmless])
     monkeypatch.setattr(selfcheck, "requirements", lambda: requirements("gating")[18:19])
     result = run_selfcheck(0, 12, lambda line: None)
     assert (result["caught"], result["sound"]) == (0, False)
+
+
+@pytest.mark.parametrize(
+    ("only_inference", "statuses"), [(False, "fail pass"), (True, "pass fail")]
+)
+def test_what_is_wrong_in_any_surroundings_is_said_once(only_inference, statuses):
+    class OffByOne(Reference):
+        capabilities = Capabilities(operations=("update_bias",))
+
+        def update_bias(self, *given, **named):
+            wrong = not only_inference or torch.is_inference_mode_enabled()
+            return super().update_bias(*given, **named) + wrong
+
+    executor = InlineExecutor(OffByOne())
+    scope = inline_scope(executor)
+    found = [
+        run_requirement(requirement_named(id), scope, executor, Effort(20, 1, 0), seed=0).status
+        for id in ("BALANCE-36", "BACKEND-07")
+    ]
+    assert found == statuses.split()

@@ -13,7 +13,7 @@ from moe_reference.config import ExpertsConfig, ExpertWeights, Placement
 from moe_reference.dispatch import accumulation_dtype
 from moe_reference.expert_parallel import over_ranks
 from moe_reference.experts import experts
-from moe_reference.parallel_steps import Held, expert_places, held_experts
+from moe_reference.parallel_steps import expert_places, held_experts
 from moe_reference.ranks import ProcessRanks, all_gather, all_reduce
 from moe_reference.token_slices import enter_slices, leave_slices
 
@@ -47,7 +47,15 @@ def own_gradient(own: Tensor, total: Tensor) -> Tensor:
     return made
 
 
-class OnSlices(Reference):
+class Entered(Reference):
+    """What all ranks have goes into each one's part as it is."""
+
+    def entered(self, ranks: ProcessRanks, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """What a rank's part is made of."""
+        return tensors
+
+
+class OnSlices(Entered):
     """The reference's steps one after the other, each of which can be changed."""
 
     def sliced_expert_parallel(
@@ -63,7 +71,8 @@ class OnSlices(Reference):
     ) -> Tensor:
         """Cut, compute, put together."""
         ranks = ProcessRanks(group)
-        [rows], [cut] = enter_slices([x], ranks), enter_slices([weights], ranks)
+        whole_x, whole_weights = self.entered(ranks, x, weights)
+        [rows], [cut] = enter_slices([whole_x], ranks), enter_slices([whole_weights], ranks)
         ids = self.ids(expert_ids, ranks)
         [y] = over_ranks([rows], [cut], [ids], [local], num_experts, config, ranks, placement)
         return self.leave(self.computed(y, local), len(x), ranks)
@@ -147,7 +156,16 @@ class ExpertsWithoutTokensAreMultipliedByZero(OnSlices):
         return y + (local.down * 0).sum().to(y.dtype)
 
 
-class OnReplicas(Reference):
+class Added(Entered):
+    """Parts of all ranks, and their sum."""
+
+    def added(self, part: Tensor, ranks: ProcessRanks) -> Tensor:
+        """The sum."""
+        [total] = all_reduce([part], ranks)
+        return total
+
+
+class OnReplicas(Added):
     """`replicated_experts`, of which the parts and their sum can be changed."""
 
     def replicated_experts(
@@ -165,34 +183,25 @@ class OnReplicas(Reference):
         ranks = ProcessRanks(group)
         [rank] = ranks.here
         held = held_experts(num_experts, ranks.size, placement)
-        placement = self.placed(placement, rank)
-        part = self.part(x, weights, expert_ids, local, held, rank, config, placement)
+        places = expert_places(expert_ids, num_experts, held, self.placed(placement, rank))
+        rows = self.rows(places, sum(map(len, held[:rank])), len(held[rank]))
+        whole_x, whole_weights = self.entered(ranks, x, weights)
+        factors = self.factors(whole_weights, rows)
+        part = experts(whole_x.to(accumulation_dtype(x)), local, factors, rows, config)
         return self.added(part, ranks).to(x.dtype)
-
-    def part(
-        self,
-        x: Tensor,
-        weights: Tensor,
-        expert_ids: Tensor,
-        local: ExpertWeights,
-        held: Held,
-        rank: int,
-        config: ExpertsConfig,
-        placement: Placement | None,
-    ) -> Tensor:
-        """What this rank's experts compute."""
-        return partial_sums.partial_of_held_experts(
-            x, weights, expert_ids, local, held, rank, config, placement
-        )
 
     def placed(self, placement: Placement | None, rank: int) -> Placement | None:
         """Where this rank looks for copies."""
         return placement
 
-    def added(self, part: Tensor, ranks: ProcessRanks) -> Tensor:
-        """The sum."""
-        [total] = all_reduce([part], ranks)
-        return total
+    def rows(self, places: Tensor, start: int, count: int) -> Tensor:
+        """[T, K]: rows of the local experts, -1 of other ranks'."""
+        here = (places >= start) & (places < start + count)
+        return (places - start).where(here, -1)
+
+    def factors(self, weights: Tensor, rows: Tensor) -> Tensor:
+        """What this rank's pairs are weighed with."""
+        return weights
 
 
 @fault("replicas-are-chosen-differently-per-rank", catches=("EP-21",), thread="SGLang #32962")
@@ -209,35 +218,8 @@ class ReplicasAreChosenDifferentlyPerRank(OnReplicas):
         return dataclasses.replace(placement, logical_to_physical=rolled)
 
 
-class OfPlaces(OnReplicas):
-    """The rows of the local experts are worked out anew."""
-
-    def part(
-        self,
-        x: Tensor,
-        weights: Tensor,
-        expert_ids: Tensor,
-        local: ExpertWeights,
-        held: Held,
-        rank: int,
-        config: ExpertsConfig,
-        placement: Placement | None,
-    ) -> Tensor:
-        """The experts in one list of all ranks', of which this rank has some in a row."""
-        num_experts = sum(map(len, held)) if placement is None else len(placement.replica_count)
-        places = expert_places(expert_ids, num_experts, held, placement)
-        start = sum(map(len, held[:rank]))
-        rows = self.rows(places, start, len(held[rank]))
-        return experts(x.to(accumulation_dtype(x)), local, weights, rows, config)
-
-    def rows(self, places: Tensor, start: int, count: int) -> Tensor:
-        """[T, K]: rows of the local experts, -1 of other ranks'."""
-        here = (places >= start) & (places < start + count)
-        return (places - start).where(here, -1)
-
-
 @fault("ids-of-other-ranks-are-taken-for-the-last-local-expert", catches=("EP-21",))
-class IdsOfOtherRanksAreTakenForTheLastLocalExpert(OfPlaces):
+class IdsOfOtherRanksAreTakenForTheLastLocalExpert(OnReplicas):
     """Ids below this rank's experts become negative, and count from the end."""
 
     def rows(self, places: Tensor, start: int, count: int) -> Tensor:
@@ -248,7 +230,7 @@ class IdsOfOtherRanksAreTakenForTheLastLocalExpert(OfPlaces):
 
 
 @fault("the-last-expert-of-a-rank-is-the-next-ranks", catches=("EP-21",))
-class TheLastExpertOfARankIsTheNextRanks(OfPlaces):
+class TheLastExpertOfARankIsTheNextRanks(OnReplicas):
     """The end of a rank's experts is taken as exclusive, and was inclusive already."""
 
     def rows(self, places: Tensor, start: int, count: int) -> Tensor:
@@ -258,29 +240,15 @@ class TheLastExpertOfARankIsTheNextRanks(OfPlaces):
 
 
 @fault("the-weights-of-this-ranks-pairs-are-made-to-sum-to-one", catches=("EP-21",))
-class TheWeightsOfThisRanksPairsAreMadeToSumToOne(OfPlaces):
+class TheWeightsOfThisRanksPairsAreMadeToSumToOne(OnReplicas):
     """Weights are renormalised after those of other ranks' experts were left out."""
 
-    def part(
-        self,
-        x: Tensor,
-        weights: Tensor,
-        expert_ids: Tensor,
-        local: ExpertWeights,
-        held: Held,
-        rank: int,
-        config: ExpertsConfig,
-        placement: Placement | None,
-    ) -> Tensor:
+    def factors(self, weights: Tensor, rows: Tensor) -> Tensor:
         """See the contract."""
-        num_experts = sum(map(len, held)) if placement is None else len(placement.replica_count)
-        places = expert_places(expert_ids, num_experts, held, placement)
-        start = sum(map(len, held[:rank]))
-        here = self.rows(places, start, len(held[rank])) >= 0
+        here = rows >= 0
         left = weights * here
         total = weights.sum(1, keepdim=True) / left.sum(1, keepdim=True)
-        again = (left * total).where(here.any(1, keepdim=True) & total.isfinite(), weights)
-        return super().part(x, again, expert_ids, local, held, rank, config, placement)
+        return (left * total).where(here.any(1, keepdim=True) & total.isfinite(), weights)
 
 
 @fault("parts-of-other-ranks-are-never-added", catches=("EP-21",))
@@ -310,7 +278,7 @@ class TheGradientOfTheSumIsAveraged(OnReplicas):
         return super().added(with_gradient(part, lambda g: g / ranks.size), ranks)
 
 
-class OnSharedSlices(Reference):
+class OnSharedSlices(Added):
     """`shared_tensor_parallel`, of which the parts and their sum can be changed."""
 
     def shared_tensor_parallel(
@@ -324,9 +292,10 @@ class OnSharedSlices(Reference):
     ) -> Tensor:
         """A part, and the sum of all parts."""
         ranks = ProcessRanks(group)
-        part = self.part(part, ranks)
-        gate = self.gate(shared_gate, ranks)
-        y = partial_sums.partial_shared(x, part, config, gate, shared_scale)
+        part, gate = self.part(part, ranks), self.gate(shared_gate, ranks)
+        whole_x, *gates = self.entered(ranks, *(x,) if gate is None else (x, gate))
+        gate = gates[0] if gates else None
+        y = partial_sums.partial_shared(whole_x, part, config, gate, shared_scale)
         return self.added(y, ranks).to(x.dtype)
 
     def gate(self, shared_gate: Tensor | None, ranks: ProcessRanks) -> Tensor | None:
@@ -337,28 +306,23 @@ class OnSharedSlices(Reference):
         """This rank's slice."""
         return part
 
-    def added(self, y: Tensor, ranks: ProcessRanks) -> Tensor:
-        """The sum."""
-        [total] = all_reduce([y], ranks)
-        return total
-
 
 @fault("the-shared-expert-is-reduced-twice", catches=("EP-23",), thread="vLLM #49122")
 class TheSharedExpertIsReducedTwice(OnSharedSlices):
     """Reduced by itself, and once more with the routed experts."""
 
-    def added(self, y: Tensor, ranks: ProcessRanks) -> Tensor:
+    def added(self, part: Tensor, ranks: ProcessRanks) -> Tensor:
         """See the contract."""
-        return super().added(super().added(y, ranks), ranks)
+        return super().added(super().added(part, ranks), ranks)
 
 
 @fault("the-shared-expert-is-never-reduced", catches=("EP-23",), thread="SGLang #32963")
 class TheSharedExpertIsNeverReduced(OnSharedSlices):
     """A slice's output is taken for the whole."""
 
-    def added(self, y: Tensor, ranks: ProcessRanks) -> Tensor:
+    def added(self, part: Tensor, ranks: ProcessRanks) -> Tensor:
         """See the contract."""
-        return y
+        return part
 
 
 @fault("every-rank-adds-the-shared-output-bias", catches=("EP-23",))
@@ -377,18 +341,18 @@ class EveryRankAddsTheSharedOutputBias(OnSharedSlices):
 class SlicesOfTheSharedExpertLearnFromOneLoss(OnSharedSlices):
     """The reduction has no backward."""
 
-    def added(self, y: Tensor, ranks: ProcessRanks) -> Tensor:
+    def added(self, part: Tensor, ranks: ProcessRanks) -> Tensor:
         """See the contract."""
-        return own_gradient(y, super().added(y, ranks))
+        return own_gradient(part, super().added(part, ranks))
 
 
 @fault("the-gradient-of-the-shared-expert-is-multiplied-by-r", catches=("EP-24",))
 class TheGradientOfTheSharedExpertIsMultipliedByR(OnSharedSlices):
     """What is summed over the ranks already is multiplied by their number."""
 
-    def added(self, y: Tensor, ranks: ProcessRanks) -> Tensor:
+    def added(self, part: Tensor, ranks: ProcessRanks) -> Tensor:
         """See the contract."""
-        return super().added(with_gradient(y, lambda g: g * ranks.size), ranks)
+        return super().added(with_gradient(part, lambda g: g * ranks.size), ranks)
 
 
 @fault("slices-of-the-shared-expert-are-not-gated", catches=("EP-23",))
@@ -612,7 +576,7 @@ class _Entered(torch.autograd.Function):
         return None, *(all_reduce([gradient], ctx.ranks)[0] for gradient in gradients)
 
 
-class OneLoss(Reference):
+class OneLoss(OnSlices, OnReplicas, OnSharedSlices):
     """The right way where all ranks compute the same loss, each part of which can be changed.
 
     A sum over the ranks has the gradient that comes in, and what all ranks have gets the sum of
@@ -627,76 +591,20 @@ class OneLoss(Reference):
     )
 
     def entered(self, ranks: ProcessRanks, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """What all ranks have."""
+        """Gradients are reduced on the way back."""
         entered: tuple[Tensor, ...] = _Entered.apply(ranks, *tensors)
         return entered
 
     def added(self, part: Tensor, ranks: ProcessRanks) -> Tensor:
-        """The sum of the parts."""
-        return own_gradient(part, all_reduce([part.detach()], ranks)[0])
+        """The sum, which has this rank's gradient."""
+        return own_gradient(part, super().added(part.detach(), ranks))
 
-    def gathered(self, y: Tensor, ranks: ProcessRanks) -> Tensor:
+    def leave(self, y: Tensor, tokens: int, ranks: ProcessRanks) -> Tensor:
         """The slices, of which this rank's has a gradient."""
         [all_slices] = all_gather([y.detach()], ranks)
         start = len(y) * ranks.here[0]
         behind = all_slices[start + len(y) :]
-        return torch.cat([all_slices[:start], y, behind])
-
-    def sliced_expert_parallel(
-        self,
-        x: Tensor,
-        weights: Tensor,
-        expert_ids: Tensor,
-        local: ExpertWeights,
-        num_experts: int,
-        config: ExpertsConfig,
-        group: Group,
-        placement: Placement | None = None,
-    ) -> Tensor:
-        """Cut, compute, put together."""
-        ranks = ProcessRanks(group)
-        whole_x, whole_weights = self.entered(ranks, x, weights)
-        [rows], [cut] = enter_slices([whole_x], ranks), enter_slices([whole_weights], ranks)
-        [ids] = enter_slices([expert_ids], ranks, value=-1)
-        [y] = over_ranks([rows], [cut], [ids], [local], num_experts, config, ranks, placement)
-        return self.gathered(y, ranks)[: len(x)]
-
-    def replicated_experts(
-        self,
-        x: Tensor,
-        weights: Tensor,
-        expert_ids: Tensor,
-        local: ExpertWeights,
-        num_experts: int,
-        config: ExpertsConfig,
-        group: Group,
-        placement: Placement | None = None,
-    ) -> Tensor:
-        """A part, and the sum of all parts."""
-        ranks = ProcessRanks(group)
-        held = held_experts(num_experts, ranks.size, placement)
-        whole_x, whole_weights = self.entered(ranks, x, weights)
-        part = partial_sums.partial_of_held_experts(
-            whole_x, whole_weights, expert_ids, local, held, ranks.here[0], config, placement
-        )
-        return self.added(part, ranks).to(x.dtype)
-
-    def shared_tensor_parallel(
-        self,
-        x: Tensor,
-        part: ExpertWeights,
-        config: ExpertsConfig,
-        group: Group,
-        shared_gate: Tensor | None = None,
-        shared_scale: float = 1.0,
-    ) -> Tensor:
-        """A part, and the sum of all parts."""
-        ranks = ProcessRanks(group)
-        given = (x,) if shared_gate is None else (x, shared_gate)
-        whole_x, *gates = self.entered(ranks, *given)
-        gate = gates[0] if gates else None
-        y = partial_sums.partial_shared(whole_x, part, config, gate, shared_scale)
-        return self.added(y, ranks).to(x.dtype)
+        return torch.cat([all_slices[:start], y, behind])[:tokens]
 
 
 @fault("the-same-loss-is-counted-on-every-rank", catches=("EP-20", "EP-22", "EP-24"))
@@ -705,13 +613,11 @@ class TheSameLossIsCountedOnEveryRank(OneLoss):
 
     def added(self, part: Tensor, ranks: ProcessRanks) -> Tensor:
         """See the contract."""
-        [total] = all_reduce([part], ranks)
-        return total
+        return Added.added(self, part, ranks)
 
-    def gathered(self, y: Tensor, ranks: ProcessRanks) -> Tensor:
+    def leave(self, y: Tensor, tokens: int, ranks: ProcessRanks) -> Tensor:
         """See the contract."""
-        [gathered] = all_gather([y], ranks)
-        return gathered
+        return OnSlices.leave(self, y, tokens, ranks)
 
 
 @fault("x-has-the-gradient-of-this-ranks-part", catches=("EP-20", "EP-22", "EP-24"))

@@ -275,7 +275,12 @@ def spoil_nobodys_weights(case: Case) -> dict[str, torch.Tensor]:
     "end, or left over between equal slices, is another token's output, or nobody's; so is the "
     "slice of a rank's number in the world.",
     sources=("TensorCast MoE layer", "torchtitan #2842", "vLLM #42034"),
-    given=on_replicas(counts=SOME_OR_NONE, invalid_ids=(False, True), part_of_world=(False, True)),
+    given=on_replicas(
+        counts=SOME_OR_NONE,
+        invalid_ids=(False, True),
+        part_of_world=(False, True),
+        grad_modes=ANY_MODE,
+    ),
     references=("domain_transforms.sliced_expert_parallel", "token_slices.leave_slices"),
 )
 def slices_are_put_together_again(case: Case) -> None:

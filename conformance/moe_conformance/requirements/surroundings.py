@@ -98,11 +98,12 @@ def _ask(case: Case, set_to: str) -> None:
     case.note(f"{set_to}, operation {asked.operation}")
     if "grad_mode" in case.inputs:
         case.scope = _recording_nothing(case.scope)
+    # Taken now: a check may put other inputs in the place of those that were drawn.
+    inputs = {name: value for name, value in case.inputs.items() if name not in SURROUNDINGS}
     try:
         asked.check(case)
     except (Violation, TargetLost):
         # What is wrong in any surroundings is what the other requirement is there to say.
-        inputs = {name: v for name, v in case.inputs.items() if name not in SURROUNDINGS}
         plain = Case(inputs, case.scope, case.executor)
         try:
             asked.check(plain)
