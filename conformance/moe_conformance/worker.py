@@ -445,7 +445,8 @@ def place_arguments(
         call: see `run_session`.
         device: where they go.
         wrt: paths of those that gradients are asked of.
-        storage: arguments of an earlier call, whose memory is written over where it fits.
+        storage: arguments of an earlier call. What fits is written over and is the same object
+            again, as a parameter is after an optimizer's step.
     """
     layouts = call.get("layouts") or {}
     old = dict(walk(storage)) if storage is not None else {}
@@ -453,15 +454,31 @@ def place_arguments(
     def place(path: str, tensor: torch.Tensor) -> torch.Tensor:
         if path in old and old[path].shape == tensor.shape and old[path].dtype == tensor.dtype:
             with torch.no_grad():
-                laid = old[path].detach().copy_(tensor)
+                laid = old[path].copy_(tensor)
         else:
             # An id that means *not here* is legal and never right. Of a map, a table or a count it
             # would be an error that ends the call, and hides the answer that is wrong without one.
             between = 2**20 if path == "expert_ids" else 0
             laid = lay_out(tensor.to(device), layouts.get(path, "contiguous"), between)
-        return laid.requires_grad_(True) if path in wrt else laid
+        return laid.requires_grad_(path in wrt)
 
-    return replace_tensors(call["arguments"], place)
+    given: dict[str, Any] = replace_tensors(call["arguments"], place)
+    if storage is None:
+        return given
+    return {
+        name: storage[name] if _is_still(value, storage.get(name)) else value
+        for name, value in given.items()
+    }
+
+
+def _is_still(new: Any, old: Any) -> bool:
+    """Whether these are the same tensors, or dataclasses of the same tensors and equal values."""
+    if isinstance(new, torch.Tensor) or isinstance(old, torch.Tensor):
+        return new is old
+    if dataclasses.is_dataclass(new) and type(new) is type(old):
+        names = [f.name for f in dataclasses.fields(new)]
+        return all(_is_still(getattr(new, n), getattr(old, n)) for n in names)
+    return bool(new == old)
 
 
 def lay_out(tensor: torch.Tensor, layout: str, between: int = 0) -> torch.Tensor:

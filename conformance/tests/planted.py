@@ -22,6 +22,20 @@ class BiasedWeights(Reference):
         return weights, ids
 
 
+class WorkspaceOfTheDefaultDtype(Reference):
+    """Logits go through a buffer that is made once for each shape, in torch's default dtype."""
+
+    capabilities = Capabilities(operations=("z_loss",))
+
+    def __init__(self):
+        super().__init__()
+        self.kept = {}
+
+    def z_loss(self, logits, padding_mask=None):
+        buffer = self.kept.setdefault(logits.shape, torch.empty(logits.shape))
+        return super().z_loss(logits.to(buffer.dtype).to(logits.dtype), padding_mask)
+
+
 class LastTokenDropped(Reference):
     """The last token's output is zero."""
 

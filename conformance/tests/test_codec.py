@@ -13,6 +13,7 @@ from moe_conformance.codec import (
     to_bytes,
     walk,
 )
+from moe_conformance.worker import place_arguments
 from moe_reference.config import ExpertsConfig, ExpertWeights, RoutingConfig
 
 DTYPES = (
@@ -118,3 +119,22 @@ def test_tensors_are_found_and_replaced_wherever_they_are():
     assert [float(tensor.flatten()[0]) for _, tensor in walk(made)] == [1, 2, 3, 4, 5]
     assert made["nothing"] == {}
     assert type(made["list"][1]) is tuple
+
+
+def test_arguments_that_are_written_over_are_the_same_objects():
+    def call(value, length=2):
+        experts = ExpertWeights(torch.full((1, 2, 2), value), torch.full((1, 2, length), value))
+        config = RoutingConfig(top_k=1, hash_table=torch.full((3, 1), int(value)))
+        return {"arguments": {"x": torch.full((2,), value), "experts": experts, "config": config}}
+
+    first = place_arguments(call(1.0), "cpu", wrt=("x",))
+    again = place_arguments(call(2.0), "cpu", storage=first)
+    for name, value in again.items():
+        assert value is first[name], name
+    assert not again["x"].requires_grad
+    assert {float(tensor.unique()) for _, tensor in walk(again)} == {2.0}
+    # What does not fit is another tensor, in another dataclass; what does is still the same one.
+    longer = place_arguments(call(3.0, length=4), "cpu", storage=again)
+    assert longer["experts"] is not again["experts"]
+    assert longer["experts"].gate_up is again["experts"].gate_up
+    assert longer["experts"].down.shape == (1, 2, 4)

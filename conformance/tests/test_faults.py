@@ -1,9 +1,12 @@
 """Every seeded fault is caught by a requirement that it names; every requirement has its faults."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from moe_conformance.executor import InlineExecutor
+from moe_conformance.executor import InlineExecutor, WorkerExecutor, capabilities_of
 from moe_conformance.faults import faults
+from moe_conformance.inputs.given import Scope
 from moe_conformance.registry import MAY, requirement_named, requirements
 from moe_conformance.runner import Effort, run_requirement
 from moe_conformance.selfcheck import catch, inline_scope, noticed, run_selfcheck
@@ -83,3 +86,16 @@ def test_what_is_wrong_in_any_surroundings_is_said_once(only_inference, statuses
         for id in ("BALANCE-36", "BACKEND-07")
     ]
     assert found == statuses.split()
+
+
+def test_what_is_kept_from_the_surroundings_is_no_excuse():
+    """Asked plainly in the same process it is wrong too, for it has kept what it made in them."""
+    planted = Path(__file__).with_name("planted.py")
+    executor = WorkerExecutor(f"{planted}:WorkspaceOfTheDefaultDtype", 60.0)
+    try:
+        effort, asked = Effort(20, 1, 0), requirement_named("NUM-19")
+        scope = Scope(capabilities_of(executor), ("z_loss",), dtypes=("float32",))
+        result = run_requirement(asked, scope, executor, effort, seed=0)
+    finally:
+        executor.close()
+    assert (result.status, result.failure.self_contained) == ("fail", True), result.message

@@ -117,20 +117,13 @@ def choose_copies(expert_ids: torch.Tensor, placement: Placement) -> torch.Tenso
     sorted_S = ids_S[order_S]
     turn_S = torch.arange(len(order_S), device=order_S.device) - starts[sorted_S]
     known_S = sorted_S.clamp(min=0)
-    counts_E, physical_EC = _on_device(placement, ids_S.device)
+    # Never kept: a server that moves its copies rewrites the maps in place.
+    counts_E = placement.replica_count.to(ids_S)
+    physical_EC = placement.logical_to_physical.to(ids_S)
     physical_S = physical_EC[known_S, turn_S % counts_E[known_S]]
     chosen_S = torch.empty_like(ids_S)
     chosen_S[order_S] = torch.where(sorted_S < 0, -1, physical_S)
     return chosen_S.view(expert_ids.shape)
-
-
-@functools.lru_cache(maxsize=64)
-def _on_device(placement: Placement, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many copies each expert has, and which. Remembered, as the order of experts is."""
-    return (
-        placement.replica_count.to(device, torch.int64),
-        placement.logical_to_physical.to(device, torch.int64),
-    )
 
 
 class Order(NamedTuple):

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from moe_optimized.expert_parallel import expert_parallel
+from moe_reference.config import Placement
 from moe_reference.placement import make_placement, physical_ids
 
 
@@ -171,10 +172,16 @@ def test_the_same_copies_are_chosen():
         assert torch.equal(chosen, physical_ids(ids, placement).long())
 
 
-def test_a_placement_is_moved_once():
-    placement = make_placement(torch.tensor([0, 1, 0]), 2, 3)
-    first, again = (order_module._on_device(placement, torch.device("meta")) for _ in range(2))
-    assert all(one is other for one, other in zip(first, again, strict=True))
+def test_copies_are_those_of_a_placement_that_was_written_over():
+    ids = torch.tensor([[0, 1], [1, 0]])
+    for dtype in (torch.int32, torch.int64):
+        placed = make_placement(torch.tensor([0, 1, 0]), 2, 3)
+        placement = Placement(*(map_.to(dtype) for map_ in vars(placed).values()))
+        assert order_module.choose_copies(ids, placement).tolist() == [[0, 1], [1, 2]]
+        moved = make_placement(torch.tensor([1, 0, 1]), 2, 3)
+        for map_, other in zip(vars(placement).values(), vars(moved).values(), strict=True):
+            map_.copy_(other)
+        assert order_module.choose_copies(ids, placement).tolist() == [[1, 0], [2, 1]]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from moe_reference.config import ExpertWeights
+from moe_reference.config import ExpertWeights, Placement
 from moe_reference.experts import experts as reference_experts
 
 from moe_conformance.case import Answer, Case
 from moe_conformance.codec import replace_tensors, walk
 from moe_conformance.experts_oracle import Spread, experts_oracle
-from moe_conformance.inputs.expert_parallel import ANY_MODE, cut, on_ranks
+from moe_conformance.inputs.expert_parallel import ANY_MODE, cut, held_by_ranks, on_ranks
 from moe_conformance.inputs.given import Given, Scope, differentiable
 from moe_conformance.judge import (
     Closeness,
@@ -664,6 +664,59 @@ def a_second_call_is_right(case: Case) -> None:
 
     other = [torch.where(each == 0, 1.0, 0.0).to(each.dtype) for each in outputs]
     case.judge(rule, answers[0].afterwards, [("overwritten", other)])
+
+
+def written_over(case: Case) -> None:
+    """As many other tokens, other experts, and the copies of each expert on other ranks."""
+    given, placement = case["whole"], case["placement"]
+    if placement is not None:
+        ranks, experts = len(case["ranks"]), case["num_experts"]
+        # Tables of the same size: experts change their names, and ranks their places.
+        placement = Placement(
+            physical_to_logical=experts - 1 - placement.physical_to_logical,
+            logical_to_physical=placement.logical_to_physical.flip(0),
+            replica_count=placement.replica_count.flip(0),
+            rank_of_physical=(placement.rank_of_physical + 1) % ranks,
+        )
+    made = {
+        "x": given["x"].flip(0) * 0.5,
+        "weights": given["weights"].flip(0),
+        "expert_ids": given["expert_ids"].flip(0),
+        "experts": replace_tensors(given["experts"], lambda _, tensor: -tensor.flip(0)),
+    }
+    counts = counts_of(case)
+    held = held_by_ranks(case["num_experts"], len(counts), placement)
+    case.inputs |= {
+        "whole": made,
+        "placement": placement,
+        "held": held,
+        "ranks": cut(made, counts, held),
+    }
+
+
+@requirement(
+    "EP-29",
+    MUST,
+    OPERATION,
+    "A second call whose tokens, weights and placement are written over those of the first MUST "
+    "be right.",
+    reason="A server that moves copies rewrites its maps and weights in place, and an optimizer "
+    "its weights: what was looked up or prepared for them belongs to what they were.",
+    sources=("vllm-ascend #4793", "SGLang #18213", "SGLang #25852", "KernelBench result_reuse"),
+    given=on_ranks(copies=(True, True, False), grad_modes=ANY_MODE),
+    references=("placement.physical_ids", *SHOWN),
+)
+def nothing_is_kept_of_what_is_written_over(case: Case) -> None:
+    """The same objects with other contents; the impostors have the old weights and the old ids."""
+    first = case.planned(OPERATION, **arguments(case))
+    before = dict(case["whole"])
+    written_over(case)
+    answers = case.session([first, case.planned(OPERATION, **arguments(case), reuse=0)])
+    others = {
+        f"the {name} of before": value_of(case, **{name: before[name]})
+        for name in ("experts", "expert_ids")
+    }
+    judge_outputs(case, answers[1], others)
 
 
 @requirement(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from moe_conformance.inputs.given import (
     torch_dtype,
 )
 from moe_conformance.inputs.layer import layer_inputs
-from moe_conformance.inputs.load_balancing import balance, biases, router_logits
+from moe_conformance.inputs.load_balancing import BATCH, balance, biases, either, router_logits
 from moe_conformance.inputs.quantization import packed_inputs, quantized_inputs
 from moe_conformance.inputs.routing import routing
 from moe_conformance.inputs.slots import batched, capacities, rows, scattered, slots
@@ -81,6 +81,15 @@ GIVEN: dict[str, Given] = {
     "dequantize": packed_inputs(),
     "experts_quantized": quantized_inputs(),
 }
+
+WITH_MORE_ARGUMENTS: dict[str, Given] = {
+    **GIVEN,
+    "route": either(routing(contents=("normal",), largest=64), routing(hashed=True, largest=64)),
+    "balance_loss": either(balance(padding=True), balance(losses=BATCH, counts=True), balance()),
+    "z_loss": either(router_logits(), router_logits(padding=True)),
+    "experts": expert_inputs(invalid_ids=(False,)),
+}
+"""The same with masks, counts, maps and tables, where what is asked takes them all."""
 
 KEPT = ("experts_batched", "dequantize", "experts_quantized")
 """Operations of which one requirement asks for the answer to other data in the same storage, and
@@ -163,21 +172,21 @@ def _without(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in GIVEN if name not in names)
 
 
-def any_operation(*names: str) -> Given:
+def any_operation(*names: str, inputs: Mapping[str, Given] = GIVEN) -> Given:
     """Inputs of one of these operations (all by default) that the target provides."""
-    wanted = names or tuple(GIVEN)
+    wanted = names or tuple(inputs)
 
     def plans(scope: Scope) -> Plans | None:
         possible = []
         for name in wanted:
-            found = GIVEN[name].plans(scope) if name in scope.operations else None
+            found = inputs[name].plans(scope) if name in scope.operations else None
             if found is not None:
                 possible.append(found.map(functools.partial(_named, name)))
         return st.one_of(possible) if possible else None
 
     def build(plan: Plan) -> Inputs:
         rest = {name: value for name, value in plan.items() if name != "operation"}
-        return {**GIVEN[plan["operation"]].build(rest), "operation": plan["operation"]}
+        return {**inputs[plan["operation"]].build(rest), "operation": plan["operation"]}
 
     return Given(plans, build)
 
@@ -337,17 +346,19 @@ TURNED: dict[str, tuple[str, ...]] = {
 """Arguments that other data changes, where it is more than the first tensor."""
 
 
-def _other_data(operation: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The same call with its data turned upside down."""
+def _other_data(
+    operation: str, given: dict[str, Any], paths: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """The same call with its data turned upside down, or these arguments of it."""
     first, _ = next(walk(given))
-    turned_paths = TURNED.get(operation, (first,))
+    turned_paths = paths or TURNED.get(operation, (first,))
 
     def turn(path: str, tensor: torch.Tensor) -> torch.Tensor:
         if path not in turned_paths:
             return tensor
         turned = tensor.flip(0)
         if not turned.is_floating_point():
-            if operation in ("align", "align_batched"):
+            if path != "expert_map" and operation in ("align", "align_batched"):
                 # Half of them alike, so that what is counted changes as well.
                 turned[len(turned) // 2 :] = turned[:1]
             return turned
@@ -580,14 +591,14 @@ OTHERS = _without(("experts",))
 """Operations that NUM-06 and NUM-07, which know the right answer, do not speak about."""
 
 
-def _repeatable(*names: str) -> Given:
+def _repeatable(*names: str, inputs: Mapping[str, Given] = GIVEN) -> Given:
     """Inputs of operations whose answers can be compared with each other."""
 
     def plans(scope: Scope) -> Plans | None:
         asked = [n for n in names if scope.capabilities.deterministic or n not in FREE_ORDER]
-        return any_operation(*asked).plans(scope) if asked else None
+        return any_operation(*asked, inputs=inputs).plans(scope) if asked else None
 
-    return Given(plans, any_operation(*names).build)
+    return Given(plans, any_operation(*names, inputs=inputs).build)
 
 
 def _twice(*names: str) -> Given:
@@ -678,20 +689,62 @@ def _wrong(expected: list[torch.Tensor], other: list[torch.Tensor]) -> list[torc
     return None if same else other
 
 
+def _with_a_turn(given: Given) -> Given:
+    """The same, and a number that says which of a call's arguments is other data later."""
+
+    def plans(scope: Scope) -> Plans | None:
+        drawn = given.plans(scope)
+        if drawn is None:
+            return None
+        return st.tuples(drawn, choice(tuple(range(60)))).map(
+            lambda pair: {**pair[0], "turned": pair[1]}
+        )
+
+    def build(plan: Plan) -> Inputs:
+        rest = {name: value for name, value in plan.items() if name != "turned"}
+        return {**given.build(rest), "turned": plan["turned"]}
+
+    return Given(plans, build)
+
+
+MAY_BE_ABSENT = ("bias", "map", "mask", "table", "tokens_per_expert")
+
+
+def _turns(operation: str, given: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The sets of arguments that are other data at once: each alone, and what belongs together.
+
+    What is packed is not turned: QUANT-11 and QUANT-19 do it, one part at a time.
+    """
+    paths = [path for path, _ in walk(given)]
+    if operation in KEPT:
+        packed = {each.rpartition(".")[0] for each in paths if each.endswith(".packed")}
+        paths = [path for path in paths if path.rpartition(".")[0] not in packed]
+    # Those that a call may go without come in few calls, and are tried twice as often there.
+    alone: list[tuple[str, ...]] = [
+        (path,) for path in (*paths, *(p for p in paths if p.endswith(MAY_BE_ABSENT)))
+    ]
+    return alone if operation in ANSWERED else [*alone, TURNED.get(operation, (paths[0],))]
+
+
 @requirement(
     "NUM-13",
     MUST,
     ANY,
-    "An operation that is called on the same storage with other data MUST answer the other data.",
+    "An operation that is called on the same storage with other data MUST answer the other data, "
+    "also where a single argument is other data.",
     reason="Ids sorted once per address, a routing kept for the next layer or a captured graph "
-    "whose inputs were not copied answer the first call again.",
-    sources=("KernelBench result_reuse", "SGLang #25852"),
-    given=_repeatable(*_without(ANSWERED)),
+    "whose inputs were not copied answer the first call again. An optimizer writes weights in "
+    "place, a server its maps.",
+    sources=("KernelBench result_reuse", "SGLang #25852", "vllm-ascend #4793"),
+    given=_with_a_turn(_repeatable(*_without(("dequantize",)), inputs=WITH_MORE_ARGUMENTS)),
+    kinds=4,
 )
 def other_data_in_the_same_storage(case: Case) -> None:
     """Other data in memory of its own, the first data, and the other data written over it."""
     operation, first = case["operation"], _given(case)
-    other = _other_data(operation, first)
+    turns = _turns(operation, first)
+    turned = turns[case["turned"] % len(turns)]
+    other = _other_data(operation, first, turned)
     answers = case.session(
         [
             case.planned(operation, **other),
@@ -700,7 +753,7 @@ def other_data_in_the_same_storage(case: Case) -> None:
         ]
     )
     expected, stale, found = (_defined(operation, answer.outputs) for answer in answers)
-    case.note(f"operation {operation}")
+    case.note(f"operation {operation}, other {' and '.join(turned)}")
     wrong = _wrong(expected, stale)
     shown = [] if wrong is None else [("the answer to the first data", wrong)]
     case.judge(lambda answer: _alike(case, answer, expected), found, shown)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from moe_reference.config import ExpertWeights
 
 from moe_conformance.case import Answer, Case
 from moe_conformance.codec import replace_tensors, walk
@@ -461,24 +462,36 @@ def _zeros(path: str) -> Callable[[Tensors], None]:
     return rule
 
 
-def other_tokens(case: Case) -> None:
-    """As many other tokens, on all ranks, with the same experts."""
+def other_data(case: Case) -> None:
+    """As many other tokens, on all ranks, and experts of the opposite sign."""
+
+    def opposite(experts: ExpertWeights) -> ExpertWeights:
+        bias = experts.down_bias
+        return dataclasses.replace(
+            experts, down=-experts.down, down_bias=None if bias is None else -bias
+        )
+
     made = dict(case["whole"])
     made["x"] = made["x"].flip(0) * 0.5
+    made["experts"] = opposite(made["experts"])
     for name in ("weights", "expert_ids"):
         made[name] = made[name].flip(0).flip(1)
     case.inputs["whole"] = made
+    tokens = ("x", "weights", "expert_ids")
     case.inputs["ranks"] = [
-        rank | {name: made[name].clone() for name in made.keys() & rank.keys()}
+        rank
+        | {name: made[name].clone() for name in tokens if name in rank}
+        | {name: opposite(rank[name]) for name in ("local", "part") if name in rank}
         for rank in case["ranks"]
     ]
 
 
 def leaves_things_alone(case: Case, operation: str) -> None:
-    """Two calls in one session; the second one is judged too, and the first is read again."""
+    """Two calls with the same storage; the second one is judged too, and the first read again."""
     first_ranks, first = case["ranks"], case.planned(operation, **arguments(case, operation))
-    other_tokens(case)
-    answers = case.session([first, case.planned(operation, **arguments(case, operation))])
+    other_data(case)
+    second = case.planned(operation, **arguments(case, operation), reuse=0)
+    answers = case.session([first, second])
     for answer in answers:
         found = answer.changed + answer.shared + answer.state
         case.judge(left_alone(operation), found, [("one", ["one"])])
@@ -495,8 +508,8 @@ def leaves_things_alone(case: Case, operation: str) -> None:
 
 ALONE = (
     "inputs MUST NOT be changed, the output MUST NOT share memory with them, torch's global state "
-    "MUST stay, and a second call with other tokens MUST be right and leave the first output as it "
-    "was."
+    "MUST stay, and a second call whose tokens and weights are written over those of the first "
+    "MUST be right and leave the first output as it was."
 )
 
 

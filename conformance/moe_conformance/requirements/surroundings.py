@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 from hypothesis import strategies as st
 
 from moe_conformance.case import Case
-from moe_conformance.executor import TargetLost
+from moe_conformance.executor import Executor, TargetLost
 from moe_conformance.inputs.given import Given, Inputs, Plan, Plans, Scope, choice
 from moe_conformance.judge import Violation
 from moe_conformance.registry import (
@@ -104,14 +105,37 @@ def _ask(case: Case, set_to: str) -> None:
         asked.check(case)
     except (Violation, TargetLost):
         # What is wrong in any surroundings is what the other requirement is there to say.
-        plain = Case(inputs, case.scope, case.executor)
-        try:
-            asked.check(plain)
-        except (Violation, TargetLost):
-            case.note("wrong without them too")
-            case.judged += 1
-            return
-        raise
+        if not _wrong_anyway(asked, Case(inputs, case.scope, case.executor)):
+            raise
+        case.note("wrong without them too")
+        case.judged += 1
+
+
+def _wrong_anyway(asked: Requirement, plain: Case) -> bool:
+    """Whether it is violated without the surroundings too.
+
+    A target may keep what it made in them, and then is wrong without them in the same process. One
+    that has answered nothing yet tells, and is asked until it has been wrong once.
+    """
+    if not _violated(asked, plain):
+        return False
+    known = _wrong_when_new.setdefault(plain.executor, set())
+    if asked.id not in known and plain.executor.renew():
+        if not _violated(asked, Case(plain.inputs, plain.scope, plain.executor)):
+            return False
+        known.add(asked.id)
+    return True
+
+
+_wrong_when_new: WeakKeyDictionary[Executor, set[str]] = WeakKeyDictionary()
+
+
+def _violated(asked: Requirement, case: Case) -> bool:
+    try:
+        asked.check(case)
+    except (Violation, TargetLost):
+        return True
+    return False
 
 
 @requirement(
