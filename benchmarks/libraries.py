@@ -83,8 +83,11 @@ def check(library, targets, profile, seed):
     command = [python, "-m", "moe_conformance", "check", *targets]
     command += ["--profile", profile, "--seed", str(seed), "--report", folder]
     command += library.get("arguments", [])
+    index = folder / "index.json"
+    # A run that ends before it has one must not be taken for the one before.
+    index.unlink(missing_ok=True)
     subprocess.run(command, check=False, stdin=subprocess.DEVNULL)
-    reports = reports_in(read_report(folder / "index.json"))
+    reports = reports_in(read_report(index))
     for report, name in zip(reports, library.get("names", ()), strict=False):
         report["target"]["name"] = name
     return reports, would_change(python)

@@ -25,6 +25,19 @@ def known():
     return findings()
 
 
+@pytest.fixture
+def libraries(monkeypatch, tmp_path):
+    """The script that records, with an empty folder for what it keeps."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import libraries
+    finally:
+        sys.path.pop(0)
+    monkeypatch.setattr(libraries, "KEPT", tmp_path)
+    monkeypatch.setattr(libraries, "ROOT", tmp_path)
+    return libraries
+
+
 def reports_of(path):
     return json.loads(path.read_text())["reports"]
 
@@ -104,3 +117,23 @@ def test_a_summary_has_all_that_the_matrix_shows(tmp_path):
     again = restored(summarize({**whole, "requirements": whole["requirements"]}))
     pages = [write_matrix([each], tmp_path).read_text() for each in (whole, again)]
     assert pages[0] == pages[1]
+
+
+def test_reports_of_other_targets_keep_their_commit(libraries, tmp_path):
+    named = [{"target": {"name": name}} for name in ("a", "b", "c")]
+    record = {"commit": "new", "reports": [named[0], {**named[1], "commit": "old"}, named[2]]}
+    (tmp_path / "some.json").write_text(json.dumps(record))
+    assert libraries.kept("some", ["c", "d"]) == [
+        {**named[0], "commit": "new"},
+        {**named[1], "commit": "old"},
+    ]
+    assert libraries.kept("another", ["a"]) == []
+
+
+def test_an_earlier_run_is_not_taken_for_one_that_failed(libraries, monkeypatch, tmp_path):
+    index = tmp_path / "build/libraries/some-report/index.json"
+    index.parent.mkdir(parents=True)
+    index.write_text("{}")
+    monkeypatch.setattr(libraries, "environment", lambda library: "false")
+    with pytest.raises(ValueError, match="index"):
+        libraries.check({"name": "some"}, ["no-such-target"], "smoke", 0)
