@@ -238,3 +238,31 @@ class TheRouterGetsAZeroGradient(Layer):
         """See the contract."""
         router = parameters.router
         return x, replace(parameters, router=router.detach() + 0 * router), config
+
+
+@fault("gshard-takes-the-batch-as-one-sequence", catches=("LAYER-11",))
+class GshardTakesTheBatchAsOneSequence(Layer):
+    """Without a length the loss of gshard is that of all sequences as one."""
+
+    def prepare(
+        self, x: Tensor, parameters: LayerWeights, config: LayerConfig
+    ) -> tuple[Tensor, LayerWeights, LayerConfig]:
+        """See the contract."""
+        balance = config.balance
+        if balance is None or balance.loss != "gshard" or balance.sequence_length is not None:
+            return x, parameters, config
+        told = replace(balance, sequence_length=max(1, x[..., 0].numel()))
+        return x, parameters, replace(config, balance=told)
+
+
+@fault("a-told-length-is-not-heard", catches=("LAYER-11",))
+class AToldLengthIsNotHeard(Layer):
+    """Losses per sequence take those of x, whatever the configuration says."""
+
+    def prepare(
+        self, x: Tensor, parameters: LayerWeights, config: LayerConfig
+    ) -> tuple[Tensor, LayerWeights, LayerConfig]:
+        """See the contract."""
+        if config.balance is None:
+            return x, parameters, config
+        return x, parameters, replace(config, balance=replace(config.balance, sequence_length=None))

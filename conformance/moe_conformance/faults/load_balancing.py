@@ -1056,6 +1056,18 @@ class ZLossLogRounded(ZSteps):
         return log.square() if log.dtype is torch.float64 else log.bfloat16().float().square()
 
 
+@fault("z-loss-counts-tokens-in-the-logits-dtype", catches=("BALANCE-33",), thread="Megatron #1617")
+class ZLossCountsTokensInTheLogitsDtype(ZSteps):
+    """The number of real tokens is rounded to the dtype of the logits: 257 are 256 in bfloat16."""
+
+    def z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        loss = super().z_loss(logits, padding_mask)
+        if padding_mask is None:
+            return loss
+        count = padding_mask.sum().clamp(min=1)
+        return loss * (count / count.to(logits.dtype).to(loss.dtype))
+
+
 @fault("z-loss-for-each-token", catches=("BALANCE-34",))
 class ZLossForEachToken(ZSteps):
     """The z-loss comes with one dimension."""

@@ -33,6 +33,7 @@ from moe_conformance.inputs.given import (
     sizes,
     torch_dtype,
 )
+from moe_conformance.inputs.load_balancing import SEQUENCE
 
 UNIVERSE: dict[str, tuple[Any, ...]] = {
     "shared": (False, True),
@@ -42,10 +43,12 @@ UNIVERSE: dict[str, tuple[Any, ...]] = {
     "router_dtype": ("float32", None, "bfloat16", "float64"),
     "training": (False, True),
     "padding_mask": (False, True),
-    "balance": (None, "switch", "deepseek_expert", "deepseek_sequence", "deepseek_device"),
+    "balance": (
+        *(None, "switch", "deepseek_expert", "deepseek_sequence", "deepseek_device", "gshard"),
+    ),
 }
 """Every value that the suite draws for `LayerConfig` and for what goes with it. The loss of gshard
-is not among them: it counts first choices, and the order of a token's ids is free."""
+comes with one expert per token: it counts first choices, and the order of a token's ids is free."""
 
 LENGTHS = (16, 17, 31, 32, 33, 64, 65)
 """Lengths of the few long sequences."""
@@ -59,6 +62,7 @@ def layer_inputs(
     least_tokens: int = 1,
     hashed: bool | None = None,
     mixed: bool = False,
+    told: tuple[bool, ...] = (False,),
     **fixed: tuple[Any, ...],
 ) -> Given:
     """Inputs of `layer` inside the declaration.
@@ -67,6 +71,7 @@ def layer_inputs(
         least_tokens: smallest number of tokens per sequence.
         hashed: experts come from a table, by token; never; or (None) sometimes.
         mixed: experts and router have dtypes of their own.
+        told: whether a loss that is taken per sequence is told to take the whole batch as one.
         **fixed: the values that a field of `UNIVERSE` may take here, inside the declared ones.
     """
 
@@ -77,7 +82,7 @@ def layer_inputs(
             if (each := _routing(scope, choice, hashed, fixed)) is not None
         ]
         made = [
-            _plans(scope, layer, experts, routings, least_tokens, mixed, fixed)
+            _plans(scope, layer, experts, routings, least_tokens, mixed, told, fixed)
             for layer in scope.capabilities.alternatives("layer")
             for experts in scope.capabilities.alternatives("experts")
         ]
@@ -131,6 +136,7 @@ def _plans(
     routings: list[dict[str, tuple[Any, ...]]],
     least_tokens: int,
     mixed: bool,
+    told: tuple[bool, ...],
     fixed: Mapping[str, tuple[Any, ...]],
 ) -> Plans | None:
     choices: dict[str, tuple[Any, ...]] = {}
@@ -181,8 +187,15 @@ def _plans(
         if crowded:
             per_group = draw(choice(many))
         experts_ = groups * per_group
+        sequences, length = draw(st.integers(1, 4)), draw(sizes(12, 8, least=least_tokens))
+        if not small and draw(st.integers(0, 7)) == 7:
+            sequences, length = draw(st.integers(1, 2)), draw(choice(LENGTHS))
         routing["topk_groups"] = draw(st.integers(-(-min(allowed_k) // per_group), groups))
         reachable = per_group * routing["topk_groups"]
+        batch = sequences * length if draw(choice(told)) else None
+        loss = _loss(draw, scope, drawn["balance"], experts_, batch)
+        if loss is not None and loss["loss"] == "gshard":
+            loss, allowed_k = (loss, (1,)) if 1 in allowed_k else (None, allowed_k)
         routing["top_k"] = draw(choice([k for k in allowed_k if k <= reachable]))
         if routing["group_score"] == "topk_share_sum":
             routing["topk_groups"] = min(routing["topk_groups"], routing["top_k"])
@@ -191,9 +204,6 @@ def _plans(
         activation = drawn["activation"]
         if activation in expert_inputs.CLAMPED and not drawn["gated"]:
             activation = "silu" if "silu" in choices["activation"] else "gelu"
-        sequences, length = draw(st.integers(1, 4)), draw(sizes(12, 8, least=least_tokens))
-        if not small and draw(st.integers(0, 7)) == 7:
-            sequences, length = draw(st.integers(1, 2)), draw(choice(LENGTHS))
         dtype = draw(choice(scope.dtypes))
         widths = {"hidden": draw(hidden), "intermediate": draw(inner)}
         if crowded:
@@ -227,7 +237,7 @@ def _plans(
             "router_dtype": drawn["router_dtype"],
             "training": drawn["training"],
             "padding_mask": drawn["padding_mask"],
-            "balance": _loss(draw, scope, drawn["balance"], experts_),
+            "balance": loss,
             "dtype": dtype,
             "experts_dtype": draw(choice(scope.dtypes)) if mixed else dtype,
             "router_stored": draw(choice((dtype, "float32"))) if mixed else dtype,
@@ -238,19 +248,32 @@ def _plans(
     return planned(plan)
 
 
-def _loss(draw: st.DrawFn, scope: Scope, loss: str | None, experts: int) -> Plan | None:
-    """The fields of `BalanceConfig`, where that loss is declared."""
+def _loss(
+    draw: st.DrawFn, scope: Scope, loss: str | None, experts: int, batch: int | None
+) -> Plan | None:
+    """The fields of `BalanceConfig`, where that loss is declared.
+
+    Args:
+        draw: see Hypothesis.
+        scope: what is declared.
+        loss: which.
+        experts: E.
+        batch: the number of tokens that a sequence is said to have; None leaves it to x.
+    """
     declared = scope.capabilities.alternatives("balance")
     declared = [each for each in declared if loss in each.get("loss", (loss,))]
     if loss is None or not declared:
         return None
-    scores = draw(choice(declared)).get("score", ("softmax", "sigmoid"))
+    taken = draw(choice(declared))
+    scores = taken.get("score", ("softmax", "sigmoid"))
     devices = [n for n in (1, 2, 3, 4) if experts % n == 0]
+    per_sequence = loss in SEQUENCE and "any" in taken.get("sequence_length", ("any",))
     return {
         "loss": loss,
         "coefficient": draw(choice((1.0, 0.25))),
         "score": draw(choice(scores)),
         "num_devices": draw(choice(devices)) if loss == "deepseek_device" else None,
+        "sequence_length": batch if per_sequence else None,
     }
 
 

@@ -402,14 +402,17 @@ def at_boundaries(given: Given) -> Given:
 
 
 def crowded(given: Given) -> Given:
-    """The same inputs of `balance_loss` with many tokens."""
+    """The same inputs of `balance_loss` or `z_loss` with many tokens."""
 
     def plans(scope: Scope) -> Plans | None:
         base = given.plans(scope)
         if base is None or scope.interpreted:
             return None
-        numbers = st.sampled_from(CROWDS)
-        return st.builds(lambda plan, length: {**plan, "length": length}, base, numbers)
+
+        def in_a_crowd(plan: Plan, number: int) -> Plan:
+            return {**plan, "length" if "length" in plan else "tokens": number}
+
+        return st.builds(in_a_crowd, base, st.sampled_from(CROWDS))
 
     return Given(plans, given.build)
 

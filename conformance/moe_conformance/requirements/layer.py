@@ -16,6 +16,7 @@ from moe_conformance.codec import replace_tensors, walk
 from moe_conformance.experts_oracle import Spread, expert_spread, experts_oracle
 from moe_conformance.inputs.given import Content, Given, Scope
 from moe_conformance.inputs.layer import layer_inputs
+from moe_conformance.inputs.load_balancing import SEQUENCE
 from moe_conformance.judge import (
     Closeness,
     Violation,
@@ -653,7 +654,8 @@ def gradients_are_those_of_the_whole_layer(case: Case) -> None:
     sources=("transformers #45315", "transformers #28505", "Megatron #5798", "TRL #7222"),
     given=layer_inputs(
         training=(True,),
-        balance=("switch", "deepseek_expert", "deepseek_sequence", "deepseek_device"),
+        told=(False, False, True),
+        balance=("switch", "deepseek_expert", "deepseek_sequence", "deepseek_device", "gshard"),
     ),
     references=("layer.layer", "load_balancing.balance_loss"),
     kinds=2,
@@ -684,7 +686,7 @@ def _expected_loss(case: Case, ids: torch.Tensor) -> tuple[torch.Tensor, torch.T
     mean by the sum over tokens; the shares and the sum over E by E units more.
     """
     balance, oracle = case["config"].balance, _routing(case)
-    if balance.loss == "deepseek_sequence":
+    if balance.loss in SEQUENCE and balance.sequence_length is None:
         balance = dataclasses.replace(balance, sequence_length=case["x"].shape[1])
     mask = None if case["padding_mask"] is None else case["padding_mask"].reshape(-1)
     logits = oracle.logits.clone().requires_grad_(True)
