@@ -114,7 +114,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "capacity": ("policy", "signed_weights"),
     "expert_parallel": ("placement", "part_of_world", "shares"),
     "quantization": (
-        *("group_size", "scale_dtype", "g_idx", "padding", "granularity"),
+        *("group_size", "scale_dtype", "g_idx", "padding", "granularity", "mixed"),
         *("activation_format", "activation_scales"),
     ),
 }
@@ -184,10 +184,10 @@ class Capabilities:
         world_sizes: numbers of ranks that the operations of `ON_RANKS` run on; () runs on any.
         formats: quantised formats, of `FORMATS`.
         quantization: the same as `experts` for `group_size` (-1 is one group; with e4m3 the side of
-            a block), `scale_dtype`,
-            `g_idx` and `padding` (with and without) of packed tensors, for `granularity` of e4m3
-            (tensor, channel, block), and for `activation_format` (None, int8, e4m3, e4m3_block,
-            Q8_1) and `activation_scales` (with and without).
+            a block), `scale_dtype`, `g_idx` and `padding` (with and without) of packed tensors, for
+            `granularity` of e4m3 (tensor, channel, block), for `activation_format` (None, int8,
+            e4m3, e4m3_block, Q8_1) and `activation_scales` (with and without), and for `mixed`
+            (True: an expert's two matrices may be packed differently).
         gradients: operations whose outputs carry gradients.
         ties: "lowest" (the lowest expert id wins) or "free".
         repeated_ids: a row of `expert_ids` may name an expert twice, in every operation that takes

@@ -147,6 +147,48 @@ class ExpertsKeptByCodes(Reference):
         return right
 
 
+class DownLikeGateUp(Reference):
+    """Down is read as gate_up is packed, in one respect."""
+
+    def read(self, down: Any, gate_up: Any) -> Any:
+        """Down, as it is taken."""
+        return down
+
+    def experts_quantized(self, x: Tensor, experts: Any, *given: Any, **named: Any) -> Tensor:
+        """With what down is taken for."""
+        right = super().experts_quantized(x, experts, *given, **named)
+        down = self.read(experts.down, experts.gate_up)
+        if down is experts.down:
+            return right
+        return super().experts_quantized(x, replace(experts, down=down), *given, **named)
+
+
+@fault("scales-of-down-are-cast-to-those-of-gate-up", catches=("QUANT-14",))
+class ScalesOfDownAreCast(DownLikeGateUp):
+    """The scales of down are rounded to the dtype that those of gate_up have."""
+
+    def read(self, down: Any, gate_up: Any) -> Any:
+        """Through that dtype and back."""
+        if down.scales is None or gate_up.scales is None:
+            return down
+        dtypes = {down.scales.dtype, gate_up.scales.dtype}
+        if not dtypes <= {torch.float16, torch.bfloat16, torch.float32, torch.float64}:
+            return down
+        cast = down.scales.to(gate_up.scales.dtype).to(down.scales.dtype)
+        return replace(down, scales=cast)
+
+
+@fault("down-has-no-zero-points-where-gate-up-has-none", catches=("QUANT-14",))
+class DownHasNoZeroPoints(DownLikeGateUp):
+    """Zero points of down are left out where gate_up has none."""
+
+    def read(self, down: Any, gate_up: Any) -> Any:
+        """With 8 for all of them."""
+        if down.format != "uint4" or gate_up.format == "uint4":
+            return down
+        return replace(down, format="uint4b8", zeros=None)
+
+
 MANY = 2**16
 """More weights than this have no index of sixteen bits."""
 

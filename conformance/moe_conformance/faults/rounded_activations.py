@@ -353,3 +353,12 @@ askew(
     _scaled(lambda blocks, scale: 1 / scale.clamp_min(1e-30)),
     "QUANT-22",
 )
+askew(
+    "both-products-have-the-blocks-of-gate-up",
+    "What goes into down is rounded in blocks of the size that gate_up has.",
+    lambda experts: experts.activation_format == "e4m3_block",
+    lambda rows, experts, e, step: round_activations(
+        rows, "e4m3_block", experts.gate_up.group_size, None
+    ),
+    "QUANT-21",
+)

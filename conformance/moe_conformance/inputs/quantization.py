@@ -55,8 +55,10 @@ UNIVERSE: dict[str, tuple[Any, ...]] = {
     "padding": (False, True),
     "activation_format": (None, "int8", "e4m3", "e4m3_block", "Q8_1"),
     "activation_scales": (False, True),
+    "mixed": (False, True),
 }
-"""Every value that the suite draws for packed tensors, beside the format."""
+"""Every value that the suite draws for packed tensors, beside the format. `mixed`: the two matrices
+of an expert are packed differently, as llama.cpp has more bits for down."""
 
 NO_ROUNDING: dict[str, tuple[Any, ...]] = {
     "activation_format": (None,), "activation_scales": (False,),
@@ -196,11 +198,11 @@ def _choices(
     """Formats with the values that their fields may take; those with none are left out."""
     declared_dtypes = (*scope.capabilities.dtypes, "float32")
     found = []
-    for declared in scope.capabilities.alternatives("quantization"):
+    for number, declared in enumerate(scope.capabilities.alternatives("quantization")):
         for format in formats:
             if format not in scope.capabilities.formats:
                 continue
-            choices = {}
+            choices: dict[str, tuple[Any, ...]] = {"alternative": (f"number {number}",)}
             for name, universe in UNIVERSE.items():
                 allowed = declared.get(name, universe)
                 values = tuple(v for v in fixed.get(name, universe) if v in allowed)
@@ -292,6 +294,39 @@ def _about(
     }
 
 
+@st.composite
+def _beside(
+    draw: st.DrawFn,
+    about: Plan,
+    alternative: tuple[Any, ...],
+    chosen: list[tuple[str, dict[str, tuple[Any, ...]]]],
+    orders: tuple[str, ...],
+) -> Plan:
+    """Everything about the down matrix, where gate_up is like this and rows are rounded alike."""
+    rounded = about["activation_format"]
+    possible = []
+    for format, choices in chosen:
+        fixed = {**choices, "activation_format": (rounded,)}
+        if rounded == "e4m3_block":
+            fixed["granularity"] = ("block",)
+            others = tuple(B for B in choices["narrow_block"] if about["group_size"] != B)
+            fixed["narrow_block"] = others or choices["narrow_block"]
+        if choices["alternative"] == alternative and rounded in choices["activation_format"]:
+            possible.append((format, fixed))
+    kin = [each for each in possible if _family(each[0]) == _family(about["format"])]
+    format, fixed = draw(choice(kin if draw(st.integers(0, 3)) else possible))
+    drawn = draw(_about(format, fixed, orders))
+    same = ("activation_format", "activation_scales", "padding")
+    return {**drawn, **{name: about[name] for name in same}}
+
+
+def _family(format: str) -> str:
+    """Formats of one family are used side by side, and easily taken for each other."""
+    if format in INTEGERS:
+        return "integers"
+    return "GGUF" if format.startswith("Q") else "floats"
+
+
 def _changed(draw: st.DrawFn, about: Plan, changes: tuple[str, ...]) -> Plan:
     """Which part is another one in a second call, of those that the format has."""
     format = about["format"]
@@ -378,11 +413,15 @@ def quantized_inputs(
             # Groups in full, but where the requirement is about those that are not.
             orders = ("uneven",) if partial else ("shuffled", "shuffled", "in order")
             format, choices = draw(choice(chosen))
-            about = draw(_about(format, choices, orders))
+            about = of_down = draw(_about(format, choices, orders))
+            # A second call changes one part of both.
+            if draw(choice(choices["mixed"])) and not partial and not changes:
+                of_down = draw(_beside(about, choices["alternative"], chosen, orders))
             return {
-                **_fitting(draw, draw(drawn), about, scope, large),
+                **_fitting(draw, draw(drawn), about, of_down, scope, large),
                 **{name: value for name, value in about.items() if name != "format"},
                 "quantized": about["format"],
+                "down": None if of_down is about else of_down,
                 "codes": "any",
                 "scales": draw(choice(("usual", "usual", "zeros"))),
                 "zeros": draw(choice(ZERO_POINTS)),
@@ -407,16 +446,19 @@ ELSEWHERE = (5, 8, 13, 29)
 """Experts of other ranks: a map may be longer than any list of experts here."""
 
 
-def _fitting(draw: st.DrawFn, plan: Plan, about: Plan, scope: Scope, large: bool) -> Plan:
-    """A plan of `experts` with sizes that the format can hold."""
-    capabilities, step = scope.capabilities, 1 if about["padding"] else step_of(about)
-    of_h = math.lcm(step, capabilities.hidden_multiple)
-    of_i = math.lcm(step, capabilities.intermediate_multiple)
+def _fitting(
+    draw: st.DrawFn, plan: Plan, about: Plan, of_down: Plan, scope: Scope, large: bool
+) -> Plan:
+    """A plan of `experts` with sizes that the formats of both matrices can hold."""
+    capabilities = scope.capabilities
+    steps = [1 if each["padding"] else step_of(each) for each in (about, of_down)]
+    of_h = math.lcm(steps[0], capabilities.hidden_multiple)
+    of_i = math.lcm(steps[1], capabilities.intermediate_multiple)
     hidden, inner = (
         -(-min(size, 36) // of) * of
         for size, of in ((plan["hidden"], of_h), (plan["intermediate"], of_i))
     )
-    if not scope.interpreted and step <= 128 and _long(draw, about):
+    if not scope.interpreted and max(steps) <= 128 and _long(draw, about):
         # One side longer than a tile, the other one short.
         wide = draw(choice(WIDE))
         if draw(st.booleans()):
@@ -466,7 +508,7 @@ def build_quantized(plan: Plan) -> Inputs:
     }
     of_gate_up = {**about, "g_idx": "shuffled"} if plan["partial"] else about
     gate_up = drawn_tensor(content, of_gate_up, J, H)
-    down = drawn_tensor(content, about, H, I)
+    down = drawn_tensor(content, {**about, **(plan["down"] or {})}, H, I)
     biases: dict[str, Any] = {
         f"{name}_bias": beside(content.normal(E, size), dtype, plan["dtype"])
         if plan["biases"] in ("both", name)

@@ -680,6 +680,7 @@ PLAIN: dict[str, Any] = {
     sources=("vLLM fused_marlin_moe", "hanzo-engine quantised experts", "vLLM #44563"),
     given=quantized_inputs(g_idx=(False, True), large=True, **PLAIN),
     references=("quantized_experts.experts_quantized",),
+    kinds=3,
 )
 def packed_experts_are_experts_on_the_unpacked_weights(case: Case) -> None:
     """The impostor has the scales of the next expert in one of the matrices."""
@@ -897,6 +898,8 @@ ROUNDED: dict[str, Any] = {
     "expert_map": (False, True),
     "invalid_ids": (False,),
     "activation_format": ("int8", "e4m3", "e4m3_block", "Q8_1"),
+    # Blocks of one matrix are easily taken for those of the other.
+    "mixed": (False, True, True),
 }
 
 
@@ -945,7 +948,7 @@ def judge_rounded(case: Case, others: Values) -> None:
     sources=("vLLM #50833", "hanzo-engine Q8_1 activations", "SGLang #33005"),
     given=quantized_inputs(activation_scales=(False,), **ROUNDED),
     references=("activation_quantization.round_activations",),
-    kinds=2,
+    kinds=4,
 )
 def rows_are_rounded_before_each_product(case: Case) -> None:
     """Held against the float64 product of rows that the oracle has rounded."""

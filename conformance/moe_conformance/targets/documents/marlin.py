@@ -41,7 +41,7 @@ class Marlin(Target):
         hidden_multiple=16,
         intermediate_multiple=16,
         formats=tuple(BITS),
-        quantization={"padding": (False,)},
+        quantization={"padding": (False,), "mixed": (False,)},
         # Workspaces hold the results of both products and of the activation.
         rounding_points=("pre_activation", "activation", "weighted_output"),
     )
