@@ -453,8 +453,10 @@ def place_arguments(
 
     def place(path: str, tensor: torch.Tensor) -> torch.Tensor:
         if path in old and old[path].shape == tensor.shape and old[path].dtype == tensor.dtype:
+            # A target that has written to it may have made it part of a graph.
+            same = old[path] if old[path].is_leaf else old[path].detach()
             with torch.no_grad():
-                laid = old[path].copy_(tensor)
+                laid = same.copy_(tensor)
         else:
             # An id that means *not here* is legal and never right. Of a map, a table or a count it
             # would be an error that ends the call, and hides the answer that is wrong without one.

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from moe_conformance.executor import InlineExecutor
 from moe_conformance.inputs import slots
 from moe_conformance.inputs.given import Content, Scope
+from moe_conformance.inputs.load_balancing import SEQUENCE
 from moe_conformance.registry import MAY, requirement_named, requirements
 from moe_conformance.runner import Effort, run_requirement
 from moe_conformance.selfcheck import inline_scope
@@ -336,3 +337,58 @@ def test_what_nobody_draws_cannot_be_declared(area):
     known = ", ".join(CHOICES[area])
     with pytest.raises(ValueError, match=f"^{area}: expected any of {known}, got 'gate_bias'$"):
         Capabilities(**{area: [{CHOICES[area][0]: (1,)}, {"gate_bias": (False,)}]})
+
+
+def test_ids_that_a_loss_is_given_stay_the_best_of_its_logits():
+    class ChosenIds(Reference):
+        """Takes no other ids, and says so."""
+
+        capabilities = Capabilities(
+            operations=("balance_loss",), balance={"ids": ("chosen",)}, gradients=("balance_loss",)
+        )
+
+        def balance_loss(self, logits, expert_ids, config, padding_mask=None, **named):
+            real = slice(None) if padding_mask is None else padding_mask
+            order = logits.detach().double().sort(dim=1, descending=True, stable=True).indices
+            if not torch.equal(order[real, : expert_ids.shape[1]], expert_ids[real].long()):
+                raise Unsupported("expert_ids: expected the best of the logits")
+            return super().balance_loss(logits, expert_ids, config, padding_mask, **named)
+
+    for id in ("NUM-05", "NUM-13", "NUM-16", "NUM-21"):
+        found = status(ChosenIds(), id, examples=40)
+        assert found.status in ("pass", "unsupported"), f"{id}: {found.message}"
+
+
+@pytest.mark.parametrize(
+    ("declared", "taken"), [((None,), False), ((16,), False), (("any",), True)]
+)
+def test_a_layers_loss_per_sequence_is_of_any_length(declared, taken):
+    capabilities = Capabilities(balance={"sequence_length": declared})
+    plans = plans_of(requirement_named("LAYER-11"), capabilities, 60)
+    per_sequence = [p for p in plans if p["balance"] and p["balance"]["loss"] in SEQUENCE]
+    assert plans
+    assert bool(per_sequence) == taken
+
+
+def test_blocks_of_activations_come_with_blocks_of_weights():
+    rounded = {"activation_format": ("e4m3_block",), "activation_scales": (False,)}
+    capabilities = Capabilities(formats=("e4m3",), quantization=rounded)
+    plans = plans_of(requirement_named("QUANT-21"), capabilities, 60)
+    of_down = [plan["down"] for plan in plans if plan["down"]]
+    assert of_down
+    for about in (*plans, *of_down):
+        assert (about["activation_format"], about["granularity"]) == ("e4m3_block", "block")
+
+
+def test_an_argument_that_a_target_made_part_of_a_graph_is_written_over():
+    class MadePartOfAGraph(Reference):
+        capabilities = Capabilities(operations=("z_loss",))
+
+        def z_loss(self, logits, padding_mask=None):
+            loss = super().z_loss(logits.clone(), padding_mask)
+            if torch.is_grad_enabled() and not logits.requires_grad:
+                logits.mul_(torch.ones((), requires_grad=True))
+            return loss
+
+    found = status(MadePartOfAGraph(), "BALANCE-52")
+    assert found.status == "pass", found.message

@@ -6,9 +6,9 @@ Stages, and what each gains:
    the rows, and its experts' weights are views of this rank's.
 2. Counts are on their way while the rows are copied into that order. The host has to know them, as
    all-to-alls take lengths in its memory: it waits once, for one copy. It waits again for an order
-   of experts that is new, for a placement's maps where they are on another device than the tokens,
-   and for products in float64, which are for comparisons. What would need no wait is
-   `torch.ops.symm_mem.all_to_all_vdev`, which reads lengths on the GPU; it could not be run here.
+   of experts that is new, for a placement whose maps are on a GPU, and for products in float64,
+   which are for comparisons. What would need no wait is `torch.ops.symm_mem.all_to_all_vdev`, which
+   reads lengths on the GPU; it could not be run here.
 3. Arrived rows are not sorted: they are tokens with one expert and a weight of one, and the fast
    experts give them back in the order in which they came. So there is nothing to undo.
 4. `expert_parallel_pipeline`: the next chunk travels while one is computed, the shared expert is

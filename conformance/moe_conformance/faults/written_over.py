@@ -110,6 +110,11 @@ kept(
     thread=MOVED,
 )
 kept(
+    *("experts_quantized", "fixed-scales-are-kept", ("experts.activation_scales",)),
+    "NUM-13",
+    thread=PREPARED,
+)
+kept(
     *("layer", "the-router-in-its-own-dtype-is-kept", ("parameters.router",)),
     "NUM-13",
     thread=PREPARED,

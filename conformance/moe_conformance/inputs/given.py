@@ -175,6 +175,16 @@ def deterministic(given: Given) -> Given:
     )
 
 
+def either(*givens: Given) -> Given:
+    """The inputs of any of these, all of them built alike."""
+
+    def plans(scope: Scope) -> Plans | None:
+        possible = [found for each in givens if (found := each.plans(scope)) is not None]
+        return st.one_of(possible) if possible else None
+
+    return Given(plans, givens[0].build)
+
+
 def differentiable(operation: str, given: Given) -> Given:
     """The same inputs, for targets whose outputs of that operation carry gradients."""
     return Given(

@@ -47,8 +47,9 @@ UNIVERSE: dict[str, tuple[Any, ...]] = {
         *(None, "switch", "deepseek_expert", "deepseek_sequence", "deepseek_device", "gshard"),
     ),
 }
-"""Every value that the suite draws for `LayerConfig` and for what goes with it. The loss of gshard
-comes with one expert per token: it counts first choices, and the order of a token's ids is free."""
+"""Every value that the suite draws for `LayerConfig` and for what goes with it. In training the
+loss of gshard comes with one expert per token: it counts first choices, and the order of a token's
+ids is free."""
 
 LENGTHS = (16, 17, 31, 32, 33, 64, 65)
 """Lengths of the few long sequences."""
@@ -194,7 +195,7 @@ def _plans(
         reachable = per_group * routing["topk_groups"]
         batch = sequences * length if draw(choice(told)) else None
         loss = _loss(draw, scope, drawn["balance"], experts_, batch)
-        if loss is not None and loss["loss"] == "gshard":
+        if loss is not None and loss["loss"] == "gshard" and drawn["training"]:
             loss, allowed_k = (loss, (1,)) if 1 in allowed_k else (None, allowed_k)
         routing["top_k"] = draw(choice([k for k in allowed_k if k <= reachable]))
         if routing["group_score"] == "topk_share_sum":
@@ -262,18 +263,19 @@ def _loss(
     """
     declared = scope.capabilities.alternatives("balance")
     declared = [each for each in declared if loss in each.get("loss", (loss,))]
+    if loss in SEQUENCE:
+        # Whatever it is told, or the length of the sequences of x.
+        declared = [each for each in declared if "any" in each.get("sequence_length", ("any",))]
     if loss is None or not declared:
         return None
-    taken = draw(choice(declared))
-    scores = taken.get("score", ("softmax", "sigmoid"))
+    scores = draw(choice(declared)).get("score", ("softmax", "sigmoid"))
     devices = [n for n in (1, 2, 3, 4) if experts % n == 0]
-    per_sequence = loss in SEQUENCE and "any" in taken.get("sequence_length", ("any",))
     return {
         "loss": loss,
         "coefficient": draw(choice((1.0, 0.25))),
         "score": draw(choice(scores)),
         "num_devices": draw(choice(devices)) if loss == "deepseek_device" else None,
-        "sequence_length": batch if per_sequence else None,
+        "sequence_length": batch if loss in SEQUENCE else None,
     }
 
 

@@ -352,16 +352,6 @@ def build_balance(plan: Plan) -> Inputs:
     }
 
 
-def either(*givens: Given) -> Given:
-    """The inputs of any of these, all of one operation."""
-
-    def plans(scope: Scope) -> Plans | None:
-        possible = [found for each in givens if (found := each.plans(scope)) is not None]
-        return st.one_of(possible) if possible else None
-
-    return Given(plans, givens[0].build)
-
-
 def at_boundaries(given: Given) -> Given:
     """The same inputs, one of E, T and K one past a block, named by `axis`; the others small.
 

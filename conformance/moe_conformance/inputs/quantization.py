@@ -202,7 +202,7 @@ def _choices(
         for format in formats:
             if format not in scope.capabilities.formats:
                 continue
-            choices: dict[str, tuple[Any, ...]] = {"alternative": (f"number {number}",)}
+            choices: dict[str, tuple[Any, ...]] = {"alternative": (number,)}
             for name, universe in UNIVERSE.items():
                 allowed = declared.get(name, universe)
                 values = tuple(v for v in fixed.get(name, universe) if v in allowed)
@@ -232,6 +232,9 @@ def _choices(
             choices["activation_format"] = tuple(
                 each for each in choices["activation_format"] if each in fitting
             )
+            if choices["activation_format"] == ("e4m3_block",):
+                kinds = tuple(each for each in choices["granularity"] if each == "block")
+                choices["granularity"] = kinds
             if choices["activation_scales"] == (True,):
                 rounded = choices["activation_format"]
                 choices["activation_format"] = tuple(e for e in rounded if e in STATIC)
@@ -389,7 +392,7 @@ def quantized_inputs(
     """Inputs of `experts_quantized` inside the declaration.
 
     Args:
-        formats: to draw from; gate_up and down are of the same.
+        formats: to draw from; gate_up and down are of the same, or of two where `mixed` is drawn.
         partial: the groups of down lack columns, as those of a tensor-parallel slice do.
         least_tokens: smallest number of tokens.
         changes: of `CHANGES`, for what comes with a second call.
@@ -508,7 +511,7 @@ def build_quantized(plan: Plan) -> Inputs:
     }
     of_gate_up = {**about, "g_idx": "shuffled"} if plan["partial"] else about
     gate_up = drawn_tensor(content, of_gate_up, J, H)
-    down = drawn_tensor(content, {**about, **(plan["down"] or {})}, H, I)
+    down = drawn_tensor(content, {**about, **(plan.get("down") or {})}, H, I)
     biases: dict[str, Any] = {
         f"{name}_bias": beside(content.normal(E, size), dtype, plan["dtype"])
         if plan["biases"] in ("both", name)

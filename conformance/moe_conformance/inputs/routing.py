@@ -250,16 +250,6 @@ def _vocabularies() -> st.SearchStrategy[int]:
     return st.one_of(few, few, few, st.sampled_from(VOCABULARIES))
 
 
-def either(*givens: Given) -> Given:
-    """The inputs of any of these, all of them built by `build_routing`."""
-
-    def plans(scope: Scope) -> Plans | None:
-        possible = [found for each in givens if (found := each.plans(scope)) is not None]
-        return st.one_of(possible) if possible else None
-
-    return Given(plans, build_routing)
-
-
 def past(blocks: tuple[int, ...], least: int, most: int) -> list[int]:
     """Sizes one past a block, inside the limits with both of their lower neighbours; and `most`.
 

@@ -19,12 +19,12 @@ from moe_conformance.inputs.given import (
     Plans,
     Scope,
     differentiable,
+    either,
     torch_dtype,
 )
 from moe_conformance.inputs.routing import (
     at_boundaries,
     build_routing,
-    either,
     fill_logits,
     routing,
     vanishing,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from moe_reference.config import BalanceConfig, RoutingConfig
 
 from moe_conformance.case import Answer, Case, must_raise
-from moe_conformance.inputs.given import Content, Given, Scope, differentiable
+from moe_conformance.inputs.given import Content, Given, Scope, differentiable, either
 from moe_conformance.inputs.load_balancing import (
     BATCH,
     ROUTINGS,
@@ -21,7 +21,6 @@ from moe_conformance.inputs.load_balancing import (
     at_boundaries,
     balance,
     crowded,
-    either,
     router_logits,
 )
 from moe_conformance.judge import Violation, equals, has_form, impostors, within

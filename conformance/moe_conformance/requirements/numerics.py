@@ -23,10 +23,11 @@ from moe_conformance.inputs.given import (
     Plans,
     Scope,
     choice,
+    either,
     torch_dtype,
 )
 from moe_conformance.inputs.layer import layer_inputs
-from moe_conformance.inputs.load_balancing import BATCH, balance, biases, either, router_logits
+from moe_conformance.inputs.load_balancing import BATCH, balance, biases, router_logits
 from moe_conformance.inputs.quantization import packed_inputs, quantized_inputs
 from moe_conformance.inputs.routing import routing
 from moe_conformance.inputs.slots import batched, capacities, rows, scattered, slots
@@ -88,8 +89,14 @@ WITH_MORE_ARGUMENTS: dict[str, Given] = {
     "balance_loss": either(balance(padding=True), balance(losses=BATCH, counts=True), balance()),
     "z_loss": either(router_logits(), router_logits(padding=True)),
     "experts": expert_inputs(invalid_ids=(False,)),
+    "experts_quantized": either(
+        quantized_inputs(),
+        quantized_inputs(),
+        quantized_inputs(activation_scales=(True,), activation_format=("int8", "e4m3")),
+    ),
 }
-"""The same with masks, counts, maps and tables, where what is asked takes them all."""
+"""The same with masks, counts, maps, tables and fixed scales, for what is asked the same of a call
+whatever arguments it has."""
 
 KEPT = ("experts_batched", "dequantize", "experts_quantized")
 """Operations of which one requirement asks for the answer to other data in the same storage, and
@@ -346,26 +353,42 @@ TURNED: dict[str, tuple[str, ...]] = {
 """Arguments that other data changes, where it is more than the first tensor."""
 
 
+COUNTED = (
+    ("align", "expert_ids"),
+    ("align_batched", "tokens_per_expert"),
+    ("balance_loss", "expert_ids"),
+)
+"""Arguments of which only the number of equal ones matters."""
+
+
 def _other_data(
     operation: str, given: dict[str, Any], paths: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """The same call with its data turned upside down, or these arguments of it."""
+    """The same call with its data turned upside down, or these arguments of it.
+
+    Ids that a loss is given stay the best of its logits: some take no others.
+    """
     first, _ = next(walk(given))
     turned_paths = paths or TURNED.get(operation, (first,))
 
     def turn(path: str, tensor: torch.Tensor) -> torch.Tensor:
         if path not in turned_paths:
             return tensor
-        turned = tensor.flip(0)
-        if not turned.is_floating_point():
-            if path != "expert_map" and operation in ("align", "align_batched"):
+        if not tensor.is_floating_point():
+            turned = tensor.flip(tuple(range(tensor.ndim)))
+            if (operation, path) in COUNTED:
                 # Half of them alike, so that what is counted changes as well.
                 turned[len(turned) // 2 :] = turned[:1]
             return turned
+        turned = tensor.flip(0)
         # A load stays a load: nothing that is nowhere negative becomes so.
         return turned + 1 if bool((turned >= 0).all()) else -turned
 
     changed: dict[str, Any] = replace_tensors(given, turn)
+    if operation == "balance_loss" and "expert_ids" not in turned_paths:
+        best = changed["logits"].double().sort(dim=1, descending=True, stable=True).indices
+        ids = changed["expert_ids"]
+        changed["expert_ids"] = best[:, : ids.shape[1]].to(ids.dtype)
     return changed
 
 
@@ -696,34 +719,43 @@ def _with_a_turn(given: Given) -> Given:
         drawn = given.plans(scope)
         if drawn is None:
             return None
+        # Many numbers divide 60: of the turns that a call has each comes about as often.
         return st.tuples(drawn, choice(tuple(range(60)))).map(
             lambda pair: {**pair[0], "turned": pair[1]}
         )
 
     def build(plan: Plan) -> Inputs:
         rest = {name: value for name, value in plan.items() if name != "turned"}
-        return {**given.build(rest), "turned": plan["turned"]}
+        return {**given.build(rest), "turned": plan.get("turned", 0)}
 
     return Given(plans, build)
 
 
-MAY_BE_ABSENT = ("bias", "map", "mask", "table", "tokens_per_expert")
+SELDOM_GIVEN = (
+    *("bias", "mask", "map", "table", "token_ids", "shared_gate"),
+    *("tokens_per_expert", "activation_scales"),
+)
+"""How the paths of arguments end that few calls have. Where they are given they are turned twice as
+often as others."""
 
 
-def _turns(operation: str, given: dict[str, Any]) -> list[tuple[str, ...]]:
+def _turns(case: Case, operation: str, given: dict[str, Any]) -> list[tuple[str, ...]]:
     """The sets of arguments that are other data at once: each alone, and what belongs together.
 
-    What is packed is not turned: QUANT-11 and QUANT-19 do it, one part at a time.
+    What is packed is not turned: QUANT-11 and QUANT-19 do it, one part at a time. Nor are the ids
+    that a loss is given, where it may take none but the best of its logits.
     """
     paths = [path for path, _ in walk(given)]
+    if any("ids" in each for each in case.scope.capabilities.alternatives("balance")):
+        paths = [path for path in paths if (operation, path) != ("balance_loss", "expert_ids")]
     if operation in KEPT:
         packed = {each.rpartition(".")[0] for each in paths if each.endswith(".packed")}
         paths = [path for path in paths if path.rpartition(".")[0] not in packed]
-    # Those that a call may go without come in few calls, and are tried twice as often there.
-    alone: list[tuple[str, ...]] = [
-        (path,) for path in (*paths, *(p for p in paths if p.endswith(MAY_BE_ABSENT)))
-    ]
-    return alone if operation in ANSWERED else [*alone, TURNED.get(operation, (paths[0],))]
+    seldom = [path for path in paths if path.endswith(SELDOM_GIVEN)]
+    alone: list[tuple[str, ...]] = [(path,) for path in (*paths, *seldom)]
+    if operation in TURNED and operation not in ANSWERED:
+        alone.append(TURNED[operation])
+    return alone
 
 
 @requirement(
@@ -742,7 +774,7 @@ def _turns(operation: str, given: dict[str, Any]) -> list[tuple[str, ...]]:
 def other_data_in_the_same_storage(case: Case) -> None:
     """Other data in memory of its own, the first data, and the other data written over it."""
     operation, first = case["operation"], _given(case)
-    turns = _turns(operation, first)
+    turns = _turns(case, operation, first)
     turned = turns[case["turned"] % len(turns)]
     other = _other_data(operation, first, turned)
     answers = case.session(

@@ -673,8 +673,8 @@ PLAIN: dict[str, Any] = {
     "QUANT-14",
     MUST,
     "experts_quantized",
-    "The output MUST be that of `experts` on the unpacked weights, within the rounding that is "
-    "declared.",
+    "The output MUST be that of `experts` on the unpacked weights, each matrix unpacked by its own "
+    "format and groups, within the rounding that is declared.",
     reason="The error of quantisation is in the weights, once. Held against the original weights "
     "a wrong kernel hides behind it.",
     sources=("vLLM fused_marlin_moe", "hanzo-engine quantised experts", "vLLM #44563"),

@@ -24,7 +24,7 @@ from moe_conformance.registry import (
     requirements,
 )
 from moe_conformance.target import ON_RANKS
-from moe_conformance.worker import SURROUNDINGS
+from moe_conformance.worker import SURROUNDINGS, LoadError
 
 ABOUT_ERRORS = (
     *("GATE-17", "BALANCE-27", "BALANCE-35", "BALANCE-43", "ALIGN-19", "ALIGN-31"),
@@ -105,24 +105,32 @@ def _ask(case: Case, set_to: str) -> None:
         asked.check(case)
     except (Violation, TargetLost):
         # What is wrong in any surroundings is what the other requirement is there to say.
-        if not _wrong_anyway(asked, Case(inputs, case.scope, case.executor)):
+        if not _wrong_anyway(asked, inputs, case):
             raise
         case.note("wrong without them too")
         case.judged += 1
 
 
-def _wrong_anyway(asked: Requirement, plain: Case) -> bool:
+def _wrong_anyway(asked: Requirement, inputs: Inputs, case: Case) -> bool:
     """Whether it is violated without the surroundings too.
 
     A target may keep what it made in them, and then is wrong without them in the same process. One
     that has answered nothing yet tells, and is asked until it has been wrong once.
     """
-    if not _violated(asked, plain):
+    executor = case.executor
+    if not _violated(asked, Case(dict(inputs), case.scope, executor)):
         return False
-    known = _wrong_when_new.setdefault(plain.executor, set())
-    if asked.id not in known and plain.executor.renew():
-        if not _violated(asked, Case(plain.inputs, plain.scope, plain.executor)):
-            return False
+    known = _wrong_when_new.setdefault(executor, set())
+    if asked.id in known:
+        return True
+    try:
+        anew = executor.renew()
+    except (LoadError, TargetLost):
+        # The next session says so.
+        return True
+    if anew and not _violated(asked, Case(dict(inputs), case.scope, executor)):
+        return False
+    if anew:
         known.add(asked.id)
     return True
 
