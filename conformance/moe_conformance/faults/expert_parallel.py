@@ -843,3 +843,16 @@ class OnlyOneRankLooks(OnRanks):
             return {}
         columns = given["expert_ids"].shape[1]
         return {"weights": given["weights"][:, :columns]}
+
+
+@fault("padding-goes-to-the-first-expert-with-a-weight-of-zero", catches=("EP-09",))
+class PaddingGoesToTheFirstExpert(OnRanks):
+    """Nothing comes of it, but where the weight is on the input and a bias on the way."""
+
+    def prepare(self, ranks: ProcessRanks, **given: Any) -> dict[str, Any]:
+        """See the contract."""
+        ids, weights = given["expert_ids"], given["weights"]
+        gone = (ids < 0) | (ids >= given["num_experts"])
+        if weights.shape != ids.shape:
+            return {}
+        return {"expert_ids": ids.masked_fill(gone, 0), "weights": weights.masked_fill(gone, 0.0)}

@@ -758,6 +758,18 @@ class TheBusiestAreTogether(Place):
         return _place(placement.physical_to_logical[order].tolist(), len(load), ranks)
 
 
+@fault("without-copies-experts-stand-by-id", catches=("SLICE-20",))
+class WithoutCopiesExpertsStandById(Place):
+    """Where there is nothing to copy, nothing is balanced."""
+
+    def change(self, placement: Placement, load: Tensor) -> Placement:
+        """See the contract."""
+        if len(placement.physical_to_logical) > len(load):
+            return placement
+        ranks = int(placement.rank_of_physical.max()) + 1
+        return _place(list(range(len(load))), len(load), ranks)
+
+
 @fault("all-ranks-are-one", catches=("SLICE-18", "SLICE-20"))
 class AllRanksAreOne(Place):
     """Everything is on rank 0."""

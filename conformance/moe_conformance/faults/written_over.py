@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from moe_conformance.codec import replace_tensors, walk
+from moe_conformance.codec import replace_tensors
 from moe_conformance.faults import fault
 from moe_conformance.targets import Reference
 
@@ -22,10 +22,10 @@ class Keeps(Reference):
     """A copy of some arguments is made once for each tensor, and used from then on.
 
     Attributes:
-        kept_paths: how the dotted paths of those arguments begin.
+        kept_path: how the dotted paths of those arguments begin.
     """
 
-    kept_paths: tuple[str, ...]
+    kept_path: str
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,19 +33,19 @@ class Keeps(Reference):
 
     def copied(self, path: str, tensor: Tensor) -> Tensor:
         """The copy; of what is learned there is none."""
-        if tensor.requires_grad or not path.startswith(self.kept_paths):
+        if tensor.requires_grad or not path.startswith(self.kept_path):
             return tensor
         # The tensor is kept too, so that no other one gets its number.
         return self.kept.setdefault(id(tensor), (tensor, tensor.clone()))[1]
 
 
-def kept(operation: str, name: str, paths: tuple[str, ...], *catches: str, thread: str) -> None:
+def kept(operation: str, name: str, path: str, *catches: str, thread: str = "") -> None:
     """Register a fault that keeps arguments of an operation by the tensors that they are.
 
     Args:
         operation: where.
         name: what goes wrong.
-        paths: how the dotted paths of the arguments begin.
+        path: how the dotted paths of the arguments begin.
         *catches: ids of the requirements that have to fail.
         thread: where it really happened, or empty.
     """
@@ -53,99 +53,35 @@ def kept(operation: str, name: str, paths: tuple[str, ...], *catches: str, threa
 
     def call(self: Keeps, *given: Any, **named: Any) -> Any:
         arguments = dict(zip(names, given, strict=False)) | named
-        replaced = {path: self.copied(path, tensor) for path, tensor in walk(arguments)}
-        arguments = replace_tensors(arguments, lambda path, _: replaced[path])
-        return getattr(Reference, operation)(self, **arguments)
+        return getattr(Reference, operation)(self, **replace_tensors(arguments, self.copied))
 
     members = {
         operation: call,
-        "kept_paths": paths,
-        "__doc__": f"What {' and '.join(paths)} held at first is used from then on.",
+        "kept_path": path,
+        "__doc__": f"What {path.rstrip('.')} held at first is used from then on.",
         "__module__": __name__,
     }
     fault(name, catches=catches, thread=thread)(type("Kept", (Keeps,), members))
 
 
-PREPARED = "SGLang #25852"
-MOVED = "vllm-ascend #4793"
+NUM, LAYER, PREPARED, MOVED = "NUM-13", "LAYER-16", "SGLang #25852", "vllm-ascend #4793"
 
 kept(
-    *("route", "the-bias-of-the-first-step-is-kept", ("bias",)),
-    *("NUM-13", "GATE-23"),
-    thread="torchtitan #1593",
+    "route", "the-bias-of-the-first-step-is-kept", "bias", NUM, "GATE-23", thread="torchtitan #1593"
 )
-kept(
-    *("balance_loss", "the-mask-of-the-first-batch-is-kept", ("padding_mask",)),
-    "NUM-13",
-    thread="",
-)
-kept(
-    *("z_loss", "the-mask-of-the-first-z-loss-is-kept", ("padding_mask",)),
-    "NUM-13",
-    thread="",
-)
-kept(
-    *("align", "the-map-that-blocks-were-made-for-is-kept", ("expert_map",)),
-    *("NUM-13", "ALIGN-35"),
-    thread=MOVED,
-)
-kept(
-    *("experts", "the-biases-of-prepared-experts-are-kept", ("experts.gate_up_bias",)),
-    "NUM-13",
-    thread=PREPARED,
-)
-kept(
-    *("experts", "the-map-of-the-experts-here-is-kept", ("expert_map",)),
-    "NUM-13",
-    thread=MOVED,
-)
-kept(
-    *("experts_batched", "prepared-experts-of-a-batch-are-kept", ("experts.",)),
-    "NUM-13",
-    thread=PREPARED,
-)
-kept(
-    *("experts_quantized", "the-map-beside-packed-experts-is-kept", ("expert_map",)),
-    "NUM-13",
-    thread=MOVED,
-)
-kept(
-    *("experts_quantized", "fixed-scales-are-kept", ("experts.activation_scales",)),
-    "NUM-13",
-    thread=PREPARED,
-)
-kept(
-    *("layer", "the-router-in-its-own-dtype-is-kept", ("parameters.router",)),
-    "NUM-13",
-    thread=PREPARED,
-)
-kept(
-    *("layer", "the-prepared-shared-expert-is-kept", ("parameters.shared",)),
-    "NUM-13",
-    thread=PREPARED,
-)
-kept(
-    *("expert_parallel", "a-placement-is-looked-up-once", ("placement.",)),
-    "EP-29",
-    thread=MOVED,
-)
-kept(
-    *("expert_parallel", "the-experts-of-a-rank-are-prepared-once", ("local.",)),
-    "EP-29",
-    thread=PREPARED,
-)
-kept(
-    *("replicated_experts", "experts-that-add-up-are-prepared-once", ("local.",)),
-    "EP-27",
-    thread=PREPARED,
-)
-kept(
-    *("sliced_expert_parallel", "experts-for-slices-are-prepared-once", ("local.",)),
-    "EP-26",
-    thread=PREPARED,
-)
-kept(
-    *("shared_tensor_parallel", "a-slice-of-the-shared-expert-is-prepared-once", ("part.",)),
-    "EP-28",
-    thread=PREPARED,
-)
+kept("balance_loss", "the-mask-of-the-first-batch-is-kept", "padding_mask", NUM)
+kept("z_loss", "the-mask-of-the-first-z-loss-is-kept", "padding_mask", NUM)
+kept("align", "a-map-is-kept-with-its-blocks", "expert_map", NUM, "ALIGN-35", thread=MOVED)
+kept("experts", "prepared-biases-are-kept", "experts.gate_up_bias", NUM, thread=PREPARED)
+kept("experts", "the-map-of-the-experts-here-is-kept", "expert_map", NUM, thread=MOVED)
+kept("experts_batched", "prepared-experts-are-kept", "experts.", NUM, thread=PREPARED)
+kept("experts_quantized", "a-map-beside-packed-experts-is-kept", "expert_map", NUM, thread=MOVED)
+kept("experts_quantized", "fixed-scales-are-kept", "experts.activation_scales", NUM)
+kept("layer", "a-prepared-router-is-kept", "parameters.router", LAYER, NUM, thread=PREPARED)
+kept("layer", "the-bias-of-a-layers-first-step-is-kept", "parameters.selection_bias", LAYER, NUM)
+kept("layer", "a-prepared-shared-expert-is-kept", "parameters.shared", LAYER, NUM, thread=PREPARED)
+kept("expert_parallel", "a-placement-is-looked-up-once", "placement.", "EP-29", thread=MOVED)
+kept("expert_parallel", "experts-of-a-rank-are-kept", "local.", "EP-29", thread=PREPARED)
+kept("replicated_experts", "experts-that-add-up-are-kept", "local.", "EP-27", thread=PREPARED)
+kept("sliced_expert_parallel", "experts-for-slices-are-kept", "local.", "EP-26", thread=PREPARED)
+kept("shared_tensor_parallel", "a-shared-slice-is-kept", "part.", "EP-28", thread=PREPARED)

@@ -23,8 +23,9 @@ from moe_conformance.inputs.given import (
     torch_dtype,
 )
 
-LOADS = ("even", "skewed", "one hot", "none", "ties", "few")
-"""How the load is spread over experts; few are some tokens for each of some experts."""
+LOADS = ("even", "skewed", "one hot", "none", "ties", "few", "one side")
+"""How the load is spread over experts; few are some tokens for each of some experts; with one side
+the first half of the ids has nearly all."""
 
 LOAD_DTYPES = ("int64", "float32", "int32", "float64")
 
@@ -175,6 +176,9 @@ def placed(
             fewest = -(-experts // count)
             # With many copies of each, loads per copy are close together and no whole numbers.
             more = draw(st.integers(1 if redundant else 0, 3 if load != "few" else 12))
+            if not redundant and fewest * count <= most and draw(st.integers(0, 2)) == 2:
+                # One copy of each, which is a case of its own for those that only copy.
+                experts, more = fewest * count, 0
             return {
                 "experts": experts,
                 "num_ranks": count,
@@ -302,6 +306,9 @@ def build_placed(plan: Plan) -> Inputs:
         "none": lambda: torch.zeros(experts, dtype=torch.int64),
         "ties": lambda: content.integers(1, 3, experts) * 60,
         "few": lambda: content.integers(1, 20, experts),
+        "one side": lambda: (
+            (torch.arange(experts) < experts // 2) * 90 + content.integers(0, 9, experts)
+        ),
     }
     load = kinds[plan["load"]]().double()
     if plan["load"] in ("even", "skewed") and plan["dtype"] in ("float32", "float64"):

@@ -550,7 +550,10 @@ def gradients_where_nothing_was_routed_are_zero(case: Case) -> None:
     reason="Padding has such ids. Each is sent nowhere: as an index -1 is the last rank's last "
     "expert, and a bin of its own shifts the splits.",
     sources=("transformers #40545", "transformers #48653", "vLLM #42034"),
-    given=on_ranks(invalid_ids=(True,), bias=(False,), copies=(False, True)),
+    # A pair that is computed with a weight of 0 shows where the weight is on the input.
+    given=on_ranks(
+        invalid_ids=(True,), weight_on=("output", "input", "input"), copies=(False, True)
+    ),
     references=("parallel_steps.expert_places", "placement.physical_ids"),
 )
 def ids_that_are_nowhere_contribute_nothing(case: Case) -> None:

@@ -840,7 +840,7 @@ def copies_go_where_the_load_is(case: Case) -> None:
     reason="Heaviest copies first, each to the rank with the least load and a free place, stays "
     "below that; what does worse has not looked at the load.",
     sources=("EPLB balanced_packing", "Graham, Bounds on multiprocessing anomalies (1966)"),
-    given=placed(loads=("skewed", "ties", "even"), ranks=(2, 9)),
+    given=placed(loads=("skewed", "ties", "even", "one side"), ranks=(2, 9)),
     references=PLACE,
 )
 def no_rank_is_overloaded(case: Case) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -278,6 +278,11 @@ def the_reported_routing_is_that_of_the_logits(case: Case) -> None:
 
 def _judge_routing(case: Case, fields: dict[str, Any]) -> None:
     ids, weights, _ = _routed_as(case, fields)
+    wrong = [("all zeros", (ids, torch.zeros_like(weights))), ("1.1 times", (ids, weights * 1.1))]
+    case.judge(_routing_rule(case), (ids, weights), wrong)
+
+
+def _routing_rule(case: Case) -> Callable[[tuple[torch.Tensor, torch.Tensor]], None]:
     oracle = _routing(case)
     experts = oracle.logits.shape[1]
 
@@ -288,8 +293,19 @@ def _judge_routing(case: Case, fields: dict[str, Any]) -> None:
         oracle.check_ids(ids)
         oracle.check_weights(weights, ids)
 
-    wrong = [("all zeros", (ids, torch.zeros_like(weights))), ("1.1 times", (ids, weights * 1.1))]
-    case.judge(rule, (ids, weights), wrong)
+    return rule
+
+
+def _routes_rightly(case: Case, fields: dict[str, Any]) -> bool:
+    """Whether the layer says what it chose, and is right; where it is not, LAYER-02 says so."""
+    if fields.get("expert_ids") is None or fields.get("weights") is None:
+        return False
+    ids, weights, _ = _routed_as(case, fields)
+    try:
+        _routing_rule(case)((ids, weights))
+    except Violation:
+        return False
+    return True
 
 
 @requirement(
@@ -849,19 +865,30 @@ def a_broken_token_breaks_no_other_of_a_layer(case: Case) -> None:
     references=("layer.layer",),
 )
 def a_layer_on_the_same_storage_with_other_data(case: Case) -> None:
-    """x is turned round, and the experts move one row on: everything is written over."""
-    parameters = case["parameters"]
-    moved = replace_tensors(parameters.experts, lambda _, tensor: tensor.roll(1, 0))
-    changed = {
-        "x": -case["x"].flip(1),
-        "parameters": dataclasses.replace(parameters, experts=moved),
-    }
+    """Everything is written over: tokens are turned round, experts move one row on, and all other
+    parameters change sign, so that what is kept of any of them shows."""
+    before = case["parameters"]
+
+    def write(path: str, tensor: torch.Tensor) -> torch.Tensor:
+        moves = path.startswith("experts.") or not tensor.is_floating_point()
+        return tensor.roll(1, 0) if moves else -tensor
+
+    parameters = replace_tensors(before, write)
+    changed = {"x": case["x"].flip(1), "parameters": parameters}
     given = {name: case[name] for name in NAMES}
-    first = case.planned("layer", **given)
-    second = case.planned("layer", **given | changed, reuse=0)
-    _, answer = case.session([first, second])
+    _, answer, alone = case.session(
+        [
+            case.planned("layer", **given),
+            case.planned("layer", **given | changed, reuse=0),
+            case.planned("layer", **given | changed),
+        ]
+    )
     case.inputs.update(changed)
-    _judge(case, _fields(answer, case["x"]), {"the experts before": {"parameters": parameters}})
+    fields = _fields(answer, case["x"])
+    if _routes_rightly(case, _fields(alone, case["x"])):
+        _judge_routing(case, fields)
+    stale = dataclasses.replace(parameters, experts=before.experts)
+    _judge(case, fields, {"the experts before": {"parameters": stale}})
 
 
 @requirement(
