@@ -1,7 +1,8 @@
-"""What is kept of an argument, as if nobody would write over it.
+"""What is kept of an argument, as if nobody would write over it, or bring another one.
 
 An optimizer writes weights in place, a router's bias moves at every step, and a server that moves
-copies of experts rewrites its maps: the tensor is the same one, what it holds is not.
+copies of experts rewrites its maps: the tensor is the same one, what it holds is not. A graph that
+was captured for a call's form answers all calls of the form, whose tensors are others.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moe_conformance.codec import replace_tensors
+from moe_conformance.codec import replace_tensors, walk
 from moe_conformance.faults import fault
 from moe_conformance.targets import Reference
 
@@ -23,23 +24,42 @@ class Keeps(Reference):
 
     Attributes:
         kept_path: how the dotted paths of those arguments begin.
+        captured: whether once for each form of a call instead: its shapes, dtypes and numbers.
     """
 
     kept_path: str
+    captured: bool
 
     def __init__(self) -> None:
         super().__init__()
-        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self.kept: dict[object, tuple[Tensor, Tensor]] = {}
 
-    def copied(self, path: str, tensor: Tensor) -> Tensor:
-        """The copy; of what is learned there is none."""
-        if tensor.requires_grad or not path.startswith(self.kept_path):
-            return tensor
-        # The tensor is kept too, so that no other one gets its number.
-        return self.kept.setdefault(id(tensor), (tensor, tensor.clone()))[1]
+    def replaced(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments with the copies in their places; of what is learned there is none."""
+        form = str(
+            [(path, tensor.shape, tensor.dtype) for path, tensor in walk(arguments)]
+            + [value for value in arguments.values() if not list(walk(value))]
+        )
+
+        def copied(path: str, tensor: Tensor) -> Tensor:
+            if tensor.requires_grad or not path.startswith(self.kept_path):
+                return tensor
+            key = (path, form) if self.captured else id(tensor)
+            # The tensor is kept too, so that no other one gets its number.
+            return self.kept.setdefault(key, (tensor, tensor.clone()))[1]
+
+        changed: dict[str, Any] = replace_tensors(arguments, copied)
+        return changed
 
 
-def kept(operation: str, name: str, path: str, *catches: str, thread: str = "") -> None:
+def kept(
+    operation: str,
+    name: str,
+    path: str,
+    *catches: str,
+    thread: str = "",
+    captured: bool = False,
+) -> None:
     """Register a fault that keeps arguments of an operation by the tensors that they are.
 
     Args:
@@ -48,16 +68,18 @@ def kept(operation: str, name: str, path: str, *catches: str, thread: str = "") 
         path: how the dotted paths of the arguments begin.
         *catches: ids of the requirements that have to fail.
         thread: where it really happened, or empty.
+        captured: by the form of the call instead.
     """
     names = list(inspect.signature(getattr(Reference, operation)).parameters)[1:]
 
     def call(self: Keeps, *given: Any, **named: Any) -> Any:
         arguments = dict(zip(names, given, strict=False)) | named
-        return getattr(Reference, operation)(self, **replace_tensors(arguments, self.copied))
+        return getattr(Reference, operation)(self, **self.replaced(arguments))
 
     members = {
         operation: call,
         "kept_path": path,
+        "captured": captured,
         "__doc__": f"What {path.rstrip('.')} held at first is used from then on.",
         "__module__": __name__,
     }
@@ -85,3 +107,25 @@ kept("expert_parallel", "experts-of-a-rank-are-kept", "local.", "EP-29", thread=
 kept("replicated_experts", "experts-that-add-up-are-kept", "local.", "EP-27", thread=PREPARED)
 kept("sliced_expert_parallel", "experts-for-slices-are-kept", "local.", "EP-26", thread=PREPARED)
 kept("shared_tensor_parallel", "a-shared-slice-is-kept", "part.", "EP-28", thread=PREPARED)
+
+
+def graph(operation: str, name: str, path: str, *catches: str) -> None:
+    """Register a fault that keeps arguments of an operation by the form of the call."""
+    kept(operation, name, path, *catches, thread=CAPTURED, captured=True)
+
+
+CAPTURED = "flashinfer #5287"
+
+graph("route", "a-captured-router-keeps-its-bias", "bias", "GATE-23")
+graph("balance_loss", "a-captured-loss-keeps-its-mask", "padding_mask", NUM)
+graph("z_loss", "a-captured-z-loss-keeps-its-mask", "padding_mask", NUM)
+graph("update_bias", "a-captured-step-keeps-its-counts", "tokens_per_expert", NUM)
+graph("align", "captured-blocks-keep-their-map", "expert_map", NUM)
+graph("align_batched", "captured-blocks-keep-their-counts", "tokens_per_expert", NUM)
+graph("drop_to_capacity", "a-captured-drop-keeps-its-ids", "expert_ids", NUM)
+graph("experts", "captured-experts-keep-their-map", "expert_map", NUM)
+graph("experts_batched", "a-captured-batch-keeps-its-counts", "tokens_per_expert", NUM)
+graph("experts_quantized", "captured-packed-experts-keep-their-map", "expert_map", NUM)
+graph("layer", "a-captured-layer-keeps-its-router", "parameters.router", LAYER)
+graph("layer", "a-captured-layer-keeps-its-bias", "parameters.selection_bias", LAYER)
+graph("layer", "a-captured-layer-keeps-its-token-ids", "token_ids", LAYER)

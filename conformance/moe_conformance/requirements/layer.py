@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -69,11 +69,12 @@ def _arithmetic(case: Case) -> Arithmetic:
     return Arithmetic.of(case.scope.capabilities, str(case["x"].dtype).removeprefix("torch."))
 
 
-def _routing(case: Case) -> RoutingOracle:
+def _routing(case: Case, **changed: Any) -> RoutingOracle:
     """The routing of the layer's own logits, with the error that computing them makes."""
-    parameters: LayerWeights = case["parameters"]
-    config: LayerConfig = case["config"]
-    x = case["x"].reshape(-1, case["x"].shape[-1])
+    given = case.inputs | changed
+    parameters: LayerWeights = given["parameters"]
+    config: LayerConfig = given["config"]
+    x = given["x"].reshape(-1, given["x"].shape[-1])
     capabilities = case.scope.capabilities
     dtype = str(x.dtype).removeprefix("torch.")
     # x, router and bias are rounded to the router's dtype before the product, the logits after.
@@ -96,7 +97,7 @@ def _routing(case: Case) -> RoutingOracle:
         size = size + logits.abs()
         error = error + unit * logits.abs()
     error = error + rounded * size
-    token_ids = None if case["token_ids"] is None else case["token_ids"].reshape(-1)
+    token_ids = None if given["token_ids"] is None else given["token_ids"].reshape(-1)
     bias = parameters.selection_bias
     return RoutingOracle.of(
         logits,
@@ -278,11 +279,6 @@ def the_reported_routing_is_that_of_the_logits(case: Case) -> None:
 
 def _judge_routing(case: Case, fields: dict[str, Any]) -> None:
     ids, weights, _ = _routed_as(case, fields)
-    wrong = [("all zeros", (ids, torch.zeros_like(weights))), ("1.1 times", (ids, weights * 1.1))]
-    case.judge(_routing_rule(case), (ids, weights), wrong)
-
-
-def _routing_rule(case: Case) -> Callable[[tuple[torch.Tensor, torch.Tensor]], None]:
     oracle = _routing(case)
     experts = oracle.logits.shape[1]
 
@@ -293,19 +289,8 @@ def _routing_rule(case: Case) -> Callable[[tuple[torch.Tensor, torch.Tensor]], N
         oracle.check_ids(ids)
         oracle.check_weights(weights, ids)
 
-    return rule
-
-
-def _routes_rightly(case: Case, fields: dict[str, Any]) -> bool:
-    """Whether the layer says what it chose, and is right; where it is not, LAYER-02 says so."""
-    if fields.get("expert_ids") is None or fields.get("weights") is None:
-        return False
-    ids, weights, _ = _routed_as(case, fields)
-    try:
-        _routing_rule(case)((ids, weights))
-    except Violation:
-        return False
-    return True
+    wrong = [("all zeros", (ids, torch.zeros_like(weights))), ("1.1 times", (ids, weights * 1.1))]
+    case.judge(rule, (ids, weights), wrong)
 
 
 @requirement(
@@ -865,8 +850,8 @@ def a_broken_token_breaks_no_other_of_a_layer(case: Case) -> None:
     references=("layer.layer",),
 )
 def a_layer_on_the_same_storage_with_other_data(case: Case) -> None:
-    """Everything is written over: tokens are turned round, experts move one row on, and all other
-    parameters change sign, so that what is kept of any of them shows."""
+    """Everything is written over: tokens and their ids are turned round, experts move one row on,
+    and all other parameters change sign, so that what is kept of any of them shows."""
     before = case["parameters"]
 
     def write(path: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -874,21 +859,42 @@ def a_layer_on_the_same_storage_with_other_data(case: Case) -> None:
         return tensor.roll(1, 0) if moves else -tensor
 
     parameters = replace_tensors(before, write)
-    changed = {"x": case["x"].flip(1), "parameters": parameters}
+    turned = replace_tensors({n: case[n] for n in ("x", "token_ids")}, lambda _, t: t.flip(1))
+    changed = {**turned, "parameters": parameters}
     given = {name: case[name] for name in NAMES}
-    _, answer, alone = case.session(
-        [
-            case.planned("layer", **given),
-            case.planned("layer", **given | changed, reuse=0),
-            case.planned("layer", **given | changed),
-        ]
-    )
+    first = case.planned("layer", **given)
+    second = case.planned("layer", **given | changed, reuse=0)
+    _, answer = case.session([first, second])
     case.inputs.update(changed)
     fields = _fields(answer, case["x"])
-    if _routes_rightly(case, _fields(alone, case["x"])):
-        _judge_routing(case, fields)
+    for part in ("router", "router_bias", "selection_bias"):
+        stale = dataclasses.replace(parameters, **{part: getattr(before, part)})
+        _judge_choice(case, fields, part, parameters=stale)
+    _judge_choice(case, fields, "token_ids", token_ids=given["token_ids"])
     stale = dataclasses.replace(parameters, experts=before.experts)
     _judge(case, fields, {"the experts before": {"parameters": stale}})
+
+
+LEAST_TELLING = 3
+"""Tokens that show which call's data the experts were chosen by. A layer that chooses wrongly in a
+way of its own, which is LAYER-02's business, would have to go wrong in just this way in each."""
+
+
+def _judge_choice(case: Case, fields: dict[str, Any], what: str, **stale: Any) -> None:
+    """Where the layer says what it chose: not what it chooses with `stale` in place of its own."""
+    chosen = fields.get("expert_ids")
+    right, sure = _chosen(_routing(case))
+    wrong, also_sure = _chosen(_routing(case, **stale))
+    right, wrong = right.sort().values, wrong.sort().values
+    telling = sure & also_sure & (right != wrong).any(-1)
+    if chosen is None or int(telling.sum()) < LEAST_TELLING:
+        return
+
+    def rule(ids: torch.Tensor) -> None:
+        if torch.equal(ids.long().sort().values[telling], wrong[telling]):
+            raise Violation(f"expert_ids: chosen by the {what} of the call before", right, ids)
+
+    case.judge(rule, chosen, [(f"by the {what} before", wrong)])
 
 
 @requirement(
