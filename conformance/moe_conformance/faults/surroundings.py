@@ -370,7 +370,7 @@ instead(
         and bool((right("route", a)[0] == right("route", a)[0][:1]).all())
     ),
     _expanded_weights,
-    "NUM-01",
+    *("GATE-24", "NUM-01"),
 )
 
 # What comes in.

@@ -876,9 +876,10 @@ def every_call_is_answered_for_itself(case: Case) -> None:
     MUST,
     "route",
     "In every configuration the arguments and torch's global state MUST be left as they are, and "
-    "the results MUST have memory of their own.",
+    "the results MUST have memory of their own, with a place for each element.",
     reason="The logits go on to the losses, and the bias and the table to the next step; a mask "
-    "filled in place, or a row of the table handed out, is found there.",
+    "filled in place, or a row of the table handed out, is found there. Where K = 1 one weight for "
+    "all tokens cannot be written to.",
     sources=("transformers MoE jitter", "TensorCast topk_weights /=", "docs/spec/operations.md"),
     given=either(routing(), routing(), routing(hashed=True)),
     references=("gating.route",),
@@ -897,14 +898,17 @@ def routing_leaves_everything_as_it_was(case: Case) -> None:
 
     def rule(touched: list[str]) -> None:
         if touched:
-            raise Violation(f"route changed, shares or moved {', '.join(sorted(set(touched)))}")
+            raise Violation(
+                f"route changed, shares, expands or moved {', '.join(sorted(set(touched)))}"
+            )
 
     answers = [case.session([call])[0] for call in calls]
     if not case.scope.capabilities.finite_only:
         broken = case.planned("route", **given | {"logits": _broken_rows(case)})
         answers += [each for each in case.attempt([broken]) if each.error is None]
     for answer in answers:
-        found = [*answer.changed, *answer.shared, *answer.state]
+        expanded = [f"result {path}" for path, *_, kind in answer.kinds if "expanded" in kind]
+        found = [*answer.changed, *answer.shared, *answer.state, *expanded]
         case.judge(rule, found, [("the logits", ["logits"])])
 
 
