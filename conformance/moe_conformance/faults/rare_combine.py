@@ -637,3 +637,72 @@ class _Unwritten(torch.autograd.Function):
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         (nobody,) = ctx.saved_tensors
         return gradient.masked_fill(nobody[:, None], torch.nan), None
+
+
+class _Dots(torch.autograd.Function):
+    """The sum as it is, with weights' gradients that are rounded after so many columns."""
+
+    @staticmethod
+    def forward(ctx, out, rows, slots, weights, dtype, columns):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(rows, slots.long(), weights)
+        ctx.dtype, ctx.columns = dtype, columns
+        return out.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        rows, slots, weights = ctx.saved_tensors
+        somebodys = slots < weights.numel()
+        rows, slots = rows[somebodys], slots[somebodys]
+        terms = gradient.double()[slots // weights.shape[1]] * rows.double()
+        total = torch.zeros(len(terms), dtype=ctx.dtype)
+        for tile in terms.split(ctx.columns, 1):
+            total = (total.double() + tile.sum(1)).to(ctx.dtype)
+        found = torch.zeros(weights.numel(), dtype=torch.float64).index_add(
+            0, slots, total.double()
+        )
+        return gradient, None, None, found.view(weights.shape).to(weights.dtype), None, None
+
+
+def summed_by_tiles(
+    name: str, sentence: str, of: torch.dtype, dtype: torch.dtype, columns: int
+) -> None:
+    """Register a fault that sums the gradient of the weights in a dtype of its own.
+
+    Args:
+        name: what goes wrong.
+        sentence: the same in words.
+        of: the dtype of the rows for which it does.
+        dtype: what the sum is rounded to.
+        columns: how many are added up before it is.
+    """
+
+    def call(self: Reference, rows: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+        if rows.dtype is not of or not weights.requires_grad:
+            return Reference.combine(self, rows, slots, weights)
+        out = Reference.combine(self, rows, slots, weights.detach())
+        return _Dots.apply(out, rows.detach(), slots, weights, dtype, columns)
+
+    members = {"combine": call, "__doc__": sentence, "__module__": __name__}
+    fault(name, catches=("DISPATCH-48",))(type("Summed", (Reference,), members))
+
+
+summed_by_tiles(
+    "weights-learn-in-bfloat16",
+    "The gradient of a weight is added up column by column in bfloat16.",
+    *(torch.bfloat16, torch.bfloat16),
+    columns=1,
+)
+
+summed_by_tiles(
+    "weights-learn-in-float16-by-tiles",
+    "Tiles of 8 columns are added up in float32, and to each other in float16.",
+    *(torch.float16, torch.float16),
+    columns=8,
+)
+
+summed_by_tiles(
+    "weights-of-float64-learn-in-float32",
+    "The gradient of a weight is added up in float32 where the rows are float64.",
+    *(torch.float64, torch.float32),
+    columns=1,
+)

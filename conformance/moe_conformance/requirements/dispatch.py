@@ -618,8 +618,7 @@ def _absorbing(scope: Scope) -> Plans | None:
 
 def _build_absorbing(plan: Plan) -> Inputs:
     """K is odd, so 2^p + (K - 1) has an even last digit and is exact in the dtype."""
-    wide = "float64" if plan["dtype"] == "float64" else "float32"
-    inputs = build_scattered({**plan, "weights": wide})
+    inputs = build_scattered({**plan, "weights": _wide(plan)})
     tokens, top_k = inputs["weights"].shape
     hidden = inputs["rows"].shape[1]
     large = Content(plan["seed"]).integers(0, top_k - 1, tokens, hidden)
@@ -1268,6 +1267,61 @@ def _swallowed(scope: Scope) -> Plans | None:
             "dtype": drawn[1],
             "top_k": drawn[0]["top_k"] - 1 + drawn[0]["top_k"] % 2,
         }
+    )
+
+
+@requirement(
+    "DISPATCH-48",
+    SHOULD,
+    "combine",
+    "The gradient of the weights SHOULD be summed in float32, or in float64 where the rows are "
+    "float64.",
+    reason="It is a sum over all columns: in bfloat16 one large column silences the others, and "
+    "the router learns from it alone.",
+    sources=("torchtitan #2679", "torchtitan #2416"),
+    given=differentiable(
+        "combine",
+        Given(
+            lambda scope: _with_dtype(scattered().plans(scope), scope, SWALLOWS),
+            lambda plan: build_scattered({**plan, "weights": _wide(plan)}),
+        ),
+    ),
+    references=COMBINE,
+)
+def the_gradient_of_the_weights_is_summed_in_float32(case: Case) -> None:
+    """Rows of ones; of a token's cotangents one is 2^p, the others are 1: the ones arrive."""
+    case.inputs["rows"] = torch.ones_like(case["rows"])
+    swallows = SWALLOWS[str(case["rows"].dtype).removeprefix("torch.")]
+    (tokens, top_k), hidden = case["weights"].shape, case["rows"].shape[1]
+    # An odd number of them, so that the sum has an even last digit and is exact in the dtype.
+    columns = min(hidden, 31) - (min(hidden, 31) + 1) % 2
+    cotangent = torch.zeros(tokens, hidden, dtype=torch.float64)
+    cotangent[:, :columns] = 1
+    large = Content(tokens).integers(0, columns - 1, tokens, 1)
+    cotangent.scatter_(1, large, swallows)
+    _, found = _combine_gradients(case, cotangent)
+    expected = torch.zeros(tokens * top_k, dtype=torch.float64)
+    expected[case["slots"].long()] = swallows + columns - 1
+    expected = expected.reshape(tokens, top_k)
+    lost = expected.clamp(max=swallows)
+    case.judge(
+        lambda answer: equal("gradient of weights", answer.double(), expected),
+        found,
+        [("the ones lost", lost)] if columns > 1 else [],
+    )
+
+
+def _wide(plan: Plan) -> str:
+    return "float64" if plan["dtype"] == "float64" else "float32"
+
+
+def _with_dtype(plans: Plans | None, scope: Scope, dtypes: Iterable[str]) -> Plans | None:
+    """The same plans in those of the scope's dtypes."""
+    wanted = tuple(dtype for dtype in dtypes if dtype in scope.dtypes)
+    if plans is None or not wanted:
+        return None
+    return st.tuples(plans, st.sampled_from(wanted)).map(
+        lambda drawn: {**drawn[0], "dtype": drawn[1]}
     )
 
 
