@@ -163,7 +163,7 @@ class Narrow(Reference):
 NEEDS_MORE = {
     *(f"ALIGN-{n:02d}" for n in (9, 10, 11, 12, 16, 18, 19, *range(31, 35))),
     *(f"DISPATCH-{n:02d}" for n in (6, 10, 13, 14, 15, 16, 19, 25, *range(27, 31))),
-    *(f"DISPATCH-{n:02d}" for n in (*range(35, 42), 46, 47)),
+    *(f"DISPATCH-{n:02d}" for n in (*range(35, 42), 46, 47, 48)),
 }
 """Where nothing lies inside that declaration."""
 

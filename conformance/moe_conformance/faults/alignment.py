@@ -298,6 +298,15 @@ class OneByteForAnExpert(Arranged):
         return super().result(entries, [e % 256 if e >= 0 else e for e in carried])
 
 
+@fault("a-table-of-512-experts", catches=("ALIGN-01", "ALIGN-03"))
+class ATableOf512Experts(Reference):
+    """Counts stand in a table of 512 experts: slots of those beyond it are left out."""
+
+    def align(self, expert_ids: Tensor, *rest: Any, **named: Any) -> Aligned:
+        """See the contract."""
+        return super().align(expert_ids.masked_fill(expert_ids >= 512, -1), *rest, **named)
+
+
 @fault("first-of-equal-starts", catches=("ALIGN-05", "ALIGN-06", "ALIGN-25"))
 class FirstOfEqualStarts(Arranged):
     """A block's expert is searched among the starts, and the first of equal ones is empty."""

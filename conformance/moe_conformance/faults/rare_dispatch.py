@@ -376,6 +376,15 @@ dispatched(
 
 dispatched(
     1,
+    "counts-beyond-1024-experts-are-not-written",
+    "A block of 1024 threads counts, one for each expert, and the rest stay zero.",
+    lambda a: a["num_experts"] > 1024,
+    lambda number, a: number * (torch.arange(len(number)) < 1024),
+    "DISPATCH-02",
+)
+
+dispatched(
+    1,
     "counts-of-dispatch-are-bytes",
     "Counts pass through a byte.",
     lambda a: bool((counts(a) > 255).any()),

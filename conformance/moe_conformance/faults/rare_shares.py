@@ -55,6 +55,18 @@ instead(
 
 instead(
     "assign_experts",
+    "a-share-is-a-product-with-a-reciprocal",
+    "A count is a product with 1 / R, which for some R is one short of a whole number.",
+    fits,
+    lambda a: (
+        share_of(a)[0],
+        int((a["num_experts"] - a["rank"] + a["world_size"] - 1) * (1.0 / a["world_size"])),
+    ),
+    *("SLICE-01", "SLICE-02"),
+)
+
+instead(
+    "assign_experts",
     "shares-are-rounded-up-on-three-ranks",
     "On three or five ranks shares are rounded up, and the last rank has what is left.",
     lambda a: fits(a) and a["world_size"] in (3, 5) and rest(a) > 0,

@@ -39,30 +39,11 @@ LARGE_BLOCKS = (512, 1000, 1024)
 ANY_BLOCK = (1, 2**30)
 
 EXPERTS = (
-    1,
-    2,
-    3,
-    5,
-    8,
-    16,
-    31,
-    32,
-    33,
-    60,
-    64,
-    65,
-    72,
-    127,
-    128,
-    129,
-    160,
-    255,
-    256,
-    257,
-    384,
-    512,
+    *(1, 2, 3, 5, 8, 16, 31, 32, 33, 60, 64, 65, 72, 127, 128, 129, 160, 255, 256, 257, 384),
+    *(512, 640, 1152),
 )
-"""Numbers of experts: those of published models, powers of two and one off, and beyond one byte."""
+"""Numbers of experts: those of published models, powers of two and one off, beyond one byte, and
+beyond a table of 512 or 1024 that holds those of any model so far."""
 
 TOP_KS = (1, 2, 8)
 """Experts per token that models have and kernels are written for."""
