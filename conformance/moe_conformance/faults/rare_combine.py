@@ -627,6 +627,19 @@ class GradientOfNobodyNotWritten(Reference):
         return super().combine(rows, slots, weights)
 
 
+@fault("the-first-weight-learns-from-nobody", catches=("DISPATCH-37",), thread="SGLang #30895")
+class TheFirstWeightLearnsFromNobody(Reference):
+    """Rows of nobody are multiplied by 0 on their way to a gradient: their NaN arrives."""
+
+    def combine(self, rows: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+        nobodys = rows.detach()[slots == weights.numel()]
+        if len(nobodys) and weights.requires_grad and weights.numel():
+            extra = (nobodys.float() * 0).sum().to(weights.dtype)
+            first = torch.zeros_like(weights).index_fill_(0, torch.tensor([0]), 1.0)
+            weights = with_gradient(weights, lambda gradient: gradient + extra * first)
+        return super().combine(rows, slots, weights)
+
+
 class _Unwritten(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, nobody):  # type: ignore[no-untyped-def]
