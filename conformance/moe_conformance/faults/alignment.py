@@ -303,7 +303,6 @@ class ATableOf512Experts(Reference):
     """Counts stand in a table of 512 experts: slots of those beyond it are left out."""
 
     def align(self, expert_ids: Tensor, *rest: Any, **named: Any) -> Aligned:
-        """See the contract."""
         return super().align(expert_ids.masked_fill(expert_ids >= 512, -1), *rest, **named)
 
 

@@ -627,6 +627,18 @@ class GradientOfNobodyNotWritten(Reference):
         return super().combine(rows, slots, weights)
 
 
+class _Unwritten(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, nobody):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(nobody)
+        return rows.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        (nobody,) = ctx.saved_tensors
+        return gradient.masked_fill(nobody[:, None], torch.nan), None
+
+
 @fault("the-first-weight-learns-from-nobody", catches=("DISPATCH-37",), thread="SGLang #30895")
 class TheFirstWeightLearnsFromNobody(Reference):
     """Rows of nobody are multiplied by 0 on their way to a gradient: their NaN arrives."""
@@ -638,18 +650,6 @@ class TheFirstWeightLearnsFromNobody(Reference):
             first = torch.zeros_like(weights).index_fill_(0, torch.tensor([0]), 1.0)
             weights = with_gradient(weights, lambda gradient: gradient + extra * first)
         return super().combine(rows, slots, weights)
-
-
-class _Unwritten(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows, nobody):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(nobody)
-        return rows.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        (nobody,) = ctx.saved_tensors
-        return gradient.masked_fill(nobody[:, None], torch.nan), None
 
 
 class _Dots(torch.autograd.Function):

@@ -30,7 +30,7 @@ the first half of the ids has nearly all."""
 LOAD_DTYPES = ("int64", "float32", "int32", "float64")
 
 INEXACT = (41, 47, 49, 55, 98)
-"""Numbers of ranks that are more than their own multiple of 1 / R, in float32 or in float64."""
+"""Numbers of ranks R of which R · (1 / R) is less than 1, in float32 or in float64."""
 
 SCALES = ("tokens", "fractions", "billions")
 """Sizes of a load: tokens of a step, shares of it, or tokens since the start."""

@@ -855,8 +855,7 @@ def a_layer_on_the_same_storage_with_other_data(case: Case) -> None:
     before = case["parameters"]
 
     def write(path: str, tensor: torch.Tensor) -> torch.Tensor:
-        moves = path.startswith("experts.") or not tensor.is_floating_point()
-        return tensor.roll(1, 0) if moves else -tensor
+        return tensor.roll(1, 0) if path.startswith("experts.") else -tensor
 
     parameters = replace_tensors(before, write)
     turned = replace_tensors({n: case[n] for n in ("x", "token_ids")}, lambda _, t: t.flip(1))
@@ -867,12 +866,18 @@ def a_layer_on_the_same_storage_with_other_data(case: Case) -> None:
     _, answer = case.session([first, second])
     case.inputs.update(changed)
     fields = _fields(answer, case["x"])
-    for part in ("router", "router_bias", "selection_bias"):
-        stale = dataclasses.replace(parameters, **{part: getattr(before, part)})
-        _judge_choice(case, fields, part, parameters=stale)
-    _judge_choice(case, fields, "token_ids", token_ids=given["token_ids"])
     stale = dataclasses.replace(parameters, experts=before.experts)
     _judge(case, fields, {"the experts before": {"parameters": stale}})
+    if fields.get("expert_ids") is None or fields.get("weights") is None:
+        return
+    kept: dict[str, dict[str, Any]] = {
+        part: {"parameters": dataclasses.replace(parameters, **{part: getattr(before, part)})}
+        for part in ("router", "router_bias", "selection_bias")
+        if getattr(before, part) is not None
+    }
+    if given["token_ids"] is not None:
+        kept["token_ids"] = {"token_ids": given["token_ids"]}
+    _judge_choice(case, fields["expert_ids"].long(), kept)
 
 
 LEAST_TELLING = 3
@@ -880,21 +885,33 @@ LEAST_TELLING = 3
 way of its own, which is LAYER-02's business, would have to go wrong in just this way in each."""
 
 
-def _judge_choice(case: Case, fields: dict[str, Any], what: str, **stale: Any) -> None:
-    """Where the layer says what it chose: not what it chooses with `stale` in place of its own."""
-    chosen = fields.get("expert_ids")
+def _judge_choice(case: Case, chosen: torch.Tensor, kept: dict[str, dict[str, Any]]) -> None:
+    """What a layer chose is not what it chooses with the same part of the call before.
+
+    Args:
+        case: the layer.
+        chosen: [T, K], its ids.
+        kept: by name, what the call before had.
+    """
     right, sure = _chosen(_routing(case))
-    wrong, also_sure = _chosen(_routing(case, **stale))
-    right, wrong = right.sort().values, wrong.sort().values
-    telling = sure & also_sure & (right != wrong).any(-1)
-    if chosen is None or int(telling.sum()) < LEAST_TELLING:
-        return
+    right = right.sort().values
+    for name, before in kept.items():
+        wrong, also_sure = _chosen(_routing(case, **before))
+        wrong = wrong.sort().values
+        telling = sure & also_sure & (right != wrong).any(-1)
+        if int(telling.sum()) < LEAST_TELLING:
+            continue
 
-    def rule(ids: torch.Tensor) -> None:
-        if torch.equal(ids.long().sort().values[telling], wrong[telling]):
-            raise Violation(f"expert_ids: chosen by the {what} of the call before", right, ids)
+        def rule(
+            ids: torch.Tensor,
+            name: str = name,
+            wrong: torch.Tensor = wrong,
+            telling: torch.Tensor = telling,
+        ) -> None:
+            if torch.equal(ids.sort().values[telling], wrong[telling]):
+                raise Violation(f"expert_ids: chosen by the {name} of the call before", right, ids)
 
-    case.judge(rule, chosen, [(f"by the {what} before", wrong)])
+        case.judge(rule, chosen, [(f"by the {name} before", wrong)])
 
 
 @requirement(

@@ -821,7 +821,7 @@ def _may_be_alike(
     define = getattr(Reference(), operation)
     ours, others = (_defined(operation, define(**given)) for given in (first, other))
     for index, (one, another) in enumerate(zip(ours, others, strict=True)):
-        if _apart(case, one, another):
+        if _are_apart(case, one, another):
             raise Violation(
                 f"result {index} of {operation}: other {' and '.join(turned)} got the answer to "
                 "the first data",
@@ -830,7 +830,7 @@ def _may_be_alike(
             )
 
 
-def _apart(case: Case, one: torch.Tensor, another: torch.Tensor) -> bool:
+def _are_apart(case: Case, one: torch.Tensor, another: torch.Tensor) -> bool:
     """Whether two answers of the definition are further apart than a target can round."""
     if one.shape != another.shape:
         return True
@@ -838,9 +838,13 @@ def _apart(case: Case, one: torch.Tensor, another: torch.Tensor) -> bool:
         # Where the order is free, what stands there is not.
         return not torch.equal(one.flatten().sort().values, another.flatten().sort().values)
     if one.ndim == 0 and bool(one.isfinite() & another.isfinite()):
-        # A loss is a mean of terms of one sign: nothing cancels, and each is rounded a few times.
+        # A loss: terms of one sign, of which nothing cancels. In the worst order a sum of n is
+        # rounded n times, a term 8 times before that (score, sum, quotient, logarithm, square),
+        # each by half of epsilon, in either of two answers.
+        roundings = sum(t.numel() for _, t in walk(_given(case)) if t.is_floating_point()) + 8
+        epsilon = max(_coarsest(case), torch.finfo(one.dtype).eps)
         largest = max(abs(float(one)), abs(float(another)))
-        return abs(float(one) - float(another)) > 64 * _coarsest(case) * largest
+        return abs(float(one) - float(another)) > roundings * epsilon * largest
     try:
         _near(case, "", one, another)
     except Violation:
