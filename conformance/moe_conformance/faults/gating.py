@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from moe_reference import gating
 from moe_reference.config import RoutingConfig
 
 from moe_conformance.faults import fault
@@ -305,6 +306,38 @@ class ClosedGroupsAreFilledWithZero(Router):
     def prepare(self, logits: Tensor, config: Any, bias: Any, token_ids: Any) -> tuple[Any, ...]:
         """See the contract."""
         return logits, replace(config, mask_fill="zero"), bias, token_ids
+
+
+class _Filled(Router):
+    """Experts of closed groups get a number that is meant to lose against any score."""
+
+    fill: float
+
+    def route(self, logits: Tensor, config: Any, bias: Any = None, token_ids: Any = None) -> Routed:
+        """See the contract."""
+        weights, ids = super().route(logits, config, bias, token_ids)
+        if config.num_groups == 1 or config.mask_fill == "zero" or bias is None:
+            return weights, ids
+        keys = gating._selection_scores(gating.upcast(logits), config, bias)
+        filled = keys.masked_fill(gating._outside_best_groups(keys, config), self.fill)
+        chosen = filled.argsort(dim=1, descending=True, stable=True)[:, : config.top_k]
+        wide = gating.upcast(logits)
+        picked = gating._chosen_scores(wide, chosen, config)
+        return gating._renormalize_and_scale(picked, config), chosen
+
+
+@fault("closed-groups-are-filled-with-minus-10000", catches=("GATE-12",))
+class ClosedGroupsAreFilledWithMinus10000(_Filled):
+    """Enough for any score in float16, and too little beside a bias that switches experts off."""
+
+    fill = -1e4
+
+
+@fault("closed-groups-are-filled-with-minus-1e9", catches=("GATE-12",))
+class ClosedGroupsAreFilledWithMinus1e9(_Filled):
+    """As in attention masks."""
+
+    fill = -1e9
 
 
 @fault("closed-groups-open-below-minus-one", catches=("GATE-12",), thread="DeepSeek-V3 #741")
