@@ -34,7 +34,13 @@ import torch.nn.functional as F
 from goals import OURS, goal_lines
 from moe_optimized.alignment import align, align_torch, align_triton, tile_table
 from moe_optimized.dispatch import sum_places
-from moe_optimized.experts import experts, experts_torch, experts_triton
+from moe_optimized.experts import (
+    experts,
+    experts_torch,
+    experts_triton,
+    sum_of_experts_triton,
+)
+from moe_optimized.experts_decode import is_few
 from moe_optimized.experts_triton import compile_options, experts_down_kernel, tile_shapes
 from moe_optimized.gating import route, route_triton
 from moe_optimized.interpreter import HAS_TRITON, launch
@@ -56,6 +62,9 @@ from timing import (
 )
 
 Tensors = tuple[torch.Tensor, ...]
+
+TORCH, SORTED = OTHER_WAYS = ("moespec-torch", "moespec-sorted")
+"""Grouped products of torch; and a few tokens by the way of many."""
 
 MODELS = {
     "Mixtral-8x7B": (4096, 14336, 8, 2),
@@ -356,7 +365,7 @@ class Bench:
 
     def _count_first_call(self, name: str, seconds: float) -> None:
         spent = self.first_calls[name] = self.first_calls.get(name, 0.0) + seconds
-        if name not in (OURS, "moespec-torch") and spent > FIRST_CALLS:
+        if name not in (OURS, *OTHER_WAYS) and spent > FIRST_CALLS:
             self.left_out[name] = (
                 f"its first calls took {spent:.0f} s, of {FIRST_CALLS:.0f} at most"
             )
@@ -435,8 +444,15 @@ class Bench:
         matrices, how = ExpertWeights(gate_up, down), ExpertsConfig()
         ours = experts_triton if self._by_kernels(kind) else experts
         runs = {OURS: lambda: ours(x, matrices, weights, ids, how)}
-        if self.device == "cuda" and "moespec-torch" not in self.left_out:
-            runs["moespec-torch"] = lambda: experts_torch(x, matrices, weights, ids, how)
+        if self.device == "cuda" and TORCH not in self.left_out:
+            runs[TORCH] = lambda: experts_torch(x, matrices, weights, ids, how)
+        (slots, E, H, I), few = (ids.numel(), *down.shape), is_few(*ids.shape, down.shape[0])
+        if self.device == "cuda" and few and not x.requires_grad:
+            # What a few tokens would take the way of many.
+            shapes = tile_shapes(slots, E, I, H, x.dtype)
+            runs[SORTED] = lambda: sum_of_experts_triton(
+                x, matrices, weights, ids, how, dtype=x.dtype, shapes=shapes
+            )
         absent = {}
         for name, peer in PEERS.items():
             made = self.left_out.get(name, "it has no backward")
@@ -449,7 +465,7 @@ class Bench:
                 absent[name] = made.removeprefix("absent: ")
             else:
                 runs[name] = made
-        capturable = {OURS, *(name for name, peer in PEERS.items() if peer.capturable)}
+        capturable = {OURS, SORTED, *(name for name, peer in PEERS.items() if peer.capturable)}
         return runs, absent, capturable
 
     def _forward(self, case: Case) -> Work:

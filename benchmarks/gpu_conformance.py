@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from moe_conformance.report import read_report, reports_in
-from moe_optimized.targets import Optimized, OptimizedFloat8, OptimizedTriton
+from moe_optimized.targets import Optimized, OptimizedDecode, OptimizedFloat8, OptimizedTriton
 
 REPORTS = Path(__file__).parents[1] / "moespec-report" / "gpu"
 # By class and not by name: names need an installed package.
-TARGETS = {each.name: each for each in (Optimized, OptimizedTriton, OptimizedFloat8)}
+KINDS = (Optimized, OptimizedTriton, OptimizedDecode, OptimizedFloat8)
+TARGETS = {each.name: each for each in KINDS}
 BROKEN = ("fail", "crash", "timeout", "inconclusive", "warn")
 
 

@@ -26,6 +26,7 @@ What they are made of:
 | `router` | the product in front of the routing |
 | `gating_backward`, `load_balancing_kernels` | kernels of the concept before the underscore |
 | `experts_cpu`, `experts_torch`, `experts_triton`, `experts_backward` | ways to compute experts |
+| `experts_decode` | another one, for a few tokens |
 | `expert_parallel_order`, `expert_parallel_pipeline` | who sends what where, and when |
 | `quantized_kernels`, `quantized_dequantize` | kernels that read packed weights |
 """

@@ -7,9 +7,10 @@ Each way to compute them has its own module, with its stages and what each gains
    the batched experts.
 3. `experts_triton`: the forward in Triton kernels. Between forward and backward it keeps x, the
    pre-activation and the tile table.
-4. `experts_backward`: the backward in Triton kernels, from those alone.
+4. `experts_decode`: the forward of a few tokens that no backward follows, in two launches.
+5. `experts_backward`: the backward in Triton kernels, from what 3 keeps alone.
 
-Here stand the functions that a user calls, what they check, and the graph that joins 3 and 4.
+Here stand the functions that a user calls, what they check, and the graph that joins 3 and 5.
 
 Dimension key: T tokens, H hidden size, I intermediate size, E experts, K experts per token,
 C rows of a batched expert.
@@ -27,6 +28,7 @@ from moe_optimized.alignment import TileTable, check_map, check_tokens
 from moe_optimized.autograd import once
 from moe_optimized.dispatch import accumulation_dtype
 from moe_optimized.experts_backward import Needs, run_backward
+from moe_optimized.experts_decode import is_few, run_decode
 from moe_optimized.experts_torch import batched_experts
 from moe_optimized.experts_triton import Shapes, run_forward
 from moe_optimized.interpreter import KERNEL_DTYPES, has_kernels
@@ -181,7 +183,7 @@ def sum_of_experts_triton(
         expert_map: global ids to local rows, or None.
         dtype: of the result. Its gradient is rounded to x's dtype, which loses nothing where the
             result is rounded to that in the end.
-        shapes: the tiles of the products; None looks them up.
+        shapes: the tiles of the products; None looks them up, or takes none for a few tokens.
 
     Returns:
         [T, H], `dtype`.
@@ -195,7 +197,10 @@ def sum_of_experts_triton(
     tensors = [x, weights, *(getattr(experts, field.name) for field in fields(experts))]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _Experts.apply(*tensors, expert_ids, config, expert_map, dtype, shapes)
-    return run_forward(x, experts, weights, expert_ids, config, expert_map, shapes, dtype, False)[0]
+    given = (x, experts, weights, expert_ids, config, expert_map)
+    if shapes is None and is_few(*expert_ids.shape, experts.down.shape[0]):
+        return run_decode(*given, dtype)
+    return run_forward(*given, shapes, dtype, False)[0]
 
 
 def experts_batched_triton(

@@ -6,7 +6,8 @@ expert of its own that every token is sent to, with its gate and scale as the we
 1. `layer_torch`: routing and products in torch. This is what a CPU user gets.
 2. `layer_triton`: a kernel each for the router's product, for routing with counts, for the order of
    the rows, for either product of the experts and for their sum: six launches up to 4096 pairs. A
-   shared expert adds its own four, and the sum of both outputs.
+   few tokens that no backward follows take four, without order and sum. A shared expert adds its
+   own four or two, and the sum of both outputs.
 
 Neither waits for the host on a GPU, so a call can be captured in a CUDA graph, and under
 `torch.compile` both are whole graphs: what cannot be traced is an operator of `operators`. The one

@@ -9,7 +9,8 @@ whatever the ids are, so that nothing depends on data and T may change without c
 |---|---|
 | `experts_cpu`, `experts_cpu_backward` | those of `experts_cpu` |
 | `experts_grouped`, `experts_grouped_backward` | those of `experts_torch` |
-| `experts_triton`, `experts_triton_backward` | `experts_triton` and `experts_backward` |
+| `experts_triton` | `experts_triton` and `experts_decode` |
+| `experts_triton_backward` | `experts_backward` |
 | `router` | `router.router_logits_triton` |
 | `route`, `route_backward` | the kernels of `gating`, counts included |
 | `look_up` | the ids of a hash table; it stands in `gating` |
@@ -40,6 +41,7 @@ from moe_optimized.autograd import once
 from moe_optimized.compiling import in_eager, make_operator, make_operators, stands_for
 from moe_optimized.experts_backward import Needs, run_backward
 from moe_optimized.experts_cpu import backward_on_cpu, forward_on_cpu
+from moe_optimized.experts_decode import is_few, run_decode
 from moe_optimized.experts_torch import backward_grouped, forward_grouped
 from moe_optimized.experts_triton import one_dtype, run_forward, tile_shapes
 from moe_optimized.gating_backward import route_gradient
@@ -147,9 +149,10 @@ def _experts_triton(
 ) -> tuple[Tensor, Tensor]:
     _check_map(expert_map, down)
     experts = ExpertWeights(gate_up, down, gate_up_bias, down_bias)
-    out, pre, _ = run_forward(
-        x, experts, weights, expert_ids, ExpertsConfig(*how), expert_map, None, dtype, keep
-    )
+    given = (x, experts, weights, expert_ids, ExpertsConfig(*how), expert_map)
+    if not keep and is_few(*expert_ids.shape, down.shape[0]):
+        return run_decode(*given, dtype), x.new_empty(0, gate_up.shape[1])
+    out, pre, _ = run_forward(*given, None, dtype, keep)
     return out, x.new_empty(0, gate_up.shape[1]) if pre is None else pre
 
 

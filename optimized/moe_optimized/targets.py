@@ -23,6 +23,7 @@ from moe_optimized import expert_parallel as _expert_parallel
 from moe_optimized import experts as _experts
 from moe_optimized import quantized_experts as _quantized
 from moe_optimized.dispatch import Policy
+from moe_optimized.experts_decode import run_decode
 from moe_optimized.interpreter import INTERPRETED, require_triton
 from moe_optimized.quantized_dequantize import refusal_of_tensor
 from moe_optimized.quantized_layout import CODES
@@ -406,6 +407,29 @@ class OptimizedFloat8(OptimizedTriton):
         },
         experts={"weight_on": ("output",)},
     )
+
+
+class OptimizedDecode(OptimizedTriton):
+    """The kernels for a few tokens, however many there are."""
+
+    name = "optimized-triton-decode"
+    capabilities = replace(
+        OptimizedTriton.capabilities, operations=("experts",), gradients=(), rounding_points=()
+    )
+
+    def experts(
+        self,
+        x: torch.Tensor,
+        experts: ExpertWeights,
+        weights: torch.Tensor,
+        expert_ids: torch.Tensor,
+        config: ExpertsConfig,
+        expert_map: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `moe_optimized.experts_decode.run_decode`."""
+        _refuse_float64("x", x)
+        _experts.check_experts(x, experts, weights, expert_ids, config, expert_map)
+        return run_decode(x, experts, weights, expert_ids, config, expert_map, x.dtype)
 
 
 def _refuse_float64(name: str, tensor: torch.Tensor) -> None:

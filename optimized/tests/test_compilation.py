@@ -42,7 +42,9 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moe_optimized import alignment, dispatch, experts_backward, experts_triton, gating
+from moe_optimized import (
+    alignment, dispatch, experts_backward, experts_decode, experts_triton, gating,
+)
 
 POINTERS = {
     "logits_ptr": "*bf16", "table_ptr": "*i32", "token_ids_ptr": "*i64", "ids_ptr": "*i64",
@@ -68,6 +70,8 @@ def compile(kernel, dtype=None, num_warps=4, num_stages=3, measured=True, **cons
     def kind(name):
         if name in constants:
             return "constexpr"
+        if name == "hidden_ptr" and kernel.fn.__name__.startswith("decode"):
+            return "*fp32"
         if dtype and name.split("_ptr")[0] in (
             "x", "gate_up", "down", "hidden", "pre", "packed", "rows", "out", "grad", "d_pre",
             "activated", "left", "right",
@@ -91,19 +95,24 @@ def compile(kernel, dtype=None, num_warps=4, num_stages=3, measured=True, **cons
     options = {"num_warps": num_warps, "num_stages": num_stages}
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     product = measured and "BLOCK_K" in constants and kernel.fn.__name__.startswith("experts")
+    decode = measured and kernel.fn.__name__.startswith("decode")
     step = 0
     if product:
         # One step's operands; the first product has two right ones.
         columns = constants["BLOCK_N"] * (2 if "up" in kernel.fn.__name__ else 1)
         step = (constants["BLOCK_M"] + columns) * constants["BLOCK_K"]
         step *= 2 if dtype == "*bf16" else 4
+    if decode:
+        num_stages = constants["STAGES"]
+        rows = constants["BLOCK_N"] * (constants.get("BLOCK_C") or 2)
+        step = rows * constants["BLOCK_K"] * 2
     print(json.dumps({
         "name": kernel.fn.__name__,
         "shared": made.metadata.shared,
         "cubin": len(made.asm["cubin"]),
         "tensor_cores": "wgmma" in made.asm["ptx"] or "mma.sync" in made.asm["ptx"],
         "asynchronous": "cp.async" in made.asm["ptx"],
-        "stages": num_stages if product else 0,
+        "stages": num_stages if product or decode else 0,
         "step": step,
         "spilled": spilled_bytes(made.asm["cubin"]),
     }))
@@ -179,6 +188,16 @@ compile(
     experts_backward.experts_d_biases_kernel, "*bf16", stride_rn=1, GATHER=True, WEIGH=True,
     ROUND_BITS=False, BLOCK_S=64, BLOCK_N=64,
 )
+decode = dict(HAS_BIAS=False, HAS_MAP=False)
+compile(
+    experts_decode.decode_up_kernel, "*bf16", stride_xh=1, stride_gh=1, ACTIVATION="silu",
+    GATED=True, WEIGH=False, **decode, **experts_decode._up_blocks(768, 2048),
+)
+for top_k in (1, 8):
+    compile(
+        experts_decode.decode_down_kernel, "*bf16", stride_di=1, WEIGH=True, ROUND_BITS=False,
+        **decode, **experts_decode._down_blocks(top_k, 2048, 768),
+    )
 
 # Triton takes a size or stride of 1 for a constant, which has no dtype and no methods.
 tile = dict(num_warps=1, GROUP_M=1, BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, WIDEN=False, EVEN_K=False)
@@ -200,6 +219,14 @@ for kernel, flags in (
     (experts_backward.experts_bounds_kernel, dict(BLOCK=256)),
     (experts_backward.experts_d_biases_kernel, dict(
         GATHER=True, WEIGH=True, ROUND_BITS=False, BLOCK_S=64, BLOCK_N=64,
+    )),
+    (experts_decode.decode_up_kernel, dict(
+        ACTIVATION="swigluoai", GATED=True, WEIGH=True, HAS_BIAS=True, HAS_MAP=True, STAGES=1,
+        EVEN_K=False, BLOCK_N=16, BLOCK_K=16,
+    )),
+    (experts_decode.decode_down_kernel, dict(
+        HAS_BIAS=True, HAS_MAP=True, WEIGH=False, ROUND_BITS=False, EVEN_K=False, STAGES=1,
+        BLOCK_C=2, BLOCK_N=16, BLOCK_K=16,
     )),
 ):
     sizes = [n for n in kernel.arg_names if n.islower() and n[-4:] != "_ptr" and n not in POINTERS]
@@ -223,6 +250,8 @@ def test_every_kernel_compiles_for_hopper(tmp_path, monkeypatch):
         "combine_rows_kernel",
         "experts_up_kernel",
         "experts_down_kernel",
+        "decode_up_kernel",
+        "decode_down_kernel",
         *BACKWARD,
     }
     products = []
@@ -236,4 +265,4 @@ def test_every_kernel_compiles_for_hopper(tmp_path, monkeypatch):
             assert kernel["shared"] >= (kernel["stages"] - 1) * kernel["step"], kernel
             assert kernel["spilled"] <= FEW_BYTES, kernel
     assert sum(kernel["tensor_cores"] for kernel in products) == 12
-    assert len(products) == 18
+    assert len(products) == 21

@@ -11,6 +11,7 @@ import pytest
 import torch
 from moe_optimized.dispatch import combine_triton, dispatch_triton
 from moe_optimized.experts import experts_triton
+from moe_optimized.experts_decode import run_decode
 from moe_optimized.gating import route_triton
 from moe_optimized.load_balancing import balance_loss_triton, update_bias_triton, z_loss_triton
 from moe_optimized.quantized_experts import experts_quantized_triton
@@ -74,6 +75,20 @@ def test_experts(make_experts):
 
     leaves = torch.randn(T, H).half(), *(getattr(experts, name) for name in names)
     assert_far_is_near(call, *(t.requires_grad_() for t in leaves))
+
+
+def test_experts_of_a_few_tokens(make_experts):
+    experts = make_experts(E, H, I, torch.float16, biased=True)
+    names = [field.name for field in fields(experts)]
+    expert_map = torch.tensor([2, -1, 0, 1])
+
+    def call(x, weights, ids, expert_map, *matrices):
+        moved = replace(experts, **dict(zip(names, matrices, strict=True)))
+        return run_decode(x, moved, weights, ids, ExpertsConfig(), expert_map, torch.float32)
+
+    ids = torch.randint(0, 4, (T, K)).int()
+    given = torch.randn(T, H).half(), torch.rand(T, K).half(), ids, expert_map.int()
+    assert_far_is_near(call, *given, *(getattr(experts, name) for name in names))
 
 
 @pytest.mark.parametrize(
