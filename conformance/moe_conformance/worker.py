@@ -34,7 +34,7 @@ DETERMINISTIC = "deterministic algorithms"
 FILL = "fill_uninitialized_memory"
 """A switch of torch.utils.deterministic that its type information does not know."""
 
-LAYOUTS = ("contiguous", "transposed", "strided", "offset", "pitched")
+LAYOUTS = ("contiguous", "transposed", "strided", "offset", "pitched", "spaced")
 """What `lay_out` knows."""
 
 GRAD_MODES: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
@@ -491,15 +491,19 @@ def lay_out(tensor: torch.Tensor, layout: str, between: int = 0) -> torch.Tensor
         layout: `contiguous`; `transposed` (the last two dimensions swapped in memory); `strided`
             (every other element of the last dimension of a larger buffer); `offset` (a slice that
             starts inside a larger buffer); `pitched` (rows that are contiguous and lie further
-            apart than they are long, as the left part of a wider matrix does). With a single
-            dimension there are no rows: `transposed` and `pitched` are `strided` then.
+            apart than they are long, as the left part of a wider matrix does); `spaced` (matrices
+            likewise, as the first rows of each of several longer ones). Without matrices, `spaced`
+            is `pitched`; and with a single dimension, without rows, these two and `transposed` are
+            `strided`.
         between: the poison of integers; that of floats is NaN.
     """
     if tensor.ndim == 0 or layout == "contiguous":
         return tensor.clone()
-    if tensor.ndim == 1 and layout in ("transposed", "pitched"):
-        # Both need rows.
+    if tensor.ndim == 1 and layout in ("transposed", "pitched", "spaced"):
+        # All need rows.
         layout = "strided"
+    if tensor.ndim == 2 and layout == "spaced":
+        layout = "pitched"
     poison: float = float("nan") if tensor.is_floating_point() else between
     if tensor.dtype is torch.bool:
         poison = True
@@ -516,6 +520,9 @@ def lay_out(tensor: torch.Tensor, layout: str, between: int = 0) -> torch.Tensor
     elif layout == "pitched":
         wide = tensor.new_full((*lead, last + 1), poison)
         view = wide[..., :last]
+    elif layout == "spaced":
+        wide = tensor.new_full((*lead[:-1], lead[-1] + 1, last), poison)
+        view = wide[..., :-1, :]
     else:
         wide = tensor.new_full((tensor.shape[0] + 2, *tensor.shape[1:]), poison)
         view = wide[1:-1]

@@ -1,7 +1,8 @@
-"""Faults of rows that lie further apart than they are long: the width is taken for the pitch.
+"""Faults of rows, and of matrices, that lie further apart than they are long.
 
 Whoever cuts one matrix out of a wider one has such rows. A look at the last stride alone, as many
-kernels take it, finds them contiguous.
+kernels take it, finds them contiguous. Whoever cuts one batch out of a longer one, or leaves the
+padding of a matrix out, has such matrices, and a look at the last two strides finds nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +19,13 @@ def pitched(tensor: torch.Tensor) -> bool:
     """Whether rows of several elements lie one after the other with gaps between them."""
     dense = tensor.stride(-1) == 1 and tensor.shape[-1] > 1
     return dense and tensor.stride(-2) > tensor.shape[-1]
+
+
+def spaced(tensor: torch.Tensor) -> bool:
+    """Whether contiguous matrices lie one after the other with gaps between them."""
+    if tensor.ndim != 3 or tensor.numel() == 0 or len(tensor) == 1 or pitched(tensor):
+        return False
+    return tensor[0].is_contiguous() and tensor.stride(0) > tensor[0].numel()
 
 
 def _when(name: str) -> Callable[[Arguments], bool]:
@@ -56,5 +64,31 @@ for _field in ("gate_up", "down"):
             "experts": with_fields(a["experts"], as_if_contiguous, f)
         },
         "EXPERT-11",
+        "NUM-11",
+    )
+
+for _operation, _argument, _catches in (
+    ("experts_batched", "x", ("EXPERT-15", "EXPERT-22")),
+    ("layer", "x", ("LAYER-01", "LAYER-02")),
+):
+    altered(
+        _operation,
+        f"{_argument}-of-{_operation.replace('_', '-')}-is-read-without-gaps",
+        f"The matrices of {_argument} are taken to follow each other.",
+        lambda a, f=_argument: spaced(a[f]),  # type: ignore[misc]
+        _read_densely(_argument),
+        *_catches,
+    )
+
+for _field in ("gate_up", "down"):
+    altered(
+        "experts",
+        f"{_field.replace('_', '-')}-is-read-without-gaps",
+        f"The matrices of {_field} are taken to follow each other.",
+        lambda a, f=_field: spaced(getattr(a["experts"], f)),  # type: ignore[misc]
+        lambda a, f=_field: {  # type: ignore[misc]
+            "experts": with_fields(a["experts"], as_if_contiguous, f)
+        },
+        "EXPERT-01",
         "NUM-11",
     )

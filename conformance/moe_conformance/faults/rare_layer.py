@@ -189,3 +189,34 @@ altered(
     lambda a: token_ids_inside(a, 0, None),
     "LAYER-14",
 )
+
+
+def with_the_selection_bias(a: Arguments) -> Arguments:
+    """The selection bias is added to the router's, or stands in its place."""
+    parameters = a["parameters"]
+    bias = parameters.selection_bias.to(parameters.router.dtype)
+    if parameters.router_bias is not None:
+        bias = parameters.router_bias + bias
+    return {"parameters": replace(parameters, router_bias=bias)}
+
+
+altered(
+    "layer",
+    "the-selection-bias-weighs-beside-a-table",
+    "Where experts come from a table, the bias that has nothing to choose is added to the logits.",
+    lambda a: looked_up(a) and a["parameters"].selection_bias is not None,
+    with_the_selection_bias,
+    "LAYER-02",
+    "LAYER-12",
+)
+altered(
+    "layer",
+    "a-selection-bias-turns-the-table-off",
+    "A layer with a selection bias chooses by its logits, though it has a table.",
+    lambda a: looked_up(a) and a["parameters"].selection_bias is not None,
+    lambda a: {
+        "config": replace(a["config"], routing=replace(a["config"].routing, hash_table=None))
+    },
+    "LAYER-02",
+    "LAYER-12",
+)

@@ -175,8 +175,8 @@ def _plans(
             possible = routing_inputs.UNIVERSE["order"][0] in allowed["order"]
             table = possible and 1 in allowed["num_groups"] and False in allowed["selection_bias"]
         if table:
+            # A bias beside a table has no effect: a model hands both to all of its layers.
             routing |= {"num_groups": 1, "order": "score_then_topk"}
-            bias = False
         if 1 in allowed["num_groups"] and draw(st.booleans()):
             routing["num_groups"] = 1
         groups = routing["num_groups"]
