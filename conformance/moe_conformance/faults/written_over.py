@@ -129,3 +129,4 @@ graph("experts_quantized", "captured-packed-experts-keep-their-map", "expert_map
 graph("layer", "a-captured-layer-keeps-its-router", "parameters.router", LAYER)
 graph("layer", "a-captured-layer-keeps-its-bias", "parameters.selection_bias", LAYER)
 graph("layer", "a-captured-layer-keeps-its-token-ids", "token_ids", LAYER)
+graph("layer", "a-captured-layer-keeps-its-mask", "padding_mask", LAYER)

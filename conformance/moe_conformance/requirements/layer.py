@@ -851,15 +851,16 @@ def a_broken_token_breaks_no_other_of_a_layer(case: Case) -> None:
     references=("layer.layer",),
 )
 def a_layer_on_the_same_storage_with_other_data(case: Case) -> None:
-    """Everything is written over: tokens and their ids are turned round, experts move one row on,
-    and all other parameters change sign, so that what is kept of any of them shows."""
+    """Everything is written over: tokens, their ids and the mask are turned round, experts move one
+    row on, and all other parameters change sign, so that what is kept of any of them shows."""
     before = case["parameters"]
 
     def write(path: str, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.roll(1, 0) if path.startswith("experts.") else -tensor
 
     parameters = replace_tensors(before, write)
-    turned = replace_tensors({n: case[n] for n in ("x", "token_ids")}, lambda _, t: t.flip(1))
+    tokens = {name: case[name] for name in ("x", "token_ids", "padding_mask")}
+    turned = replace_tensors(tokens, lambda _, t: t.flip(1))
     changed = {**turned, "parameters": parameters}
     given = {name: case[name] for name in NAMES}
     first = case.planned("layer", **given)
@@ -879,6 +880,8 @@ def a_layer_on_the_same_storage_with_other_data(case: Case) -> None:
     if given["token_ids"] is not None:
         kept["token_ids"] = {"token_ids": given["token_ids"]}
     _judge_choice(case, fields["expert_ids"].long(), kept)
+    if given["padding_mask"] is not None:
+        _judge_padding(case, fields, given["padding_mask"])
 
 
 LEAST_TELLING = 3
@@ -913,6 +916,42 @@ def _judge_choice(case: Case, chosen: torch.Tensor, kept: dict[str, dict[str, An
                 raise Violation(f"expert_ids: chosen by the {name} of the call before", right, ids)
 
         case.judge(rule, chosen, [(f"by the {name} before", wrong)])
+
+
+def _judge_padding(case: Case, fields: dict[str, Any], before: torch.Tensor) -> None:
+    """Counts and loss are not those of the mask of the call before.
+
+    Args:
+        case: the layer.
+        fields: what it reports.
+        before: [N, L], the mask of the call before.
+    """
+    ids, now = fields["expert_ids"], dict(case.inputs)
+    counts, loss = fields.get("tokens_per_expert"), fields.get("balance_loss")
+    right = _counted(case, ids, case["padding_mask"])
+    wrong = _counted(case, ids, before)
+    if counts is not None and not torch.equal(right, wrong):
+
+        def counted(found: torch.Tensor) -> None:
+            if torch.equal(found.double(), wrong.double()):
+                name = "tokens_per_expert"
+                raise Violation(f"{name}: counted by the mask of the call before", right, found)
+
+        case.judge(counted, counts, [("by the mask before", wrong)])
+    if loss is None or case["config"].balance is None:
+        return
+    expected, bound = _expected_loss(case, ids)
+    case.inputs["padding_mask"] = before
+    stale, error = _expected_loss(case, ids)
+    case.inputs.update(now)
+    if (stale - expected).abs() <= 2 * (bound + error):
+        return
+
+    def lost(found: torch.Tensor) -> None:
+        if (found.double() - stale).abs() <= error:
+            raise Violation("balance_loss: by the mask of the call before", expected, found)
+
+    case.judge(lost, loss, [("by the mask before", stale)])
 
 
 @requirement(
