@@ -220,3 +220,12 @@ altered(
     "LAYER-02",
     "LAYER-12",
 )
+
+altered(
+    "layer",
+    "a-shared-scale-of-0-is-1",
+    "A shared expert's scale of 0 is taken for one that was not given.",
+    lambda a: a["parameters"].shared is not None and a["config"].shared_scale == 0,
+    lambda a: {"config": replace(a["config"], shared_scale=1.0)},
+    "LAYER-04",
+)

@@ -143,7 +143,7 @@ def _plans(
     choices: dict[str, tuple[Any, ...]] = {}
     for universe, declared in ((UNIVERSE, layer), (expert_inputs.UNIVERSE, experts)):
         for name, known in universe.items():
-            allowed = declared.get(name, known)
+            allowed = declared.get(name, (*known, *fixed.get(name, ())))
             values = tuple(value for value in fixed.get(name, known) if value in allowed)
             values += tuple(v for v in allowed if v not in values and name not in fixed)
             if not values:

@@ -320,15 +320,22 @@ def the_router_bias_weighs(case: Case) -> None:
     "the routing scale.",
     reason="It was added twice, scaled with the routed part, and left out.",
     sources=("SGLang #28237", "SGLang #35163", "vLLM #49122", "kvcache-ai/sglang#86"),
-    given=layer_inputs(shared=(True,), shared_gate=(False,)),
+    # A scale of 0 is one as well, and no scale that was not given.
+    given=layer_inputs(shared=(True,), shared_gate=(False,), shared_scale=(1.0, 0.5, 2.5, 0.0)),
     references=("layer.layer",),
 )
 def the_shared_expert_is_added_once(case: Case) -> None:
-    """The impostors leave it out and add it twice."""
+    """The impostors leave it out, add it twice, and without its scale."""
     config = case["config"]
     none = dataclasses.replace(case["parameters"], shared=None)
     twice = dataclasses.replace(config, shared_scale=2 * config.shared_scale)
-    _judge(case, _call(case), {"without it": {"parameters": none}, "twice": {"config": twice}})
+    whole = dataclasses.replace(config, shared_scale=1.0)
+    others = {
+        "without it": {"parameters": none},
+        "twice": {"config": twice},
+        "without its scale": {"config": whole},
+    }
+    _judge(case, _call(case), others)
 
 
 @requirement(
