@@ -35,7 +35,7 @@ FILL = "fill_uninitialized_memory"
 """A switch of torch.utils.deterministic that its type information does not know."""
 
 LAYOUTS = ("contiguous", "transposed", "strided", "offset", "pitched", "spaced")
-"""What `lay_out` knows."""
+"""What `lay_out` knows for any numbers."""
 
 GRAD_MODES: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "recording": contextlib.nullcontext,
@@ -494,11 +494,13 @@ def lay_out(tensor: torch.Tensor, layout: str, between: int = 0) -> torch.Tensor
             apart than they are long, as the left part of a wider matrix does); `spaced` (matrices
             likewise, as the first rows of each of several longer ones). Without matrices, `spaced`
             is `pitched`; and with a single dimension, without rows, these two and `transposed` are
-            `strided`.
+            `strided`. `expanded` takes the first row for all, which is in memory once.
         between: the poison of integers; that of floats is NaN.
     """
     if tensor.ndim == 0 or layout == "contiguous":
         return tensor.clone()
+    if layout == "expanded":
+        return tensor[:1].clone().expand(tensor.shape)
     if tensor.ndim == 1 and layout in ("transposed", "pitched", "spaced"):
         # All need rows.
         layout = "strided"

@@ -92,3 +92,19 @@ for _field in ("gate_up", "down"):
         "EXPERT-01",
         "NUM-11",
     )
+
+
+def first_alone(tensor: torch.Tensor) -> torch.Tensor:
+    """The first row, and zeros where the same row stands again."""
+    return torch.cat([tensor[:1], torch.zeros_like(tensor[1:])])
+
+
+for _argument in ("x", "weights"):
+    altered(
+        "experts",
+        f"{_argument}-is-there-for-the-first-token-alone",
+        f"Of {_argument}, where one row stands for all tokens, the first token gets something.",
+        lambda a, f=_argument: len(a[f]) > 1 and a[f].stride(0) == 0,  # type: ignore[misc]
+        lambda a, f=_argument: {f: first_alone(a[f])},  # type: ignore[misc]
+        "NUM-11",
+    )

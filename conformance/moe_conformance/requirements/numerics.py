@@ -569,12 +569,20 @@ def a_token_alone_gets_the_same_bits(case: Case) -> None:
     ),
 )
 def strides_do_not_matter(case: Case) -> None:
-    """Every argument in a layout of its own; what lies between its elements is poison."""
+    """Every argument in a layout of its own; what lies between its elements is poison.
+
+    In some cases all tokens are one, or weighed alike, and there is one row for all.
+    """
     kinds = LAYOUTS[1:]
     paths = [path for path, _ in walk(arguments(case))]
     content = Content(len(paths) + case["x"].numel())
     choice = content.integers(0, len(kinds) - 1, len(paths)).tolist()
     layouts = {path: kinds[index] for path, index in zip(paths, choice, strict=True)}
+    name = ("x", "weights", None, None)[int(content.integers(0, 3, 1))]
+    if name is not None and len(case["x"]) > 1:
+        case.inputs[name] = case[name][:1].expand(case[name].shape).clone()
+        layouts[name] = "expanded"
+        case.note("one row for all tokens")
     answer = case.call("experts", **arguments(case), layouts=layouts)
     expected = oracle_of(case)
     case.judge(rule_of(expected), output_of(answer, case["x"]), wrong_outputs(expected))
