@@ -340,6 +340,36 @@ class ClosedGroupsAreFilledWithMinus1e9(_Filled):
     fill = -1e9
 
 
+@fault("a-fill-of-0-is-forgotten-beside-a-bias", catches=("GATE-11",))
+class AFillOf0IsForgottenBesideABias(Router):
+    """With a bias, closed groups are masked with minus infinity whatever was declared."""
+
+    def prepare(self, logits: Tensor, config: Any, bias: Any, token_ids: Any) -> tuple[Any, ...]:
+        """See the contract."""
+        if bias is not None:
+            config = replace(config, mask_fill="-inf")
+        return logits, config, bias, token_ids
+
+
+@fault("the-bias-is-added-to-a-fill-of-0", catches=("GATE-11",), thread="transformers #45441")
+class TheBiasIsAddedToAFillOf0(Router):
+    """Scores of closed groups become 0 before the bias is added, not after."""
+
+    def route(self, logits: Tensor, config: Any, bias: Any = None, token_ids: Any = None) -> Routed:
+        """See the contract."""
+        weights, ids = super().route(logits, config, bias, token_ids)
+        if bias is None or config.num_groups == 1 or config.mask_fill != "zero":
+            return weights, ids
+        wide = gating.upcast(logits)
+        keys = gating._selection_scores(wide, config, bias)
+        closed = gating._outside_best_groups(keys, config)
+        filled = gating._selection_scores(wide, config, None).masked_fill(closed, 0.0)
+        filled = filled + bias.to(filled)
+        chosen = filled.argsort(dim=1, descending=True, stable=True)[:, : config.top_k]
+        picked = gating._chosen_scores(wide, chosen, config)
+        return gating._renormalize_and_scale(picked, config), chosen
+
+
 @fault("closed-groups-open-below-minus-one", catches=("GATE-12",), thread="DeepSeek-V3 #741")
 class ClosedGroupsOpenBelowMinusOne(Router):
     """Groups are forgotten for a token whose biased scores are all below -1."""

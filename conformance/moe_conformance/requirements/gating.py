@@ -369,14 +369,19 @@ def experts_come_from_the_best_groups(case: Case) -> None:
     "GATE-11",
     MUST,
     "route",
-    "Groups MUST be scored on the biased scores.",
-    reason="A bias added after the group mask cannot bring back a group that was closed.",
+    "Groups MUST be scored on the biased scores, and a declared fill of 0 MUST compete with these.",
+    reason="A bias added after the group mask cannot bring back a group that was closed, and moves "
+    "what was filled in.",
     sources=("DeepSeek-V3 inference/model.py", "transformers #45441"),
-    given=routing(bias=True, groups=True, mask_fill=("-inf",), left_out=True),
+    given=either(
+        *[routing(bias=True, groups=True, mask_fill=("-inf",), left_out=True)] * 2,
+        routing(bias=True, groups=True, mask_fill=("zero",), left_out=True),
+    ),
     references=("gating.route",),
 )
 def groups_are_scored_with_the_bias(case: Case) -> None:
     """As GATE-10, on biased scores."""
+    case.note("closed groups filled with 0", case["config"].mask_fill == "zero")
     _, ids = _route(case)
     _judge_ids(case, ids)
 
