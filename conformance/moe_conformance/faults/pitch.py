@@ -108,3 +108,12 @@ for _argument in ("x", "weights"):
         lambda a, f=_argument: {f: first_alone(a[f])},  # type: ignore[misc]
         "NUM-11",
     )
+
+altered(
+    "experts_batched",
+    "x-is-there-for-the-first-expert-alone",
+    "Of one batch that stands for all experts, the first expert gets something.",
+    lambda a: len(a["x"]) > 1 and a["x"].stride(0) == 0,
+    lambda a: {"x": first_alone(a["x"])},
+    "EXPERT-15",
+)

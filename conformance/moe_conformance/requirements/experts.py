@@ -739,7 +739,10 @@ def the_output_is_linear_in_the_weights(case: Case) -> None:
     references=("experts.experts_batched",),
 )
 def batched_rows_are_each_experts_own(case: Case) -> None:
-    """The padding rows of the input hold NaN; in the call before, every row is in use."""
+    """The padding rows of the input hold NaN; in the call before, every row is in use.
+
+    Where all experts get all tokens, one batch is often expanded over them.
+    """
     x, hidden = case["x"], case["x"].shape[-1]
     poisoned = _padded(case, torch.nan)
     counts = torch.full_like(case["tokens_per_expert"], x.shape[1])
@@ -758,6 +761,14 @@ def batched_rows_are_each_experts_own(case: Case) -> None:
 
     case.note("an expert without rows", bool((case["tokens_per_expert"] == 0).any()))
     case.judge(rule, flat, wrong_outputs(spread))
+    if len(x) > 1 and x.shape[1] % 2 and case.scope.capabilities.strides:
+        case.note("one batch for all experts")
+        case.inputs |= {"x": x[:1].expand(x.shape).clone(), "tokens_per_expert": counts}
+        answer = case.call("experts_batched", **_batch(case), layouts={"x": "expanded"})
+        spread = experts_oracle(**_as_pairs(case), arithmetic=arithmetic_of(case, x))
+        found = output_of(answer, x).reshape(-1, hidden)
+        real = torch.ones_like(real)
+        case.judge(rule, found, wrong_outputs(spread))
 
 
 def _batch(case: Case, **changed: Any) -> dict[str, Any]:
