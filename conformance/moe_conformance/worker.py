@@ -499,8 +499,6 @@ def lay_out(tensor: torch.Tensor, layout: str, between: int = 0) -> torch.Tensor
     """
     if tensor.ndim == 0 or layout == "contiguous":
         return tensor.clone()
-    if layout == "expanded":
-        return tensor[:1].clone().expand(tensor.shape)
     if tensor.ndim == 1 and layout in ("transposed", "pitched", "spaced"):
         # All need rows.
         layout = "strided"
@@ -511,6 +509,11 @@ def lay_out(tensor: torch.Tensor, layout: str, between: int = 0) -> torch.Tensor
         poison = True
     elif tensor.dtype is torch.uint8:
         poison = 2**8 - 1
+    if layout == "expanded":
+        # Behind the row lies as much as there would be of a whole tensor.
+        whole = tensor.new_full(tensor.shape, poison)
+        whole[:1] = tensor[:1]
+        return whole[:1].expand(tensor.shape)
     if layout == "transposed":
         return (
             tensor.transpose(-1, -2).clone(memory_format=torch.contiguous_format).transpose(-1, -2)
