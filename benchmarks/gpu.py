@@ -446,10 +446,10 @@ class Bench:
         runs = {OURS: lambda: ours(x, matrices, weights, ids, how)}
         if self.device == "cuda" and TORCH not in self.left_out:
             runs[TORCH] = lambda: experts_torch(x, matrices, weights, ids, how)
-        (slots, E, H, I), few = (ids.numel(), *down.shape), is_few(*ids.shape, down.shape[0])
-        if self.device == "cuda" and few and not x.requires_grad:
+        E, H, I = down.shape
+        if ours is experts_triton and is_few(*ids.shape, E) and not x.requires_grad:
             # What a few tokens would take the way of many.
-            shapes = tile_shapes(slots, E, I, H, x.dtype)
+            shapes = tile_shapes(ids.numel(), E, I, H, x.dtype)
             runs[SORTED] = lambda: sum_of_experts_triton(
                 x, matrices, weights, ids, how, dtype=x.dtype, shapes=shapes
             )

@@ -28,7 +28,7 @@ from moe_optimized.alignment import TileTable, check_map, check_tokens
 from moe_optimized.autograd import once
 from moe_optimized.dispatch import accumulation_dtype
 from moe_optimized.experts_backward import Needs, run_backward
-from moe_optimized.experts_decode import is_few, run_decode
+from moe_optimized.experts_decode import run_without_backward
 from moe_optimized.experts_torch import batched_experts
 from moe_optimized.experts_triton import Shapes, run_forward
 from moe_optimized.interpreter import KERNEL_DTYPES, has_kernels
@@ -198,8 +198,8 @@ def sum_of_experts_triton(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _Experts.apply(*tensors, expert_ids, config, expert_map, dtype, shapes)
     given = (x, experts, weights, expert_ids, config, expert_map)
-    if shapes is None and is_few(*expert_ids.shape, experts.down.shape[0]):
-        return run_decode(*given, dtype)
+    if shapes is None:
+        return run_without_backward(*given, dtype)
     return run_forward(*given, shapes, dtype, False)[0]
 
 

@@ -1,8 +1,8 @@
 """The forward of the experts for a few tokens, in two Triton kernels.
 
-With fewer slots than experts hardly two slots ask for the same one. Then sorting saves no reading,
-tiles of 16 rows are nearly empty, and a call takes as long as its launches and one reading of the
-chosen experts. Stages, and what each gains:
+With far fewer slots than experts hardly two slots ask for the same one. Then sorting saves no
+reading, tiles of 16 rows are nearly empty, and a call takes as long as its launches and one reading
+of the chosen experts. Stages, and what each gains:
 
 1. `decode_up_kernel`: a program for each slot and stretch of I reads the expert's id itself, so
    that there is no table to wait for; the activation follows, as in `experts_triton`.
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from moe_reference.config import ExpertsConfig, ExpertWeights
 
-from moe_optimized.experts_triton import activate_block, activate_pair
+from moe_optimized.experts_triton import activate_block, activate_pair, run_forward
 from moe_optimized.interpreter import (
     INTERPRETED,
     jit,
@@ -37,12 +37,28 @@ def is_few(T: int, K: int, E: int) -> bool:
     """Whether so few slots are sent to E experts that sorting them is not worth a launch.
 
     One token asks no expert twice. Of E / 4 slots, sent anywhere, about an eighth ask for an expert
-    that another one asks for as well: so much is read again, from the cache.
+    that an earlier one asked for: so much is read again, from the cache.
 
     >>> is_few(1, 8, 8), is_few(4, 8, 128), is_few(5, 8, 128)
     (True, True, False)
     """
     return T == 1 or 4 * T * K <= E
+
+
+def run_without_backward(
+    x: torch.Tensor,
+    experts: ExpertWeights,
+    weights: torch.Tensor,
+    expert_ids: torch.Tensor,
+    config: ExpertsConfig,
+    expert_map: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The kernels that suit the number of tokens; arguments and result as in `run_decode`."""
+    given = (x, experts, weights, expert_ids, config, expert_map)
+    if is_few(*expert_ids.shape, experts.down.shape[0]):
+        return run_decode(*given, dtype)
+    return run_forward(*given, None, dtype, False)[0]
 
 
 def run_decode(
@@ -140,8 +156,8 @@ def _up_blocks(width: int, depth: int) -> dict[str, Any]:
 
 
 def _down_blocks(K: int, width: int, depth: int) -> dict[str, Any]:
-    # Eight rows of each of eight experts at a time, at most: with fewer rows a program would read
-    # as much of the hidden rows as of the matrices, with more there would be too few programs.
+    # Eight rows of each of eight experts at a time, at most. A program reads the hidden rows, of
+    # four bytes, once for all of these; with more of them there would be too few programs.
     c = min(power_of_two(K), 8)
     if INTERPRETED:
         n, k = min(power_of_two(width), 256), min(power_of_two(depth), 256)

@@ -41,7 +41,7 @@ from moe_optimized.autograd import once
 from moe_optimized.compiling import in_eager, make_operator, make_operators, stands_for
 from moe_optimized.experts_backward import Needs, run_backward
 from moe_optimized.experts_cpu import backward_on_cpu, forward_on_cpu
-from moe_optimized.experts_decode import is_few, run_decode
+from moe_optimized.experts_decode import run_without_backward
 from moe_optimized.experts_torch import backward_grouped, forward_grouped
 from moe_optimized.experts_triton import one_dtype, run_forward, tile_shapes
 from moe_optimized.gating_backward import route_gradient
@@ -150,10 +150,11 @@ def _experts_triton(
     _check_map(expert_map, down)
     experts = ExpertWeights(gate_up, down, gate_up_bias, down_bias)
     given = (x, experts, weights, expert_ids, ExpertsConfig(*how), expert_map)
-    if not keep and is_few(*expert_ids.shape, down.shape[0]):
-        return run_decode(*given, dtype), x.new_empty(0, gate_up.shape[1])
-    out, pre, _ = run_forward(*given, None, dtype, keep)
-    return out, x.new_empty(0, gate_up.shape[1]) if pre is None else pre
+    if not keep:
+        return run_without_backward(*given, dtype), x.new_empty(0, gate_up.shape[1])
+    out, pre, _ = run_forward(*given, None, dtype, True)
+    assert pre is not None
+    return out, pre
 
 
 def _experts_triton_backward(

@@ -308,6 +308,13 @@ class ClosedGroupsAreFilledWithZero(Router):
         return logits, replace(config, mask_fill="zero"), bias, token_ids
 
 
+def _best(keys: Tensor, logits: Tensor, config: RoutingConfig) -> Routed:
+    """The experts with the greatest keys, weighed by their logits as the reference does."""
+    chosen = keys.argsort(dim=1, descending=True, stable=True)[:, : config.top_k]
+    picked = gating._chosen_scores(gating.upcast(logits), chosen, config)
+    return gating._renormalize_and_scale(picked, config), chosen
+
+
 class _Filled(Router):
     """Experts of closed groups get a number that is meant to lose against any score."""
 
@@ -320,10 +327,7 @@ class _Filled(Router):
             return weights, ids
         keys = gating._selection_scores(gating.upcast(logits), config, bias)
         filled = keys.masked_fill(gating._outside_best_groups(keys, config), self.fill)
-        chosen = filled.argsort(dim=1, descending=True, stable=True)[:, : config.top_k]
-        wide = gating.upcast(logits)
-        picked = gating._chosen_scores(wide, chosen, config)
-        return gating._renormalize_and_scale(picked, config), chosen
+        return _best(filled, logits, config)
 
 
 @fault("closed-groups-are-filled-with-minus-10000", catches=("GATE-12",))
@@ -364,10 +368,7 @@ class TheBiasIsAddedToAFillOf0(Router):
         keys = gating._selection_scores(wide, config, bias)
         closed = gating._outside_best_groups(keys, config)
         filled = gating._selection_scores(wide, config, None).masked_fill(closed, 0.0)
-        filled = filled + bias.to(filled)
-        chosen = filled.argsort(dim=1, descending=True, stable=True)[:, : config.top_k]
-        picked = gating._chosen_scores(wide, chosen, config)
-        return gating._renormalize_and_scale(picked, config), chosen
+        return _best(filled + bias.to(filled), logits, config)
 
 
 @fault("closed-groups-open-below-minus-one", catches=("GATE-12",), thread="DeepSeek-V3 #741")

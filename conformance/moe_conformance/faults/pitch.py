@@ -7,11 +7,8 @@ padding of a matrix out, has such matrices, and a look at the last two strides f
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-from moe_conformance.faults.rare import Arguments
 from moe_conformance.faults.rare_calls import altered, as_if_contiguous, with_fields
 
 
@@ -28,69 +25,48 @@ def spaced(tensor: torch.Tensor) -> bool:
     return tensor[0].is_contiguous() and tensor.stride(0) > tensor[0].numel()
 
 
-def _when(name: str) -> Callable[[Arguments], bool]:
-    return lambda a: pitched(a[name])
+PITCH = "The pitch of the rows of {} is taken for their width."
+WIDTH = ("are-read-at-their-width", PITCH, pitched)
+FIELD = ("is-read-at-its-width", PITCH, pitched)
+GAPS = ("is-read-without-gaps", "The matrices of {} are taken to follow each other.", spaced)
 
-
-def _read_densely(name: str) -> Callable[[Arguments], Arguments]:
-    return lambda a: {name: as_if_contiguous(a[name])}
-
-
-for _operation, _argument, _catches in (
-    ("route", "logits", ("GATE-04", "GATE-28")),
-    ("balance_loss", "logits", ("BALANCE-01", "BALANCE-02")),
-    ("z_loss", "logits", ("BALANCE-28", "BALANCE-30")),
-    ("combine", "rows", ("DISPATCH-19", "DISPATCH-32")),
-    ("drop_to_capacity", "weights", ("DISPATCH-41",)),
-    ("experts", "x", ("EXPERT-11", "NUM-06")),
-    ("layer", "x", ("LAYER-01", "LAYER-04")),
+for _how, _operation, _argument, _catches in (
+    (WIDTH, "route", "logits", ("GATE-04", "GATE-28")),
+    (WIDTH, "balance_loss", "logits", ("BALANCE-01", "BALANCE-02")),
+    (WIDTH, "z_loss", "logits", ("BALANCE-28", "BALANCE-30")),
+    (WIDTH, "combine", "rows", ("DISPATCH-19", "DISPATCH-32")),
+    (WIDTH, "drop_to_capacity", "weights", ("DISPATCH-41",)),
+    (WIDTH, "experts", "x", ("EXPERT-11", "NUM-06")),
+    (WIDTH, "layer", "x", ("LAYER-01", "LAYER-04")),
+    (GAPS, "experts_batched", "x", ("EXPERT-15", "EXPERT-22")),
+    (GAPS, "layer", "x", ("LAYER-01", "LAYER-02")),
 ):
+    _end, _sentence, _shape = _how
     altered(
         _operation,
-        f"{_argument}-of-{_operation.replace('_', '-')}-are-read-at-their-width",
-        f"The pitch of {_argument} is taken for their width.",
-        _when(_argument),
-        _read_densely(_argument),
+        f"{_argument}-of-{_operation.replace('_', '-')}-{_end}",
+        _sentence.format(_argument),
+        lambda a, f=_argument, shape=_shape: shape(a[f]),  # type: ignore[misc]
+        lambda a, f=_argument: {f: as_if_contiguous(a[f])},  # type: ignore[misc]
         *_catches,
     )
 
-for _field in ("gate_up", "down"):
-    altered(
-        "experts",
-        f"{_field.replace('_', '-')}-is-read-at-its-width",
-        f"The pitch of the rows of {_field} is taken for their width.",
-        lambda a, f=_field: pitched(getattr(a["experts"], f)),  # type: ignore[misc]
-        lambda a, f=_field: {  # type: ignore[misc]
-            "experts": with_fields(a["experts"], as_if_contiguous, f)
-        },
-        "EXPERT-11",
-        "NUM-11",
-    )
-
-for _operation, _argument, _catches in (
-    ("experts_batched", "x", ("EXPERT-15", "EXPERT-22")),
-    ("layer", "x", ("LAYER-01", "LAYER-02")),
+for _how, _field, _catches in (
+    (FIELD, "gate_up", ("EXPERT-11", "NUM-11")),
+    (FIELD, "down", ("EXPERT-11", "NUM-11")),
+    (GAPS, "gate_up", ("EXPERT-01", "NUM-11")),
+    (GAPS, "down", ("EXPERT-01", "NUM-11")),
 ):
-    altered(
-        _operation,
-        f"{_argument}-of-{_operation.replace('_', '-')}-is-read-without-gaps",
-        f"The matrices of {_argument} are taken to follow each other.",
-        lambda a, f=_argument: spaced(a[f]),  # type: ignore[misc]
-        _read_densely(_argument),
-        *_catches,
-    )
-
-for _field in ("gate_up", "down"):
+    _end, _sentence, _shape = _how
     altered(
         "experts",
-        f"{_field.replace('_', '-')}-is-read-without-gaps",
-        f"The matrices of {_field} are taken to follow each other.",
-        lambda a, f=_field: spaced(getattr(a["experts"], f)),  # type: ignore[misc]
+        f"{_field.replace('_', '-')}-{_end}",
+        _sentence.format(_field),
+        lambda a, f=_field, shape=_shape: shape(getattr(a["experts"], f)),  # type: ignore[misc]
         lambda a, f=_field: {  # type: ignore[misc]
             "experts": with_fields(a["experts"], as_if_contiguous, f)
         },
-        "EXPERT-01",
-        "NUM-11",
+        *_catches,
     )
 
 

@@ -748,27 +748,27 @@ def batched_rows_are_each_experts_own(case: Case) -> None:
     counts = torch.full_like(case["tokens_per_expert"], x.shape[1])
     before = case.planned("experts_batched", **_batch(case, tokens_per_expert=counts))
     call = case.planned("experts_batched", **_batch(case, x=poisoned))
-    output = output_of(case.session([before, call])[1], x)
-    pairs = _as_pairs(case)
-    real = (pairs["expert_ids"] >= 0).view(-1)
-    spread = experts_oracle(**pairs, arithmetic=arithmetic_of(case, x))
-    flat = output.reshape(-1, hidden)
+    answer = case.session([before, call])[1]
 
-    def rule(rows: torch.Tensor) -> Closeness:
-        idle = rows[~real].double()
-        equal("rows past the count", idle, torch.zeros_like(idle))
-        return close("output", rows, spread.value, spread.sigma, spread.freedom)
+    def judge() -> None:
+        pairs = _as_pairs(case)
+        real = (pairs["expert_ids"] >= 0).view(-1)
+        spread = experts_oracle(**pairs, arithmetic=arithmetic_of(case, x))
 
+        def rule(rows: torch.Tensor) -> Closeness:
+            idle = rows[~real].double()
+            equal("rows past the count", idle, torch.zeros_like(idle))
+            return close("output", rows, spread.value, spread.sigma, spread.freedom)
+
+        case.judge(rule, output_of(answer, x).reshape(-1, hidden), wrong_outputs(spread))
+
+    judge()
     case.note("an expert without rows", bool((case["tokens_per_expert"] == 0).any()))
-    case.judge(rule, flat, wrong_outputs(spread))
     if len(x) > 1 and x.shape[1] % 2 and case.scope.capabilities.strides:
         case.note("one batch for all experts")
         case.inputs |= {"x": x[:1].expand(x.shape).clone(), "tokens_per_expert": counts}
         answer = case.call("experts_batched", **_batch(case), layouts={"x": "expanded"})
-        spread = experts_oracle(**_as_pairs(case), arithmetic=arithmetic_of(case, x))
-        found = output_of(answer, x).reshape(-1, hidden)
-        real = torch.ones_like(real)
-        case.judge(rule, found, wrong_outputs(spread))
+        judge()
 
 
 def _batch(case: Case, **changed: Any) -> dict[str, Any]:
