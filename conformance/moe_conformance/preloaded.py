@@ -6,9 +6,6 @@ All of it stays, so the garbage collector of the processes need not look at it a
 import gc
 from importlib import import_module
 
-import hypothesis
-from hypothesis import strategies as st
-
 from moe_conformance.registry import requirements
 
 requirements()
@@ -20,13 +17,4 @@ for name in (
 ):
     import_module(name)
 
-
-@hypothesis.seed(0)
-@hypothesis.settings(max_examples=100, database=None)
-@hypothesis.given(st.integers())
-def draw(number: int) -> None:
-    """Has Hypothesis look through all sources for numbers, which it does once."""
-
-
-draw()
 gc.freeze()

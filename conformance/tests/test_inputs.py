@@ -1,13 +1,16 @@
 """What is drawn stays inside the declaration, reaches its limits, and is what it says it is."""
 
 import dataclasses
+from importlib import import_module
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis.strategies import integers
 from moe_conformance.codec import walk
 from moe_conformance.inputs.given import Scope, choice
 from moe_conformance.registry import requirements
+from moe_conformance.runner import drawn_of_the_seed
 from moe_conformance.target import OPERATIONS, Capabilities
 from moe_reference.config import ExpertWeights, RoutingConfig
 
@@ -128,6 +131,37 @@ def test_the_same_plan_gives_the_same_bytes():
 def bits_of(tensor):
     """Bytes: NaN is not equal to itself."""
     return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def test_a_seed_draws_the_same_whatever_is_loaded(tmp_path, monkeypatch):
+    """Hypothesis by itself draws numbers that stand in the source of what is loaded."""
+    drawn = []
+
+    def draw():
+        @seed(0)
+        @settings(max_examples=200, database=None, phases=[Phase.generate])
+        @given(integers(0, 10**6))
+        def keep(number):
+            drawn[-1].append(number)
+
+        drawn.append([])
+        keep()
+
+    def load(name):
+        numbers = range(*{"few": (1000, 2000), "more": (2000, 5000)}[name])
+        (tmp_path / f"{name}.py").write_text(f"NUMBERS = {[*numbers]}\n")
+        import_module(name)
+
+    monkeypatch.syspath_prepend(tmp_path)
+    draw()
+    load("few")
+    draw()
+    with drawn_of_the_seed():
+        draw()
+        load("more")
+        draw()
+    assert drawn[0] != drawn[1]
+    assert drawn[2] == drawn[3]
 
 
 def test_no_two_requirements_say_the_same():

@@ -3,12 +3,10 @@
 import dataclasses
 from collections import Counter
 from types import SimpleNamespace
-from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis.internal.conjecture.engine import ConjectureRunner
 from moe_conformance import runner
 from moe_conformance.codec import digest, from_bytes, to_bytes
 from moe_conformance.executor import InlineExecutor
@@ -17,7 +15,7 @@ from moe_conformance.faults.rounded_activations import computed, rounded
 from moe_conformance.inputs import quantization as inputs
 from moe_conformance.pages import PROJECTS
 from moe_conformance.registry import requirement_named, requirements
-from moe_conformance.runner import Effort, run_requirement
+from moe_conformance.runner import Effort, drawn_of_the_seed, run_requirement
 from moe_conformance.selfcheck import inline_scope, noticed
 from moe_conformance.target import FORMATS, Capabilities, Unsupported
 from moe_conformance.targets import Reference
@@ -63,8 +61,7 @@ def drawn(count, *chosen, target=None):
         def keep(plan):
             found.append((requirement, plan, requirement.given.build(plan)))  # noqa: B023
 
-        # Each case a new one, as in a run.
-        with patch.object(ConjectureRunner, "generate_mutations_from", lambda self, data: None):
+        with drawn_of_the_seed():
             seed(3)(of_mine(given(requirement.given.plans(scope))(keep)))()
     return found
 
