@@ -8,7 +8,7 @@ from moe_conformance.executor import InlineExecutor, WorkerExecutor, capabilitie
 from moe_conformance.faults import faults
 from moe_conformance.inputs.given import Scope
 from moe_conformance.registry import MAY, requirement_named, requirements
-from moe_conformance.runner import Effort, run_requirement
+from moe_conformance.runner import PROFILES, Effort, run_requirement
 from moe_conformance.selfcheck import catch, inline_scope, noticed, run_selfcheck
 from moe_conformance.target import OPERATIONS, Capabilities
 from moe_conformance.targets import Reference
@@ -41,6 +41,9 @@ def test_an_operation_has_eight_faults(operation):
 @pytest.mark.parametrize("fault", faults(), ids=lambda fault: fault.name)
 def test_a_fault_is_caught(fault):
     results = catch(fault, Effort(120, 1, 0), seed=0)
+    if not any(map(noticed, results)):
+        # What shows on one case in a hundred is missed by 120 cases three times in ten.
+        results = catch(fault, Effort(PROFILES["full"].examples, 1, 0), seed=0)
     assert [r for r in results if noticed(r)], [
         (r.requirement.id, r.status, r.message) for r in results
     ]

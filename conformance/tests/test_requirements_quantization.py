@@ -249,7 +249,7 @@ def test_the_formats_are_those_of_the_reference():
 
 
 def test_every_format_and_every_kind_is_drawn():
-    cases = drawn(60, *(requirement_named(id) for id in ("QUANT-01", "QUANT-03", "QUANT-10")))
+    cases = drawn(100, *(requirement_named(id) for id in ("QUANT-01", "QUANT-03", "QUANT-10")))
     seen = Counter()
     for _, plan, _ in cases:
         seen.update({("format", plan["format"]), ("codes", plan["codes"])})
