@@ -2,7 +2,7 @@
 
 Stages, and what each gains:
 
-1. The rows of a few experts, 1024 or more, are gathered, multiplied, activated and multiplied again
+1. The rows of a few experts, 384 or more, are gathered, multiplied, activated and multiplied again
    while they are in the cache. The host knows the bounds, so nothing is computed for an empty
    expert, and nothing padded. All but the products is done for these rows at once: with few rows
    each, calling torch once per expert would take as long as the work.
@@ -30,8 +30,9 @@ from moe_optimized.alignment import local_ids, sort_slots
 from moe_optimized.dispatch import accumulation_dtype
 from moe_optimized.experts_backward import Needs
 
-_ROWS = 1024
-"""How many rows are enough for one block."""
+_ROWS = 384
+"""How many rows are enough for one block: of more, what is written does not stay in the cache
+until it is read; of fewer, calling torch takes longer. Measured, see `benchmarks/notes.md`."""
 
 
 class _Order(NamedTuple):
