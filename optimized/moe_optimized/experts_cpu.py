@@ -19,6 +19,7 @@ Dimension key: T tokens, H hidden size, I intermediate size, J = 2I (I without a
 K experts per token, S rows that go somewhere.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -74,6 +75,7 @@ def forward_on_cpu(
     pre[len(order.slots) :] = 0
     packed = x.new_empty((len(order.slots) + 1, H), dtype=wide)
     packed[-1] = 0
+    up, down = experts.gate_up.mT.unbind(), experts.down.mT.unbind()
     for block in order.blocks:
         _, start, _ = block[0]
         _, _, end = block[-1]
@@ -82,11 +84,11 @@ def forward_on_cpu(
             rows.mul_(factors[start:end, None])
         direct = keep and x.dtype is wide
         product = pre[start:end] if direct else rows.new_empty(end - start, J)
-        _multiply(rows, experts.gate_up, experts.gate_up_bias, block, product)
+        _multiply(rows, up, experts.gate_up_bias, block, product)
         if keep and not direct:
             pre[start:end] = product
         hidden = activate(product, config)
-        _multiply(hidden, experts.down, experts.down_bias, block, packed[start:end])
+        _multiply(hidden, down, experts.down_bias, block, packed[start:end])
     return _sum_rows(packed, order, None if on_input else weights).to(dtype), pre
 
 
@@ -122,6 +124,7 @@ def backward_on_cpu(
     needs_rows = needs.x or (needs.weights and on_input)
     needs_pre = needs_rows or needs.gate_up or needs.gate_up_bias
     dots_down, dots_up = needs.weights and not on_input, needs.weights and on_input
+    up, down = experts.gate_up.unbind(), experts.down.unbind()
     for block in order.blocks:
         _, start, _ = block[0]
         _, _, end = block[-1]
@@ -130,7 +133,7 @@ def backward_on_cpu(
         hidden, by_hidden = activate_with_gradient(pre[start:end].to(wide), config)
         if needs_pre or dots_down:
             d_hidden = torch.empty_like(hidden)
-            _multiply(grads, experts.down.transpose(1, 2), None, block, d_hidden)
+            _multiply(grads, down, None, block, d_hidden)
         if dots_down:
             # <dy, D a + c> = <D^T dy, a> + <dy, c>: the experts' outputs need not be kept.
             torch.sum(d_hidden * hidden, 1, out=dots[start:end])
@@ -154,7 +157,7 @@ def backward_on_cpu(
             rows = x.index_select(0, tokens).to(wide)
         if needs_rows:
             d_rows = packed[start:end] if needs.x else torch.empty_like(grads)
-            _multiply(d_pre, experts.gate_up.transpose(1, 2), None, block, d_rows)
+            _multiply(d_pre, up, None, block, d_rows)
             if dots_up:
                 torch.sum(d_rows * rows, 1, out=dots[start:end])
             if on_input:
@@ -194,34 +197,38 @@ def _in_expert_order(
 
 def _multiply(
     rows: torch.Tensor,
-    matrices: torch.Tensor,
+    matrices: Sequence[torch.Tensor],
     biases: torch.Tensor | None,
     block: list[tuple[int, int, int]],
     out: torch.Tensor,
 ) -> None:
-    """Rows of a block times the transposed matrix of their expert, plus its bias, into `out`."""
-    _, start, _ = block[0]
-    for e, first, last in block:
-        mine = slice(first - start, last - start)
-        matrix = matrices[e].to(rows.dtype).T
+    """Rows of a block times the matrix of their expert, plus its bias, into `out`."""
+    for (e, _, _), mine, result in zip(block, *_by_expert(block, rows, out), strict=True):
+        matrix = matrices[e].to(rows.dtype)
         if biases is None:
-            torch.mm(rows[mine], matrix, out=out[mine])
+            torch.mm(mine, matrix, out=result)
         else:
-            torch.addmm(biases[e].to(rows.dtype), rows[mine], matrix, out=out[mine])
+            torch.addmm(biases[e].to(rows.dtype), mine, matrix, out=result)
 
 
 def _sum_outer(
     left: torch.Tensor, right: torch.Tensor, block: list[tuple[int, int, int]], out: torch.Tensor
 ) -> None:
     """Of each expert of a block the left rows transposed times the right rows, into `out`."""
-    _, start, _ = block[0]
-    for e, first, last in block:
-        mine = slice(first - start, last - start)
+    for (e, _, _), one, other in zip(block, *_by_expert(block, left, right), strict=True):
         if out.dtype is left.dtype:
-            torch.mm(left[mine].T, right[mine], out=out[e])
+            torch.mm(one.T, other, out=out[e])
         else:
             with torch.autocast("cpu", enabled=False):
-                out[e] = left[mine].T @ right[mine]
+                out[e] = one.T @ other
+
+
+def _by_expert(
+    block: list[tuple[int, int, int]], *rows: torch.Tensor
+) -> list[tuple[torch.Tensor, ...]]:
+    """Each tensor of a block's rows in parts, one per expert; a slice for each took longer."""
+    sizes = [last - first for _, first, last in block]
+    return [each.split(sizes) for each in rows]
 
 
 def _sum_by_expert(
