@@ -8,7 +8,6 @@ times of a round. Outputs and all gradients are compared before anything is time
 
 import argparse
 import os
-import random
 import statistics
 import sys
 import time
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from moe_optimized.experts import experts
 from moe_reference.config import ExpertsConfig, ExpertWeights
 from record import about, write
+from timing import interleaved
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -53,16 +53,8 @@ def measure(tokens, options):
     given = draw(tokens, options.operation == "training")
     runs, absent = implementations(given)
     differences = compare({name: run() for name, run in runs.items()})
-    times = {name: [] for name in runs}
-    names, load = list(runs), os.getloadavg()[0]
-    # In an order that goes round, each would always come after the same other one, and find the
-    # caches and the heap as that one leaves them.
-    order = random.Random(0)
-    for _ in range(options.rounds):
-        for name in order.sample(names, len(names)):
-            start = time.perf_counter()
-            runs[name]()
-            times[name].append(time.perf_counter() - start)
+    load = os.getloadavg()[0]
+    times = interleaved(runs, seconds, options.rounds)
     row = {
         "tokens": tokens,
         "load_before": round(load, 2),
@@ -84,6 +76,12 @@ def measure(tokens, options):
     row["fastest_peer_over_ours"] = fastest
     print(row, file=sys.stderr, flush=True)
     return row
+
+
+def seconds(run):
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def draw(tokens, training):

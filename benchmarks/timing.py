@@ -1,6 +1,6 @@
 """Times of implementations side by side, and what the machine itself can do.
 
-All implementations run once in every round, in an order that turns, so that a clock that drifts or
+All implementations run once in every round, in an order drawn anew, so that a clock that drifts or
 a neighbour that wakes up meets them all. A ratio is that of two times of the same round.
 
 | way | what is in a time |
@@ -14,6 +14,7 @@ a neighbour that wakes up meets them all. A ratio is that of two times of the sa
 import gc
 import os
 import platform
+import random
 import shutil
 import statistics
 import subprocess
@@ -30,20 +31,13 @@ CALLS_PER_GRAPH = 10
 LEAST_ROUNDS, MOST_ROUNDS = 5, 50
 
 
-def turned(names: Sequence[str], turn: int) -> list[str]:
-    """The names in the order of a round.
-
-    >>> turned(["a", "b", "c"], 1)
-    ['b', 'c', 'a']
-    """
-    start = turn % len(names)
-    return [*names[start:], *names[:start]]
-
-
 def interleaved(
     runs: Mapping[str, Any], measure: Callable[[Any], float], rounds: int
 ) -> dict[str, list[float]]:
     """The seconds of every implementation in every round.
+
+    In an order that goes round, each would always come after the same other one, and find the
+    caches and the heap as that one leaves them.
 
     Args:
         runs: what `measure` takes, by name.
@@ -51,8 +45,9 @@ def interleaved(
         rounds: how often.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds):
-        for name in turned(list(runs), turn):
+    order = random.Random(0)
+    for _ in range(rounds):
+        for name in order.sample(list(runs), len(runs)):
             times[name].append(measure(runs[name]))
     return times
 
