@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import moe_optimized.quantized_experts
@@ -42,16 +43,20 @@ def case(modules):
     return modules["gpu"].Case("forward", "OLMoE-1B-7B", 64)
 
 
-def test_every_round_runs_everything_once_and_another_first(modules):
+def test_every_round_runs_everything_once_and_nothing_always_behind_the_same(modules):
     order = []
 
     def measure(name):
         order.append(name)
         return 1.0
 
-    times = modules["timing"].interleaved({name: name for name in "abc"}, measure, rounds=4)
-    assert ["".join(order[i : i + 3]) for i in range(0, 12, 3)] == ["abc", "bca", "cab", "abc"]
-    assert times == {name: [1.0] * 4 for name in "abc"}
+    times = modules["timing"].interleaved({name: name for name in "abc"}, measure, rounds=15)
+    rounds = [order[i : i + 3] for i in range(0, 45, 3)]
+    assert all(sorted(each) == ["a", "b", "c"] for each in rounds)
+    assert {each[0] for each in rounds} == set("abc")
+    behind = {(name, before) for each in rounds for before, name in pairwise(each)}
+    assert len(behind) == 6
+    assert times == {name: [1.0] * 15 for name in "abc"}
 
 
 def test_a_clock_that_slows_down_changes_no_ratio(modules):
