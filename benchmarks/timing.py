@@ -36,8 +36,9 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """The seconds of every implementation in every round.
 
-    In an order that goes round, each would always come after the same other one, and find the
-    caches and the heap as that one leaves them.
+    Each is the first of a round in its turn. The others follow in an order drawn anew: in one that
+    goes round, each would always come after the same other one, and find the caches and the heap as
+    that one leaves them.
 
     Args:
         runs: what `measure` takes, by name.
@@ -46,8 +47,10 @@ def interleaved(
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     order = random.Random(0)
-    for _ in range(rounds):
-        for name in order.sample(list(runs), len(runs)):
+    for turn in range(rounds):
+        others = list(runs)
+        first = others.pop(turn % len(others))
+        for name in (first, *order.sample(others, len(others))):
             times[name].append(measure(runs[name]))
     return times
 
