@@ -10,7 +10,6 @@ import argparse
 import os
 import statistics
 import sys
-import time
 from importlib.metadata import version
 
 import torch
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from moe_optimized.experts import experts
 from moe_reference.config import ExpertsConfig, ExpertWeights
 from record import about, write
-from timing import interleaved
+from timing import CpuClock, interleaved, quartiles
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -54,7 +53,7 @@ def measure(tokens, options):
     runs, absent = implementations(given)
     differences = compare({name: run() for name, run in runs.items()})
     load = os.getloadavg()[0]
-    times = interleaved(runs, seconds, options.rounds)
+    times = interleaved(runs, lambda run: CpuClock().measure(run, "cpu"), options.rounds)
     row = {
         "tokens": tokens,
         "load_before": round(load, 2),
@@ -64,7 +63,7 @@ def measure(tokens, options):
     }
     for name, taken in times.items():
         ratios = [theirs / ours for theirs, ours in zip(taken, times["moespec"], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        low, middle, high = quartiles(ratios)
         row["implementations"][name] = {
             "milliseconds": round(1e3 * statistics.median(taken), 2),
             "fastest_milliseconds": round(1e3 * min(taken), 2),
@@ -76,12 +75,6 @@ def measure(tokens, options):
     row["fastest_peer_over_ours"] = fastest
     print(row, file=sys.stderr, flush=True)
     return row
-
-
-def seconds(run):
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def draw(tokens, training):

@@ -37,8 +37,8 @@ def interleaved(
     """The seconds of every implementation in every round.
 
     Each is the first of a round in its turn. The others follow in an order drawn anew: in one that
-    goes round, each would always come after the same other one, and find the caches and the heap as
-    that one leaves them.
+    goes round, each would nearly always come after the same other one, and find the caches and the
+    heap as that one leaves them.
 
     Args:
         runs: what `measure` takes, by name.

@@ -12,7 +12,7 @@ from moe_conformance.inputs import slots
 from moe_conformance.inputs.given import Content, Scope
 from moe_conformance.inputs.load_balancing import SEQUENCE
 from moe_conformance.registry import MAY, requirement_named, requirements
-from moe_conformance.runner import Effort, run_requirement
+from moe_conformance.runner import Effort, drawn_of_the_seed, run_requirement
 from moe_conformance.selfcheck import inline_scope
 from moe_conformance.target import CHOICES, OPERATIONS, Capabilities, Unsupported
 from moe_conformance.targets import Reference
@@ -40,7 +40,8 @@ def plans_of(requirement, capabilities, count):
     def draw(plan):
         drawn.append(plan)
 
-    draw()
+    with drawn_of_the_seed():
+        draw()
     return drawn
 
 

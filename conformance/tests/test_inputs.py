@@ -48,7 +48,8 @@ def plans_of(requirement, capabilities, count=CASES):
     def draw(plan):
         drawn.append(plan)
 
-    draw()
+    with drawn_of_the_seed():
+        draw()
     return drawn
 
 
@@ -147,18 +148,17 @@ def test_a_seed_draws_the_same_whatever_is_loaded(tmp_path, monkeypatch):
         drawn.append([])
         keep()
 
-    def load(name):
-        numbers = range(*{"few": (1000, 2000), "more": (2000, 5000)}[name])
+    def load(name, numbers):
         (tmp_path / f"{name}.py").write_text(f"NUMBERS = {[*numbers]}\n")
         import_module(name)
 
     monkeypatch.syspath_prepend(tmp_path)
     draw()
-    load("few")
+    load("few_numbers", range(1000, 2000))
     draw()
     with drawn_of_the_seed():
         draw()
-        load("more")
+        load("more_numbers", range(2000, 5000))
         draw()
     assert drawn[0] != drawn[1]
     assert drawn[2] == drawn[3]

@@ -19,7 +19,6 @@ Dimension key: T tokens, H hidden size, I intermediate size, J = 2I (I without a
 K experts per token, S rows that go somewhere.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -75,7 +74,6 @@ def forward_on_cpu(
     pre[len(order.slots) :] = 0
     packed = x.new_empty((len(order.slots) + 1, H), dtype=wide)
     packed[-1] = 0
-    up, down = experts.gate_up.mT.unbind(), experts.down.mT.unbind()
     for block in order.blocks:
         _, start, _ = block[0]
         _, _, end = block[-1]
@@ -84,11 +82,11 @@ def forward_on_cpu(
             rows.mul_(factors[start:end, None])
         direct = keep and x.dtype is wide
         product = pre[start:end] if direct else rows.new_empty(end - start, J)
-        _multiply(rows, up, experts.gate_up_bias, block, product)
+        _multiply(rows, experts.gate_up.mT, experts.gate_up_bias, block, product)
         if keep and not direct:
             pre[start:end] = product
         hidden = activate(product, config)
-        _multiply(hidden, down, experts.down_bias, block, packed[start:end])
+        _multiply(hidden, experts.down.mT, experts.down_bias, block, packed[start:end])
     return _sum_rows(packed, order, None if on_input else weights).to(dtype), pre
 
 
@@ -124,7 +122,6 @@ def backward_on_cpu(
     needs_rows = needs.x or (needs.weights and on_input)
     needs_pre = needs_rows or needs.gate_up or needs.gate_up_bias
     dots_down, dots_up = needs.weights and not on_input, needs.weights and on_input
-    up, down = experts.gate_up.unbind(), experts.down.unbind()
     for block in order.blocks:
         _, start, _ = block[0]
         _, _, end = block[-1]
@@ -133,7 +130,7 @@ def backward_on_cpu(
         hidden, by_hidden = activate_with_gradient(pre[start:end].to(wide), config)
         if needs_pre or dots_down:
             d_hidden = torch.empty_like(hidden)
-            _multiply(grads, down, None, block, d_hidden)
+            _multiply(grads, experts.down, None, block, d_hidden)
         if dots_down:
             # <dy, D a + c> = <D^T dy, a> + <dy, c>: the experts' outputs need not be kept.
             torch.sum(d_hidden * hidden, 1, out=dots[start:end])
@@ -157,7 +154,7 @@ def backward_on_cpu(
             rows = x.index_select(0, tokens).to(wide)
         if needs_rows:
             d_rows = packed[start:end] if needs.x else torch.empty_like(grads)
-            _multiply(d_pre, up, None, block, d_rows)
+            _multiply(d_pre, experts.gate_up, None, block, d_rows)
             if dots_up:
                 torch.sum(d_rows * rows, 1, out=dots[start:end])
             if on_input:
@@ -197,7 +194,7 @@ def _in_expert_order(
 
 def _multiply(
     rows: torch.Tensor,
-    matrices: Sequence[torch.Tensor],
+    matrices: torch.Tensor,
     biases: torch.Tensor | None,
     block: list[tuple[int, int, int]],
     out: torch.Tensor,
@@ -235,9 +232,8 @@ def _sum_by_expert(
     rows: torch.Tensor, block: list[tuple[int, int, int]], out: torch.Tensor
 ) -> None:
     """Of each expert of a block the sum of its rows, into `out`."""
-    _, start, _ = block[0]
-    for e, first, last in block:
-        out[e] = rows[first - start : last - start].sum(0)
+    for (e, _, _), mine in zip(block, *_by_expert(block, rows), strict=True):
+        out[e] = mine.sum(0)
 
 
 def _sum_rows(packed: torch.Tensor, order: _Order, weights: torch.Tensor | None) -> torch.Tensor:
