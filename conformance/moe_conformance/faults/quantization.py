@@ -332,14 +332,15 @@ misread(
     "g-idx-is-ignored",
     "Columns are taken to be in the order of groups.",
     lambda t: t.g_idx is not None,
-    lambda t: {"g_idx": _in_order(t)},
+    lambda t: {"g_idx": in_order(t)},
     "QUANT-05",
     "QUANT-17",
     thread="SGLang #35955",
 )
 
 
-def _in_order(t: QuantizedTensor) -> Tensor:
+def in_order(t: QuantizedTensor) -> Tensor:
+    """The group of every column as if they came in the order of the groups, shaped as `g_idx`."""
     assert t.g_idx is not None
     D = t.g_idx.shape[1]
     B = D if t.group_size == -1 else t.group_size
@@ -834,7 +835,7 @@ altered(
     "a-slice-counts-its-columns",
     "Columns of a slice with g_idx get the scales in their order.",
     lambda a: not a["experts"].is_k_full,
-    lambda a: _with_down(a, g_idx=_in_order(_down(a))),
+    lambda a: _with_down(a, g_idx=in_order(_down(a))),
     "QUANT-17",
     thread="SGLang #36822",
 )

@@ -9,6 +9,7 @@ import torch
 
 from moe_conformance.codec import replace_tensors
 from moe_conformance.faults.gradients import with_gradient
+from moe_conformance.faults.quantization import in_order
 from moe_conformance.faults.rare import Arguments
 from moe_conformance.faults.rare_calls import (
     altered,
@@ -108,7 +109,7 @@ altered(
     "inference-takes-groups-in-order",
     "Where gradients are off, `g_idx` is not read.",
     lambda a: _off(a) and a["packed"].g_idx is not None,
-    lambda a: {"packed": dataclasses.replace(a["packed"], g_idx=None)},
+    lambda a: {"packed": dataclasses.replace(a["packed"], g_idx=in_order(a["packed"]))},
     "BACKEND-07",
 )
 
