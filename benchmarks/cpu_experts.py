@@ -3,7 +3,8 @@
 python benchmarks/cpu_experts.py [--tokens 512 4096] [--rounds 15] [--operation forward|training]
 
 Each round runs every implementation once, in an order drawn anew; a ratio is that of two
-times of a round. Outputs and all gradients are compared before anything is timed.
+times of a round. Outputs and all gradients are compared before anything is timed. What torch
+allocates is counted in a call of its own.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from importlib.metadata import version
 
 import torch
 import torch.nn.functional as F
+from memory import kept_at_most, kept_bytes, peak_bytes
 from moe_optimized.experts import experts
 from moe_reference.config import ExpertsConfig, ExpertWeights
 from record import about, write
@@ -48,9 +50,11 @@ def main() -> int:
 
 
 def measure(tokens, options):
-    """Median times, and the median and quartiles of each peer's time over ours, round by round."""
-    given = draw(tokens, options.operation == "training")
-    runs, absent = implementations(given)
+    """Median times, and of each peer's time over ours, round by round; and the memory taken."""
+    training = options.operation == "training"
+    given = draw(tokens, training)
+    forwards, absent = implementations(given)
+    runs = {name: with_gradients(forward, given) for name, forward in forwards.items()}
     differences = compare({name: run() for name, run in runs.items()})
     load = os.getloadavg()[0]
     times = interleaved(runs, lambda run: CpuClock().measure(run, "cpu"), options.rounds)
@@ -59,8 +63,11 @@ def measure(tokens, options):
         "load_before": round(load, 2),
         "load_after": round(os.getloadavg()[0], 2),
         "absent": absent,
+        "result_bytes": sum(each.nbytes for each in runs["moespec"]()),
         "implementations": {},
     }
+    if training:
+        row["kept_at_most"] = kept_at_most(tokens, H, I, E, K, given[0][0].element_size())
     for name, taken in times.items():
         ratios = [theirs / ours for theirs, ours in zip(taken, times["moespec"], strict=True)]
         low, middle, high = quartiles(ratios)
@@ -70,7 +77,11 @@ def measure(tokens, options):
             "ratio_to_ours": round(middle, 3),
             "ratio_quartiles": [round(low, 3), round(high, 3)],
             "difference": differences[name],
+            "peak_bytes": peak_bytes(runs[name], "cpu"),
         }
+        if training:
+            kept = kept_bytes(forwards[name], given[0][2:])
+            row["implementations"][name]["kept_bytes"] = kept
     fastest = min(r["ratio_to_ours"] for n, r in row["implementations"].items() if n != "moespec")
     row["fastest_peer_over_ours"] = fastest
     print(row, file=sys.stderr, flush=True)
@@ -88,18 +99,8 @@ def draw(tokens, training):
 
 
 def implementations(given):
-    """Each as a function that returns its output and gradients; and what is absent, and why."""
-    leaves, ids, cotangent = given
-    x, weights, gate_up, down = leaves
-
-    def trained(forward):
-        def run():
-            out = forward()
-            gradients = torch.autograd.grad(out, leaves, cotangent) if out.requires_grad else ()
-            return out.detach(), *gradients
-
-        return run
-
+    """Each as a function that returns its output; and what is absent, and why."""
+    (x, weights, gate_up, down), ids, _ = given
     config = MixtralConfig(hidden_size=H, intermediate_size=I, num_local_experts=E)
     module = MixtralExperts(config)
     # The parameters themselves: gradients come back for the same tensors.
@@ -138,7 +139,19 @@ def implementations(given):
             absent[name] = f"takes about {gigabytes} that are free"
         else:
             runs[name] = transformers(name)
-    return {name: trained(run) for name, run in runs.items()}, absent
+    return runs, absent
+
+
+def with_gradients(forward, given):
+    """A function that returns the output of `forward`, and the gradients if there are any."""
+    leaves, _, cotangent = given
+
+    def run():
+        out = forward()
+        gradients = torch.autograd.grad(out, leaves, cotangent) if out.requires_grad else ()
+        return out.detach(), *gradients
+
+    return run
 
 
 def compare(results):

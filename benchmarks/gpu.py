@@ -32,6 +32,7 @@ import record
 import torch
 import torch.nn.functional as F
 from goals import OURS, goal_lines
+from memory import kept_at_most, kept_bytes, peak_bytes
 from moe_optimized.alignment import align, align_torch, align_triton, tile_table
 from moe_optimized.dispatch import sum_places
 from moe_optimized.experts import (
@@ -254,19 +255,6 @@ def gather_floor(T: int, H: int, K: int, b: int) -> tuple[int, int]:
     return 0, b * T * H * (K + 1) + 8 * T * K
 
 
-def kept_at_most(T: int, H: int, I: int, E: int, K: int, b: int) -> int:
-    """Bytes that training may keep between forward and backward: x, pre-activations, routing data.
-
-    Routing data are int64 ids, float32 weights, the order and its inverse, and three numbers for
-    each tile of at least 16 rows.
-
-    >>> kept_at_most(T=16, H=4, I=2, E=2, K=1, b=2)
-    612
-    """
-    slots = T * K
-    return b * (T * H + 2 * slots * I) + 20 * slots + 12 * (-(-slots // 16) + E)
-
-
 def draw_ids(T: int, E: int, K: int, routing: str, device: str) -> torch.Tensor:
     """[T, K] int64, K different experts per token.
 
@@ -324,7 +312,7 @@ class Bench:
         row |= {"absent": work.absent, "wrong": {}, "first_call_s": {}, "ways": {}}
         good = self._checked(work, row)
         if case.kind in PACKED:
-            row["peak_bytes"] = {name: forward_peak(run, self.device) for name, run in good.items()}
+            row["peak_bytes"] = {name: peak_bytes(run, self.device) for name, run in good.items()}
         ways = work.ways if self.device == "cuda" else ("cpu",)
         for way in ways:
             self._time(way, {n: r for n, r in good.items() if self._takes(n, way, work)}, row)
@@ -507,8 +495,11 @@ class Bench:
             try:
                 forward()
                 found[name] = {
-                    "kept_bytes": kept_bytes(forward, given),
-                    "peak_bytes": peak_bytes(forward, leaves, cotangent),
+                    "kept_bytes": kept_bytes(forward, (given.gate_up, given.down)),
+                    "peak_bytes": peak_bytes(
+                        lambda forward=forward: torch.autograd.grad(forward(), leaves, cotangent),
+                        self.device,
+                    ),
                 }
             except Exception as error:
                 self._lost(name, error)
@@ -773,51 +764,6 @@ def grouped_product(
         return out
 
     return run
-
-
-def kept_bytes(forward: Callable[[], torch.Tensor], given: Given) -> int:
-    """Bytes that a graph keeps for its backward, the matrices of the experts left out."""
-    matrices = {given.gate_up.data_ptr(), given.down.data_ptr()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in matrices:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = forward()
-    total = sum(kept.values())
-    del out
-    return total
-
-
-def peak_bytes(
-    forward: Callable[[], torch.Tensor], leaves: Tensors, cotangent: torch.Tensor
-) -> int | None:
-    """The most memory that forward and backward take on top of what was there; None on a CPU."""
-    if not cotangent.is_cuda:
-        torch.autograd.grad(forward(), leaves, cotangent)
-        return None
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    torch.autograd.grad(forward(), leaves, cotangent)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def forward_peak(run: Callable[[], Any], device: str) -> int | None:
-    """The most memory that a call takes on top of what was there; None on a CPU."""
-    if device != "cuda":
-        return None
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def difference(

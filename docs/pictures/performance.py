@@ -134,6 +134,10 @@ def _cpu_table(record):
         + ", ".join(f"{row['load_before']:g} to {row['load_after']:g}" for row in record["rows"])
         + "."
     )
+    columns = ["T", "implementation", "median, ms", "fastest, ms", "over ours (quartiles)",
+               "difference", "allocated, MB"]  # fmt: skip
+    training = record["operation"] == "training"
+    columns += ["kept, MB"] if training else []
     rows = []
     for row in record["rows"]:
         for name, each in row["implementations"].items():
@@ -141,12 +145,39 @@ def _cpu_table(record):
             rows.append([f"{row['tokens']}", name, f"{each['milliseconds']:,.1f}",
                          f"{each['fastest_milliseconds']:,.1f}",
                          f"{each['ratio_to_ours']:.2f} ({low:.2f} to {high:.2f})",
-                         f"{each['difference']:.1e}"])  # fmt: skip
-        rows += [[f"{row['tokens']}", name, f"absent: {said}", "-", "-", "-"]
+                         f"{each['difference']:.1e}", _megabytes(each["peak_bytes"]),
+                         *([_megabytes(each["kept_bytes"])] if training else [])])  # fmt: skip
+        rows += [[f"{row['tokens']}", name, f"absent: {said}", *["-"] * (len(columns) - 3)]
                  for name, said in row["absent"].items()]  # fmt: skip
-    columns = ["T", "implementation", "median, ms", "fastest, ms", "over ours (quartiles)",
-               "difference"]  # fmt: skip
-    return f"{head}\n\n{_table(columns, rows)}"
+    return f"{head}\n\n{_table(columns, rows)}\n\n{_memory(record)}"
+
+
+def _memory(record):
+    """What the columns about memory count, and the limits."""
+    per_size = "; ".join(
+        f"at T {row['tokens']} the results are {_megabytes(row['result_bytes'])} MB"
+        + (
+            f" and the limit is {_megabytes(row['kept_at_most'])} MB"
+            if "kept_at_most" in row
+            else ""
+        )
+        for row in record["rows"]
+    )
+    kept = (
+        " *Kept* is what lies between forward and backward, the matrices left out; the limit for "
+        "it is x, the pre-activations and the routing data."
+        if record["operation"] == "training"
+        else ""
+    )
+    return (
+        "*Allocated* is the most that torch holds during one call on top of what was there, "
+        f"results included; what a library takes inside a product is not in it.{kept} "
+        f"{per_size[0].upper()}{per_size[1:]}."
+    )
+
+
+def _megabytes(count):
+    return f"{count / 1e6:,.1f}"
 
 
 def cpu():
