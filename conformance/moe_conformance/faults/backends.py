@@ -143,6 +143,103 @@ altered(
     "BACKEND-08",
 )
 
+# Pairs that are sorted out.
+
+
+def _past(a: Arguments, end: int) -> Any:
+    """[T, 1], whether a token stands behind the first `end`."""
+    return (torch.arange(tokens(a)) >= end)[:, None]
+
+
+altered(
+    "experts",
+    "padding-past-token-128-goes-to-the-last-expert",
+    "Ids of -1 are sorted out in the first block of 128 tokens; in the next they are an index.",
+    lambda a: tokens(a) > 128 and a.get("expert_map") is None,
+    lambda a: {
+        "expert_ids": torch.where(
+            _past(a, 128) & (a["expert_ids"] == -1), len(a["experts"].down) - 1, a["expert_ids"]
+        ).to(a["expert_ids"])
+    },
+    "BACKEND-10",
+)
+
+
+def _as_local(a: Arguments) -> Any:
+    """Ids that the map leads to the row that has the number of the id."""
+    ids, rows = a["expert_ids"].long(), a["expert_map"].long()
+    back = torch.full((len(a["experts"].down),), -1)
+    back[rows[rows >= 0]] = (rows >= 0).nonzero()[:, 0]
+    here = (ids >= 0) & (ids < len(back))
+    return torch.where(here, back[ids.where(here, 0)], -1).to(a["expert_ids"])
+
+
+altered(
+    "experts",
+    "past-token-256-ids-are-taken-as-local",
+    "The second block of 256 tokens is handed on without the map.",
+    lambda a: tokens(a) > 256 and a.get("expert_map") is not None,
+    lambda a: {"expert_ids": torch.where(_past(a, 256), _as_local(a), a["expert_ids"])},
+    "BACKEND-10",
+)
+
+
+def _first_of_equal(ids: Any) -> Any:
+    """-1 for an id that stands in its row before."""
+    equal = ids[:, :, None] == ids[:, None, :]
+    return ids.masked_fill(equal.tril(-1).any(-1), -1)
+
+
+altered(
+    "experts",
+    "many-tokens-count-equal-ids-once",
+    "From 512 tokens on pairs are found in a mask [T, E].",
+    lambda a: tokens(a) >= 512,
+    lambda a: {"expert_ids": _first_of_equal(a["expert_ids"])},
+    "BACKEND-10",
+)
+
+altered(
+    "experts",
+    "a-map-is-looked-up-by-the-low-byte",
+    "Ids are bytes until the map has made them local.",
+    lambda a: a.get("expert_map") is not None and _here(a) > 256,
+    lambda a: {
+        "expert_ids": torch.where(
+            (a["expert_ids"] >= 0) & (a["expert_ids"] < _here(a)),
+            a["expert_ids"] % 256,
+            a["expert_ids"],
+        )
+    },
+    "BACKEND-10",
+)
+
+altered(
+    "experts",
+    "the-gradient-of-down-has-256-places",
+    "Gradients of the second matrix are added up in 256 bins.",
+    lambda a: len(a["experts"].down) > 256,
+    lambda a: {
+        "experts": with_fields(
+            a["experts"], lambda t: with_gradient(t, lambda g: _ended(g, 256)), "down"
+        )
+    },
+    "BACKEND-11",
+)
+
+altered(
+    "experts",
+    "weights-past-token-512-get-a-gradient-where-nothing-is",
+    "The dot products of pairs that are not here are left out of the first block only.",
+    lambda a: tokens(a) > 512,
+    lambda a: {
+        "weights": with_gradient(
+            a["weights"], lambda g: torch.where(_past(a, 512) & (rows_of(a) < 0), 1.0, g).to(g)
+        )
+    },
+    "BACKEND-11",
+)
+
 # Gradients.
 
 
@@ -279,4 +376,72 @@ instead(
     lambda a: tokens(a) > 64,
     lambda a: _ended(right("experts_quantized", a), _full(tokens(a), 16)),
     "BACKEND-09",
+)
+
+# Rows, choices and experts that there are more of.
+
+instead(
+    "combine",
+    "columns-of-a-sum-past-1024-are-not-written",
+    "The grid has eight column blocks of 128.",
+    lambda a: a["rows"].shape[-1] > 1024,
+    lambda a: _ended(right("combine", a), 1024, 1),
+    "DISPATCH-16",
+)
+
+altered(
+    "combine",
+    "choices-past-the-32nd-add-nothing",
+    "A warp has a lane for each choice of a token.",
+    lambda a: a["weights"].shape[-1] > 32,
+    lambda a: {"weights": _ended(a["weights"], 32, 1)},
+    "DISPATCH-12",
+)
+
+
+def _some_reported(a: Arguments, name: str, change: Any) -> Any:
+    """A layer's answer with another value of a field; as it is where that is not reported."""
+    out = right("layer", a)
+    value = getattr(out, name)
+    return out if value is None else dataclasses.replace(out, **{name: change(value)})
+
+
+def _tokens_of(a: Arguments) -> int:
+    return int(a["x"].shape[0] * a["x"].shape[1])
+
+
+instead(
+    "layer",
+    "the-weights-of-a-long-batch-are-those-of-its-last-chunk",
+    "More than 256 tokens go chunk by chunk, and the weights of a chunk take the same place.",
+    lambda a: _tokens_of(a) > 256,
+    lambda a: _some_reported(a, "weights", lambda w: torch.cat([w[-256:], w[256:]])[: len(w)]),
+    "BACKEND-05",
+)
+
+instead(
+    "layer",
+    "the-counts-of-a-long-batch-are-those-of-its-first-chunk",
+    "More than 512 tokens are routed in chunks, and counted once.",
+    lambda a: _tokens_of(a) > 512 and a.get("padding_mask") is None,
+    lambda a: _counted_of(a, 512),
+    "BACKEND-05",
+)
+
+
+def _counted_of(a: Arguments, end: int) -> Any:
+    out = right("layer", a)
+    if out.expert_ids is None or out.tokens_per_expert is None:
+        return out
+    counts = torch.bincount(out.expert_ids[:end].flatten(), minlength=len(out.tokens_per_expert))
+    return dataclasses.replace(out, tokens_per_expert=counts.to(out.tokens_per_expert))
+
+
+altered(
+    "align_batched",
+    "a-batch-of-more-than-512-experts-is-not-looked-through",
+    "The table of counts has 512 places.",
+    lambda a: len(a["tokens_per_expert"]) > 512,
+    lambda a: {"tokens_per_expert": _ended(a["tokens_per_expert"], 512)},
+    "ALIGN-21",
 )

@@ -8,6 +8,7 @@ import torch
 
 from moe_conformance.faults.gradients import with_gradient
 from moe_conformance.faults.rare import Arguments, loss_larger, rare
+from moe_conformance.faults.rare_calls import altered
 
 SEQUENCE = ("gshard", "deepseek_sequence")
 
@@ -553,4 +554,14 @@ rare(
     lambda a: a["logits"].dtype is torch.bfloat16 and real(a) is not None,
     in_bfloat16_on_the_way,
     "BALANCE-14",
+)
+
+
+altered(
+    "balance_loss",
+    "ids-of-64-bits-are-cut-to-32-before-they-are-counted",
+    "An id past 2^32 means not here, and becomes a small one.",
+    lambda a: a["expert_ids"].dtype is torch.int64,
+    lambda a: {"expert_ids": a["expert_ids"].to(torch.int32)},
+    "BALANCE-06",
 )

@@ -386,3 +386,12 @@ rare(
     copies_by_whole_tokens,
     "SLICE-19",
 )
+
+altered(
+    "slice_experts",
+    "no-experts-from-the-end-on-are-the-last-one",
+    "A rank that holds nothing starts where the experts end; the start is cut to the last row.",
+    lambda a: a["start"] == len(a["experts"].down) and a["count"] == 0,
+    lambda a: {"start": a["start"] - 1, "count": 1},
+    "SLICE-05",
+)

@@ -72,7 +72,7 @@ def sliced(*, least_experts: int = 1, most_count: int | None = None) -> Given:
 
         def plan(draw: st.DrawFn) -> Plan:
             experts = draw(st.integers(least, most))
-            start = draw(st.integers(0, experts - 1))
+            start = draw(st.integers(0, experts))
             count = draw(st.integers(0, experts - start))
             if draw(st.integers(0, 4)) == 4:
                 start, count = 0, experts

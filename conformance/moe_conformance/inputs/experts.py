@@ -55,7 +55,7 @@ SHAPES = ("usual", "usual", "usual", "usual", "many experts", "many pairs", "squ
 registers, matrices whose shape does not tell how they are laid out."""
 
 MANY_EXPERTS = (16, 17, 31, 32, 33, 63, 64, 65, 129)
-MANY_PAIRS = (6, 7, 8, 9, 10, 15, 16, 17)
+MANY_PAIRS = (6, 7, 8, 9, 10, 15, 16, 17, 33)
 
 STORED = frozenset(
     ("product", "pre_activation", "gate_activation", "activation_steps", "activation",

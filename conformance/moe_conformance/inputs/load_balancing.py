@@ -448,7 +448,9 @@ def fill_ids(
         ids = spread(content, plan["routing"], tokens, experts, top_k, 16, distinct=distinct)
         ids = ids.clone()
     if plan["invalid"]:
-        bad = torch.tensor((*INVALID, experts, experts + 1, 2 * experts))
+        # Cut to 32 bits the further ones are the ids 0 and E - 1.
+        far = (2**32, 2**32 + experts - 1) if dtype is torch.int64 else ()
+        bad = torch.tensor((*INVALID, experts, experts + 1, 2 * experts, *far))
         where = content.uniform(0, 1, tokens, top_k) < 0.3
         where.view(-1)[int(content.integers(0, tokens * top_k - 1, 1))] = True
         ids = bad[content.integers(0, len(bad) - 1, tokens, top_k)].where(where, ids)

@@ -48,13 +48,16 @@ beyond a table of 512 or 1024 that holds those of any model so far."""
 TOP_KS = (1, 2, 8)
 """Experts per token that models have and kernels are written for."""
 
+MANY_KS = (17, 22, 32, 33)
+"""More of them than fill a half warp, or a warp; now and then."""
+
 TILES = tuple(size + off for size in (32, 64, 128, 256, 512, 1024) for off in (-1, 0, 1))
 """Numbers of slots around those that fill the tiles of a kernel."""
 
 LONG = (2**15, 2**15 + 9, 2**16, 2**16 + 9)
 """Numbers of slots that sixteen bits just do not hold, with a sign and without."""
 
-WIDE = tuple(size + off for size in (64, 128, 256, 512) for off in (-1, 0, 1))
+WIDE = tuple(size + off for size in (64, 128, 256, 512, 1024, 2048) for off in (-1, 0, 1))
 """Hidden sizes around those that fill the tiles of a kernel."""
 
 LOADS = ("uniform", "skewed", "half empty", "one expert", "duplicates", "full blocks", "one over")
@@ -233,7 +236,7 @@ def _draw_ids(
     # Around and beyond one byte often enough for a fault there to be found.
     many = [e for e in edges if e > 128] or edges
     experts = draw(few if long else st.one_of(few, st.sampled_from(edges), st.sampled_from(many)))
-    most_k = min(experts, capabilities.max_top_k or 16, 16)
+    most_k = min(experts, capabilities.max_top_k or MANY_KS[-1])
     tokens, top_k = _draw_shape(draw, scope, least, least_k, most_k, long)
     return {
         "tokens": tokens,
@@ -251,14 +254,19 @@ def _draw_shape(
 ) -> tuple[int, int]:
     """T and K: T small or around the ends of tiles, or both so that T·K is."""
     usual = [k for k in TOP_KS if least_k <= k <= most_k]
-    any_k = st.integers(least_k, most_k)
+    any_k = st.integers(least_k, max(least_k, min(most_k, 16)))
     some_k = st.one_of(any_k, st.sampled_from(usual)) if usual else any_k
+    many = [k for k in MANY_KS if least_k <= k <= most_k]
+    if many and not long and draw(st.integers(0, 9)) == 9:
+        some_k = st.sampled_from(many)
     if long:
         top_k = draw(some_k)
         return -(-draw(choice(LONG)) // top_k), top_k
     if draw(choice((False, False, False, False, True))):
         total = draw(choice(TILES[: 6 if scope.interpreted else len(TILES)]))
-        divisors = [k for k in range(least_k, most_k + 1) if total % k == 0 and total // k >= least]
+        divisors = [
+            k for k in range(least_k, min(most_k, 16) + 1) if total % k == 0 and total // k >= least
+        ]
         if divisors:
             top_k = draw(choice(divisors))
             return total // top_k, top_k
@@ -425,7 +433,7 @@ def _batched_plans(
     moved: bool,
     long: bool,
 ) -> Plans:
-    most = min(scope.capabilities.max_experts or 257, 16 if scope.interpreted else 257)
+    most = min(scope.capabilities.max_experts or 640, 16 if scope.interpreted else 640)
     edges = [e for e in (*EXPERTS, most) if e <= most]
 
     def plan(draw: st.DrawFn) -> Plan:
@@ -535,17 +543,19 @@ def _draw_rows(draw: st.DrawFn, scope: Scope, content: str, moved: bool, slots: 
     dtype = draw(choice(scope.dtypes))
     if content == "special" and scope.capabilities.finite_only:
         content = "normal"
-    wide = "float64" if dtype == "float64" else "float32"
+    exact = "float64" if dtype == "float64" else "float32"
     columns = 2 if slots >= LONG[0] else 40
     hidden = sizes(max(1, columns // multiple), 16)
     tiles = [h // multiple for h in WIDE if h % multiple == 0 and h * slots <= 2**15]
     if tiles and not scope.interpreted:
-        hidden = st.one_of(hidden, hidden, st.sampled_from(tiles))
+        # Beside the fewest slots only: as often as all others.
+        wide = [h for h in tiles if h * multiple > 512] or tiles
+        hidden = st.one_of(hidden, hidden, st.sampled_from(tiles), st.sampled_from(wide))
     return {
         "hidden": multiple * draw(hidden),
         "dtype": dtype,
         # Weights come from the router in float32, or rounded to x's dtype.
-        "weights": draw(choice((wide, dtype))),
+        "weights": draw(choice((exact, dtype))),
         "content": content,
         "layout": draw(choice(GIVEN_LAYOUTS)) if moved else "contiguous",
         "seed": draw(seeds()),
@@ -614,7 +624,7 @@ def scattered(
             return None
         if appended and not scope.capabilities.appended_rows:
             return None
-        most = max(least_k, min(scope.capabilities.max_top_k or 16, 16))
+        most = max(least_k, scope.capabilities.max_top_k or MANY_KS[-1])
 
         def plan(draw: st.DrawFn) -> Plan:
             tokens, top_k = _draw_shape(draw, scope, 1, least_k, most, long)

@@ -881,7 +881,7 @@ def a_token_without_experts_gets_zeros(case: Case) -> None:
     sources=("Megatron #4851", "DeepSpeed #5066", "PaddleFormers #3010", "hyper_parallel x * 0.0"),
     given=Given(
         lambda scope: (
-            expert_inputs(invalid_ids=(True,), bias=(False,), expert_map=(False,)).plans(scope)
+            expert_inputs(invalid_ids=(True,), bias=(False,)).plans(scope)
             if "experts" in scope.capabilities.gradients
             else None
         ),
@@ -912,9 +912,7 @@ def _judge_zero_gradients(case: Case, given: dict[str, Any]) -> None:
     reason="A loop over the tokens' experts is not entered then, and what it would have made has "
     "no graph: the optimizer of this rank skips what the others step.",
     sources=("hyper_parallel x * 0.0", "torchtitan #1166", "PaddleFormers #3010"),
-    given=differentiable(
-        "experts", expert_inputs(loads=("uniform",), invalid_ids=(False,), expert_map=(False,))
-    ),
+    given=differentiable("experts", expert_inputs(loads=("uniform",), invalid_ids=(False,))),
     references=("experts.experts",),
 )
 def no_tokens_give_zero_gradients(case: Case) -> None:

@@ -760,6 +760,7 @@ def zero_tokens_give_zero(case: Case) -> None:
 
 
 def _judge_zero_loss(case: Case, found: torch.Tensor) -> None:
+    has_form("loss", found, (), (torch.float32, torch.float64))
     zero = torch.zeros((), dtype=torch.float64)
     case.judge(equals("loss", zero), found, [("NaN", zero + torch.nan), ("one", zero + 1)])
 

@@ -956,12 +956,16 @@ def gradients_start_anew(case: Case) -> None:
         for arguments in (given, other, given)
     ]
     first, _, again = case.session(planned)
-    expected = [g for g in first.gradients.values() if g is not None]
-    found = [g for g in again.gradients.values() if g is not None]
+    # Whether a gradient may be None is what others say.
+    at_first = {path: g for path, g in first.gradients.items() if g is not None}
+    anew = {path: g for path, g in again.gradients.items() if g is not None}
+    for path in at_first.keys() - anew.keys():
+        raise Violation(f"gradient of {path}, taken again: expected a tensor, got None")
+    expected, found = list(at_first.values()), [anew[path] for path in at_first]
     case.note(f"operation {operation}")
 
     def rule(gradients: list[torch.Tensor]) -> None:
-        for path, now, before in zip(wrt, gradients, expected, strict=True):
+        for path, now, before in zip(at_first, gradients, expected, strict=True):
             _near(case, f"gradient of {path}, taken again", now, before)
 
     wrong = _wrong(expected, [2 * g for g in expected])
