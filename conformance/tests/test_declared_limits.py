@@ -163,7 +163,7 @@ ASKED = [
 
 @pytest.mark.parametrize("requirement", ASKED, ids=lambda each: each.id)
 def test_a_map_is_asked_for_nothing_that_it_cannot_hold(requirement):
-    found = status(Map(), requirement.id, 2)
+    found = status(Map(), requirement.id, 5)
     if requirement.id in OF_REPEATED_IDS or not asked(requirement):
         assert found.status == "unsupported"
     else:

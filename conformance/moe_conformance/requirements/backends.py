@@ -145,11 +145,11 @@ def _asked_in_turn(given: Given, ids: tuple[str, ...]) -> Given:
             None
             if drawn is None
             else st.tuples(drawn, st.sampled_from(ids)).map(
-                lambda both: {**both[0], "asked": both[1]}
+                lambda both: {**both[0], "judged_as": both[1]}
             )
         )
 
-    return Given(plans, lambda plan: {**given.build(plan), "asked": plan["asked"]})
+    return Given(plans, lambda plan: {**given.build(plan), "judged_as": plan["judged_as"]})
 
 
 def _wide_layer(scope: Scope) -> st.SearchStrategy[Plan]:
@@ -342,8 +342,8 @@ def _note_what_is_sorted_out(case: Case) -> None:
 )
 def the_number_of_tokens_does_not_show_in_a_layer(case: Case) -> None:
     """One or two sequences of 63 to 1,025 tokens; judged as one of four others is."""
-    case.note(f"as {case['asked']}")
-    _as(case["asked"], case)
+    case.note(f"as {case['judged_as']}")
+    _as(case["judged_as"], case)
 
 
 @requirement(
