@@ -9,6 +9,7 @@ import torch
 
 from moe_conformance.faults.gradients import with_gradient
 from moe_conformance.faults.rare import Arguments, tokens
+from moe_conformance.faults.rare_alignment import once
 from moe_conformance.faults.rare_calls import (
     altered,
     instead,
@@ -119,18 +120,17 @@ def _here(a: Arguments) -> int:
     return len(a["experts"].down) if mapped is None else len(mapped)
 
 
+def _low_bytes(a: Arguments) -> Any:
+    ids = a["expert_ids"]
+    return torch.where((ids >= 0) & (ids < _here(a)), ids % 256, ids)
+
+
 altered(
     "experts",
     "ids-are-kept-in-eight-bits",
     "The sort packs ids into bytes.",
     lambda a: _here(a) > 256,
-    lambda a: {
-        "expert_ids": torch.where(
-            (a["expert_ids"] >= 0) & (a["expert_ids"] < _here(a)),
-            a["expert_ids"] % 256,
-            a["expert_ids"],
-        )
-    },
+    lambda a: {"expert_ids": _low_bytes(a)},
     "BACKEND-08",
 )
 
@@ -183,19 +183,12 @@ altered(
     "BACKEND-10",
 )
 
-
-def _first_of_equal(ids: Any) -> Any:
-    """-1 for an id that stands in its row before."""
-    equal = ids[:, :, None] == ids[:, None, :]
-    return ids.masked_fill(equal.tril(-1).any(-1), -1)
-
-
 altered(
     "experts",
     "many-tokens-count-equal-ids-once",
     "From 512 tokens on pairs are found in a mask [T, E].",
     lambda a: tokens(a) >= 512,
-    lambda a: {"expert_ids": _first_of_equal(a["expert_ids"])},
+    lambda a: {"expert_ids": once(a["expert_ids"])},
     "BACKEND-10",
 )
 
@@ -204,13 +197,7 @@ altered(
     "a-map-is-looked-up-by-the-low-byte",
     "Ids are bytes until the map has made them local.",
     lambda a: a.get("expert_map") is not None and _here(a) > 256,
-    lambda a: {
-        "expert_ids": torch.where(
-            (a["expert_ids"] >= 0) & (a["expert_ids"] < _here(a)),
-            a["expert_ids"] % 256,
-            a["expert_ids"],
-        )
-    },
+    lambda a: {"expert_ids": _low_bytes(a)},
     "BACKEND-10",
 )
 
@@ -399,23 +386,12 @@ altered(
 )
 
 
-def _some_reported(a: Arguments, name: str, change: Any) -> Any:
-    """A layer's answer with another value of a field; as it is where that is not reported."""
-    out = right("layer", a)
-    value = getattr(out, name)
-    return out if value is None else dataclasses.replace(out, **{name: change(value)})
-
-
-def _tokens_of(a: Arguments) -> int:
-    return int(a["x"].shape[0] * a["x"].shape[1])
-
-
 instead(
     "layer",
     "the-weights-of-a-long-batch-are-those-of-its-last-chunk",
     "More than 256 tokens go chunk by chunk, and the weights of a chunk take the same place.",
-    lambda a: _tokens_of(a) > 256,
-    lambda a: _some_reported(a, "weights", lambda w: torch.cat([w[-256:], w[256:]])[: len(w)]),
+    lambda a: tokens(a) > 256,
+    lambda a: _weights_of_the_last(a, 256),
     "BACKEND-05",
 )
 
@@ -423,16 +399,30 @@ instead(
     "layer",
     "the-counts-of-a-long-batch-are-those-of-its-first-chunk",
     "More than 512 tokens are routed in chunks, and counted once.",
-    lambda a: _tokens_of(a) > 512 and a.get("padding_mask") is None,
-    lambda a: _counted_of(a, 512),
+    lambda a: tokens(a) > 512 and a.get("padding_mask") is None,
+    lambda a: _counts_of_the_first(a, 512),
     "BACKEND-05",
 )
 
 
-def _counted_of(a: Arguments, end: int) -> Any:
+altered(
+    "experts",
+    "experts-take-32-choices-of-a-token-at-most",
+    "A warp has a lane for each choice of a token.",
+    lambda a: a["weights"].shape[-1] > 32,
+    lambda a: {"weights": _ended(a["weights"], 32, 1)},
+    "EXPERT-09",
+)
+
+
+def _weights_of_the_last(a: Arguments, block: int) -> Any:
     out = right("layer", a)
-    if out.expert_ids is None or out.tokens_per_expert is None:
-        return out
+    weights = torch.cat([out.weights[-block:], out.weights[block:]])
+    return dataclasses.replace(out, weights=weights)
+
+
+def _counts_of_the_first(a: Arguments, end: int) -> Any:
+    out = right("layer", a)
     counts = torch.bincount(out.expert_ids[:end].flatten(), minlength=len(out.tokens_per_expert))
     return dataclasses.replace(out, tokens_per_expert=counts.to(out.tokens_per_expert))
 
@@ -444,4 +434,13 @@ altered(
     lambda a: len(a["tokens_per_expert"]) > 512,
     lambda a: {"tokens_per_expert": _ended(a["tokens_per_expert"], 512)},
     "ALIGN-21",
+)
+
+instead(
+    "experts",
+    "without-tokens-and-with-a-map-there-is-no-graph-to-the-experts",
+    "A rank that holds some of the experts returns early where no token came.",
+    lambda a: tokens(a) == 0 and a.get("expert_map") is not None,
+    lambda a: a["x"] * 1,
+    "EXPERT-30",
 )

@@ -8,7 +8,7 @@ import torch
 
 from moe_conformance.faults.gradients import with_gradient
 from moe_conformance.faults.rare import Arguments, loss_larger, rare
-from moe_conformance.faults.rare_calls import altered
+from moe_conformance.faults.rare_calls import altered, instead
 
 SEQUENCE = ("gshard", "deepseek_sequence")
 
@@ -564,4 +564,13 @@ altered(
     lambda a: a["expert_ids"].dtype is torch.int64,
     lambda a: {"expert_ids": a["expert_ids"].to(torch.int32)},
     "BALANCE-06",
+)
+
+instead(
+    "balance_loss",
+    "the-loss-of-no-tokens-has-the-dtype-of-the-logits",
+    "Where there is nothing to count, a zero of the logits is given back before they are widened.",
+    lambda a: len(a["logits"]) == 0,
+    lambda a: a["logits"].sum(),
+    "BALANCE-20",
 )

@@ -254,7 +254,8 @@ def _draw_shape(
 ) -> tuple[int, int]:
     """T and K: T small or around the ends of tiles, or both so that T·K is."""
     usual = [k for k in TOP_KS if least_k <= k <= most_k]
-    any_k = st.integers(least_k, max(least_k, min(most_k, 16)))
+    few = max(least_k, min(most_k, MANY_KS[0] - 1))
+    any_k = st.integers(least_k, few)
     some_k = st.one_of(any_k, st.sampled_from(usual)) if usual else any_k
     many = [k for k in MANY_KS if least_k <= k <= most_k]
     if many and not long and draw(st.integers(0, 9)) == 9:
@@ -264,9 +265,7 @@ def _draw_shape(
         return -(-draw(choice(LONG)) // top_k), top_k
     if draw(choice((False, False, False, False, True))):
         total = draw(choice(TILES[: 6 if scope.interpreted else len(TILES)]))
-        divisors = [
-            k for k in range(least_k, min(most_k, 16) + 1) if total % k == 0 and total // k >= least
-        ]
+        divisors = [k for k in range(least_k, few + 1) if total % k == 0 and total // k >= least]
         if divisors:
             top_k = draw(choice(divisors))
             return total // top_k, top_k

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 from moe_conformance.case import Case
 from moe_conformance.inputs.experts import expert_batches, expert_inputs
-from moe_conformance.inputs.given import Given, Inputs, Plan, Plans, Scope, differentiable
+from moe_conformance.inputs.given import (
+    Given,
+    Inputs,
+    Plan,
+    Plans,
+    Scope,
+    differentiable,
+    either,
+)
 from moe_conformance.inputs.layer import layer_inputs
 from moe_conformance.inputs.quantization import quantized_inputs
 from moe_conformance.inputs.routing import BLOCKS, past
@@ -170,17 +178,7 @@ LOADED = expert_inputs(
 of their own."""
 
 
-def _one_of(*given: Given) -> Given:
-    """Those that the target declares, each as often."""
-
-    def plans(scope: Scope) -> Plans | None:
-        drawn = [plans for each in given if (plans := each.plans(scope)) is not None]
-        return st.one_of(drawn) if drawn else None
-
-    return Given(plans, given[0].build)
-
-
-SORTED_OUT = _one_of(
+SORTED_OUT = either(
     expert_inputs(invalid_ids=(True,)),
     expert_inputs(expert_map=(True,)),
     expert_inputs(loads=("duplicates",), invalid_ids=(False,), expert_map=(False,)),

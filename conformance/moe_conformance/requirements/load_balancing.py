@@ -760,7 +760,6 @@ def zero_tokens_give_zero(case: Case) -> None:
 
 
 def _judge_zero_loss(case: Case, found: torch.Tensor) -> None:
-    has_form("loss", found, (), (torch.float32, torch.float64))
     zero = torch.zeros((), dtype=torch.float64)
     case.judge(equals("loss", zero), found, [("NaN", zero + torch.nan), ("one", zero + 1)])
 
@@ -857,8 +856,12 @@ def _judge_form(case: Case, answer: Answer) -> None:
     kinds=4,
 )
 def the_loss_is_a_wide_scalar(case: Case) -> None:
-    """No dimension, and the wide dtype."""
+    """No dimension, and the wide dtype; without tokens too, where nothing comes with them."""
     _judge_form(case, case.call("balance_loss", **_given(case)))
+    given = _given(case)
+    if given["padding_mask"] is None and given["tokens_per_expert"] is None:
+        none = {name: given[name][:0] for name in ("logits", "expert_ids")}
+        _judge_form(case, case.call("balance_loss", **given | none))
 
 
 @requirement(
