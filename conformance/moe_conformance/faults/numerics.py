@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from moe_conformance.codec import digest
 from moe_conformance.faults import fault
 from moe_conformance.faults.experts import Experts
 from moe_conformance.faults.gating import Routed, Router
@@ -528,6 +529,32 @@ class GradientsOfLogitsAddUp(Reference):
     ) -> Routed:
         """See the contract."""
         return super().route(_AddsToTheLast.apply(logits, self.kept), config, bias, token_ids)
+
+
+@fault("two-graphs-are-kept-and-the-third-call-has-none", catches=("NUM-16",))
+class TwoGraphsAreKeptAndTheThirdCallHasNone(Reference):
+    """Data known from two calls ago take the weights that were kept then, without a graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: list[str] = []
+
+    def experts(
+        self,
+        x: Tensor,
+        experts: Any,
+        weights: Tensor,
+        expert_ids: Tensor,
+        config: Any,
+        expert_map: Tensor | None = None,
+    ) -> Tensor:
+        """See the contract."""
+        if weights.requires_grad:
+            now = digest((x, weights))
+            kept = len(self.known) == 2 and now == self.known[0]
+            self.known = [*self.known[-1:], now]
+            weights = weights.detach() if kept else weights
+        return super().experts(x, experts, weights, expert_ids, config, expert_map)
 
 
 @fault("gradients-of-experts-add-up", catches=("NUM-16", "EXPERT-11"), thread="torchtitan #1237")
