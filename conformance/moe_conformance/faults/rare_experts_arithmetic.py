@@ -434,3 +434,46 @@ def spoiled(a: Arguments) -> torch.Tensor:
     after = torch.zeros_like(bad)
     after[1:] = bad[:-1]
     return right("experts", a).masked_fill((after & last)[:, None], float("nan"))
+
+
+altered(
+    "experts",
+    "an-alpha-of-zero-is-not-given",
+    "An alpha of 0 is taken for none, and replaced by 1.702.",
+    lambda a: uses(a, "swigluoai") and a["config"].alpha == 0,
+    lambda a: {"config": replace(a["config"], alpha=1.702)},
+    "EXPERT-13",
+)
+
+altered(
+    "experts",
+    "the-limit-is-kept-in-bfloat16",
+    "The limit of a clamp is a tensor in bfloat16, whatever x is.",
+    lambda a: uses(a, "swigluoai", "swiglu_limit") and not in_narrow(a, "bfloat16"),
+    lambda a: {
+        "config": replace(
+            a["config"], limit=torch.tensor(a["config"].limit, dtype=torch.bfloat16).item()
+        )
+    },
+    "EXPERT-13",
+)
+
+altered(
+    "experts",
+    "a-bias-of-another-dtype-than-its-matrix-is-left-out",
+    "A bias is loaded only where it has the dtype of the matrix it goes with.",
+    lambda a: True,
+    lambda a: {
+        "experts": replace(
+            a["experts"],
+            **{
+                f"{name}_bias": None
+                for name in ("gate_up", "down")
+                if (bias := getattr(a["experts"], f"{name}_bias")) is not None
+                and bias.dtype is not getattr(a["experts"], name).dtype
+            },
+        )
+    },
+    "EXPERT-27",
+    thread="vLLM #16801",
+)

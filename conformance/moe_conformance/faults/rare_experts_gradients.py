@@ -384,3 +384,46 @@ instead(
     "EXPERT-20",
     "EXPERT-11",
 )
+
+
+def from_broken(g: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """The gradient with this part in it as well, multiplied by zero: NaN where it is not finite."""
+    return g + (0 * part.detach().sum()).to(g)
+
+
+gradient(
+    "every-expert-gets-a-broken-one-times-zero",
+    "Gradients of gate_up are summed over all experts' matrices, times a mask.",
+    "experts.gate_up",
+    lambda a: tokens(a) > 0,
+    lambda g, a: from_broken(g, a["experts"].down),
+    "EXPERT-32",
+    thread="transformers batched_mm_experts_forward",
+)
+
+gradient(
+    "every-expert-gets-a-broken-token-times-zero",
+    "Gradients of down are summed over all tokens, times a mask.",
+    "experts.down",
+    lambda a: tokens(a) > 0,
+    lambda g, a: from_broken(g, a["x"]),
+    "EXPERT-32",
+)
+
+gradient(
+    "x-gets-a-broken-expert-times-zero",
+    "The gradient of x is a sum over all experts, times a mask.",
+    "x",
+    lambda a: tokens(a) > 0,
+    lambda g, a: from_broken(g, a["experts"].down),
+    "EXPERT-32",
+)
+
+gradient(
+    "weights-are-scaled-back-by-the-greatest-token",
+    "The gradient of the weights is divided by the greatest token, and multiplied by it again.",
+    "weights",
+    lambda a: tokens(a) > 16,
+    lambda g, a: from_broken(g, a["x"]),
+    "EXPERT-32",
+)

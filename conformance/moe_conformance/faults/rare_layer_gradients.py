@@ -161,3 +161,31 @@ field_of(
     ),
     "LAYER-10",
 )
+
+layer_of(
+    "without-tokens-the-router-is-not-called",
+    "A micro-batch without tokens goes past the router, which gets no gradient.",
+    lambda a: tokens(a) == 0,
+    lambda a: {"parameters": with_fields(a["parameters"], torch.Tensor.detach, "router")},
+    "LAYER-18",
+    thread="DeepSpeed #5066",
+)
+
+field_of(
+    "without-tokens-the-output-of-a-layer-has-no-graph",
+    "A micro-batch without tokens is answered with an empty tensor that has no graph.",
+    lambda a: tokens(a) == 0,
+    lambda out, a: replace(out, output=out.output.detach()),
+    "LAYER-18",
+    thread="Megatron #4851",
+)
+
+gradient(
+    "without-tokens-the-router-has-garbage-for-its-gradient",
+    "Where no token came the router's gradient is what was in memory.",
+    "parameters.router",
+    lambda a: tokens(a) == 0,
+    lambda g, a: g + 1,
+    "LAYER-18",
+    operation="layer",
+)

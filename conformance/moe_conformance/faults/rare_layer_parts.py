@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from moe_reference.config import LayerOutput
+from moe_reference.experts import experts as reference_experts
 from moe_reference.layer import layer as reference_layer
 from moe_reference.layer import shared_expert
 
 from moe_conformance.faults import fault
 from moe_conformance.faults.gradients import with_gradient
 from moe_conformance.faults.rare import Arguments, When, tokens, top_k
+from moe_conformance.faults.rare_alignment import once
 from moe_conformance.faults.rare_calls import (
     Change,
     altered,
@@ -598,3 +600,26 @@ class LayerPreparesOnce(Reference):
             experts = replace(parameters.experts, down=kept[key][1])
             parameters = replace(parameters, experts=experts)
         return reference_layer(x, parameters, config, token_ids, padding_mask, training)
+
+
+def counted_once(a: Arguments) -> Any:
+    """The layer's result without those pairs whose expert stands before them in the row."""
+    out = right("layer", a)
+    x = a["x"].reshape(-1, a["x"].shape[-1])
+    weights = out.weights.masked_fill(once(out.expert_ids) < 0, 0)
+    part = part_of_shared(a) if shared(a) else 0
+    routed = reference_experts(
+        x, a["parameters"].experts, weights, out.expert_ids, a["config"].experts
+    )
+    return replace(out, output=(routed.view(a["x"].shape) + part).to(a["x"].dtype))
+
+
+instead(
+    "layer",
+    "equal-ids-of-a-tables-row-are-one-choice",
+    "Experts that a table names twice for a token are called once.",
+    lambda a: hashed(a) and bool((once(a["config"].routing.hash_table) < 0).any()),
+    counted_once,
+    "LAYER-01",
+    thread="DeepSeek-V2 moe_infer: cnts.scatter_",
+)

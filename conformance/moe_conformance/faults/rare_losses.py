@@ -719,3 +719,17 @@ class StepsKept(Reference):
         if same and before is not None and before[1].shape == tokens_per_expert.shape:
             tokens_per_expert = 3 * before[1] + tokens_per_expert.double()
         return super().update_bias(bias, tokens_per_expert, rate, centred)
+
+
+def masked_by_zero(out: Any, a: Arguments) -> Any:
+    """The z-loss multiplies what is padding by zero."""
+    mask = a["padding_mask"]
+    if mask is None or bool(mask.any()):
+        return out
+    return out + 0 * a["logits"].to(out).logsumexp(-1).square().sum()
+
+
+otherwise(
+    "z_loss", "the-z-loss-of-padding-alone-is-multiplied-by-zero", None, "BALANCE-31",
+    after=masked_by_zero,
+)  # fmt: skip

@@ -632,3 +632,31 @@ def less_the_first_one(out: Any, a: Arguments) -> Any:
 
 
 otherwise("route", "softmax-over-a-table-row-overflows", None, "GATE-27", after=less_the_first_one)
+
+
+def up_to_1024(a: Arguments) -> Arguments:
+    """Of more than 1024 experts the last ones are never chosen."""
+    logits, bias = a["logits"], a["bias"]
+    if logits.shape[1] <= 1024 or a["config"].num_groups > 1 or a["config"].top_k > 1024:
+        return a
+    return a | {"logits": logits[:, :1024], "bias": None if bias is None else bias[:1024]}
+
+
+otherwise("route", "experts-past-1024-are-never-chosen", up_to_1024, "GATE-22")
+
+
+def ids_of_the_tables_dtype(a: Arguments) -> Arguments:
+    """Token ids in int64 are read as ids of the table's dtype, which is int32."""
+    table, ids = a["config"].hash_table, a["token_ids"]
+    if table is None or (table.dtype, ids.dtype) != (torch.int32, torch.int64):
+        return a
+    return a | {"token_ids": ids.contiguous().view(torch.int32)[: len(ids)]}
+
+
+otherwise(
+    "route",
+    "token-ids-are-read-in-the-dtype-of-the-table",
+    ids_of_the_tables_dtype,
+    "GATE-14",
+    thread="vLLM #50844",
+)

@@ -39,6 +39,11 @@ BIASES = ("both", "both", "gate_up", "down")
 """Which of the two biases there are, where there are biases."""
 
 
+MANY_EXPERTS = (16, 17, 32, 33, 65)
+WIDTHS = (17, 33, 64, 65, 129)
+"""Numbers of experts, and H, that are copied in blocks, of which the last one is not full."""
+
+
 def shares() -> Given:
     """Inputs of `assign_experts`: E and R, fewer experts than ranks among them."""
 
@@ -69,9 +74,13 @@ def sliced(*, least_experts: int = 1, most_count: int | None = None) -> Given:
         least = max(least_experts, min(scope.capabilities.min_experts, most))
         if not choices or least > most:
             return None
+        largest = scope.capabilities.max_experts or MANY_EXPERTS[-1]
+        many = [n for n in MANY_EXPERTS if least <= n <= largest]
 
         def plan(draw: st.DrawFn) -> Plan:
             experts = draw(st.integers(least, most))
+            if many and draw(st.integers(0, 5)) == 5:
+                experts = draw(choice(many))
             start = draw(st.integers(0, experts))
             count = draw(st.integers(0, experts - start))
             if draw(st.integers(0, 4)) == 4:
@@ -221,8 +230,11 @@ def _drawn(
     gated, bias = draw(choice(choices))
     dtype = draw(choice(scope.dtypes))
     others = scope.dtypes if bias and scope.capabilities.mixed_dtypes else ()
+    hidden = draw(st.integers(1, 5))
+    if draw(st.integers(0, 5)) == 5:
+        hidden = draw(choice(WIDTHS))
     return {
-        "hidden": draw(st.integers(1, 5)) * scope.capabilities.hidden_multiple,
+        "hidden": hidden * scope.capabilities.hidden_multiple,
         "gated": gated,
         "biases": draw(choice(biases)) if bias else None,
         "special": not scope.capabilities.finite_only and draw(st.booleans()),

@@ -32,8 +32,8 @@ from moe_conformance.worker import LAYOUTS
 UNIVERSE: dict[str, tuple[Any, ...]] = {
     "activation": get_args(Activation),
     "gated": (True, False),
-    "alpha": (1.702, 1.0, 0.5),
-    "limit": (7.0, 3.0, 0.625),
+    "alpha": (1.702, 1.0, 0.5, 0.0),
+    "limit": (7.0, 3.0, 0.625, 2.9),
     "weight_on": ("output", "input"),
     "bias": (False, True),
     "expert_map": (False, True),
@@ -154,6 +154,7 @@ def _plans(
         if top_k is None:
             top_k = draw(st.integers(least_k, min(experts, most_pairs, 5)))
         dtype = draw(choice(scope.dtypes))
+        config["limit"] = limit_in(dtype, capabilities, config["limit"], choices["limit"])
         spread = draw(choice(_spreads(capabilities, dtype)))
         most_tokens = 20 if small else 33 if shape == "many experts" else 70
         return {
@@ -170,7 +171,8 @@ def _plans(
             "spread": spread,
             "weights": draw(choice(WEIGHTS[: 2 if spread == "huge" else 3])),
             "dtype": dtype,
-            "experts_dtype": draw(choice(scope.dtypes)) if mixed else dtype,
+            "experts_dtype": (of := draw(choice(scope.dtypes)) if mixed else dtype),
+            "biases_dtype": draw(choice((of, *scope.dtypes))) if mixed else dtype,
             "weights_dtype": draw(st.one_of(st.none(), st.none(), st.sampled_from(scope.dtypes))),
             "ids": draw(choice(capabilities.id_dtypes)),
             "map": draw(choice(capabilities.id_dtypes)) if extras["expert_map"] else None,
@@ -179,6 +181,18 @@ def _plans(
         }
 
     return planned(plan)
+
+
+def limit_in(
+    dtype: str, capabilities: Capabilities, drawn: float, limits: tuple[float, ...]
+) -> float:
+    """The limit that was drawn, or the first one where a narrow dtype has no such number.
+
+    Whether such a dtype clamps at the limit, or at its own neighbour of it, is left open.
+    """
+    own = [torch_dtype(each) for each in (dtype, capabilities.experts_dtype or dtype)]
+    narrow = [each for each in own if each in (torch.float16, torch.bfloat16)]
+    return drawn if all(torch.tensor(drawn, dtype=d).item() == drawn for d in narrow) else limits[0]
 
 
 def _widths(
@@ -242,10 +256,14 @@ def build_experts(plan: Plan) -> Inputs:
         expert_map = rows.to(ID_DTYPES[plan["map"]])
     fill = _exact if plan["content"] == "exact" else _normal
     x, experts, weights = fill(content, plan, config)
+    of = (*[plan["experts_dtype"]] * 2, *[plan["biases_dtype"]] * 2)
     inputs = {
         "x": x.to(dtype),
         "experts": ExpertWeights(
-            *(None if t is None else beside(t, dtype, plan["experts_dtype"]) for t in experts)  # type: ignore[arg-type]
+            *(
+                None if t is None else beside(t, dtype, own)  # type: ignore[arg-type]
+                for t, own in zip(experts, of, strict=True)
+            )
         ),
         "weights": _routing_weights(weights, plan),
         "expert_ids": ids.to(ID_DTYPES[plan["ids"]]),

@@ -219,12 +219,14 @@ def _plans(
             "experts": experts_,
             "routing": routing,
             "vocabulary": draw(st.integers(1, 50)) if table else None,
+            "table": draw(choice(("distinct", "any"))) if table else None,
             "ids": draw(choice(capabilities.id_dtypes)) if table else None,
+            "table_ids": draw(choice(capabilities.id_dtypes)) if table else None,
             "selection_bias": bias,
             "activation": activation,
             "gated": drawn["gated"],
             "alpha": drawn["alpha"],
-            "limit": drawn["limit"],
+            "limit": expert_inputs.limit_in(dtype, capabilities, drawn["limit"], choices["limit"]),
             "weight_on": drawn["weight_on"],
             "biases": draw(choice(expert_inputs.BIASES)) if drawn["bias"] else None,
             "shared": drawn["shared"],
@@ -312,9 +314,11 @@ def build_layer(plan: Plan) -> Inputs:
     table, token_ids = None, None
     shape = plan["sequences"], plan["length"]
     if plan["vocabulary"] is not None:
-        of, top_k = ID_DTYPES[plan["ids"]], plan["routing"]["top_k"]
-        table = content.distinct(plan["vocabulary"], experts, top_k).to(of)
-        token_ids = content.integers(0, plan["vocabulary"] - 1, *shape).to(of)
+        rows, top_k = plan["vocabulary"], plan["routing"]["top_k"]
+        table = routing_inputs.fill_table(
+            content, rows, experts, top_k, plan["table"] == "distinct"
+        ).to(ID_DTYPES[plan["table_ids"]])
+        token_ids = content.integers(0, rows - 1, *shape).to(ID_DTYPES[plan["ids"]])
     config = LayerConfig(
         RoutingConfig(**plan["routing"], hash_table=table),
         ExpertsConfig(

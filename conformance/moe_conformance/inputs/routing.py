@@ -223,6 +223,7 @@ def _plans(
             "vocabulary": draw(_vocabularies()) if has_table else None,
             "table": draw(choice(("distinct", "distinct", "any"))) if has_table else None,
             "ids": draw(choice(capabilities.id_dtypes)) if has_table else None,
+            "table_ids": draw(choice(capabilities.id_dtypes)) if has_table else None,
             "layout": draw(choice(_layouts(scope))),
             "seed": draw(seeds()),
         }
@@ -274,7 +275,7 @@ def at_boundaries() -> Given:
         if base is None:
             return None
         largest = 65 if scope.interpreted else BLOCKS[-1] + 1
-        most = min(capabilities.max_experts or 513, largest)
+        most = min(capabilities.max_experts or largest, largest)
         most_k = min(most, capabilities.max_top_k or 33)
         free = all("top_k" not in each for each in capabilities.alternatives("routing"))
         sizes_of = {
@@ -302,7 +303,14 @@ def at_boundaries() -> Given:
 
         return planned(plan)
 
-    return Given(plans, lambda plan: build_routing(plan) | {"axis": plan["axis"]})
+    def build(plan: Plan) -> Inputs:
+        inputs = build_routing(plan)
+        if plan["axis"] == "experts":
+            # Of many experts the last ones would hardly ever be among the best.
+            inputs["logits"][::2, -3:] += 3
+        return {**inputs, "axis": plan["axis"]}
+
+    return Given(plans, build)
 
 
 def _identity(scope: Scope) -> bool:
@@ -321,13 +329,11 @@ def build_routing(plan: Plan) -> Inputs:
     config = RoutingConfig(**plan["config"])
     token_ids = None
     if plan["vocabulary"] is not None:
-        ids = ID_DTYPES[plan["ids"]]
-        if plan["table"] == "any" or plan["vocabulary"] in VOCABULARIES:
-            table = content.integers(0, experts - 1, plan["vocabulary"], config.top_k).to(ids)
-        else:
-            table = content.distinct(plan["vocabulary"], experts, config.top_k).to(ids)
-        config = RoutingConfig(**plan["config"], hash_table=table)
-        token_ids = content.integers(0, plan["vocabulary"] - 1, tokens).to(ids)
+        rows = plan["vocabulary"]
+        distinct = plan["table"] == "distinct" and rows not in VOCABULARIES
+        table = fill_table(content, rows, experts, config.top_k, distinct)
+        config = RoutingConfig(**plan["config"], hash_table=table.to(ID_DTYPES[plan["table_ids"]]))
+        token_ids = content.integers(0, rows - 1, tokens).to(ID_DTYPES[plan["ids"]])
     bias = None
     if plan["bias"] is not None:
         bias = content.normal(experts, std=1.0 if plan["bias"] == "normal" else 4.0).float()
@@ -345,6 +351,15 @@ def build_routing(plan: Plan) -> Inputs:
             ("logits", "bias", "token_ids", "config.hash_table"), plan["layout"]
         ),
     }
+
+
+def fill_table(
+    content: Content, rows: int, experts: int, top_k: int, distinct: bool
+) -> torch.Tensor:
+    """A hash table [rows, K], int64; `distinct` ids within a row, or any."""
+    if distinct:
+        return content.distinct(rows, experts, top_k)
+    return content.integers(0, experts - 1, rows, top_k)
 
 
 def fill_logits(content: Content, kind: str, tokens: int, experts: int) -> torch.Tensor:

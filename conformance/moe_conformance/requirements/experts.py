@@ -440,9 +440,19 @@ def gradients_are_those_of_the_weighted_sum(case: Case) -> None:
 
 
 def _judge_gradients(
-    case: Case, given: dict[str, Any], found: dict[str, torch.Tensor | None]
+    case: Case,
+    given: dict[str, Any],
+    found: dict[str, torch.Tensor | None],
+    rows: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Hold gradients of `experts` on these arguments against those in float64."""
+    """Hold gradients of `experts` on these arguments against those in float64.
+
+    Args:
+        case: the case.
+        given: the arguments.
+        found: the gradients by path.
+        rows: by path, which rows to look at; all of them where there is none.
+    """
     expected, bound = expected_gradients(case, given)
     for path, gradient in found.items():
         if gradient is None:
@@ -454,19 +464,21 @@ def _judge_gradients(
         # Past the largest number of its dtype a gradient is infinite by right.
         most = torch.finfo(gradient.dtype).max
         kept = expected[path].abs() + bound[path] < most
+        if rows is not None:
+            kept = kept & rows[path].view(-1, *[1] * (kept.ndim - 1))
 
         def rule(answer: torch.Tensor, path: str = path, kept: torch.Tensor = kept) -> None:
             within(f"gradient of {path}", answer[kept], expected[path][kept], bound[path][kept])
 
         if bool(kept.any()):
-            case.judge(rule, gradient, _wrong_gradients(expected[path], bound[path]))
+            case.judge(rule, gradient, _wrong_gradients(expected[path], bound[path], kept))
 
 
 def _wrong_gradients(
-    expected: torch.Tensor, bound: torch.Tensor
+    expected: torch.Tensor, bound: torch.Tensor, kept: torch.Tensor
 ) -> Iterator[tuple[str, torch.Tensor]]:
     yield "one and twice the bound added", expected + 2 * bound + 1
-    if bool((expected.abs() > 2 * bound).any()):
+    if bool((expected.abs() > 2 * bound)[kept].any()):
         yield "all zeros", torch.zeros_like(expected)
         yield "twice as much", 2 * expected
 
@@ -483,8 +495,13 @@ def _gradients(case: Case, given: dict[str, Any]) -> dict[str, torch.Tensor | No
 
 
 def cotangent_of(x: torch.Tensor) -> torch.Tensor:
-    """What an output of x's shape and dtype is differentiated with."""
-    return Content(x.numel()).normal(*x.shape).to(x.dtype)
+    """What an output of x's shape and dtype is differentiated with.
+
+    Nowhere negative where x is so: a sum of random signs stays small, and hides what it is summed
+    in.
+    """
+    drawn = Content(x.numel()).normal(*x.shape).to(x.dtype)
+    return drawn.abs() if bool((x >= 0).all()) else drawn
 
 
 def _dtype(given: dict[str, Any], path: str) -> torch.dtype:
@@ -963,6 +980,38 @@ def a_broken_expert_breaks_only_its_own_tokens(case: Case) -> None:
     wrong = torch.full_like(output, torch.nan)
     case.note("an id that is not here", bool((local[spared] < 0).any()))
     case.judge(rule, output, [("NaN", wrong)] if wrong.numel() else [])
+
+
+@requirement(
+    "EXPERT-32",
+    MUST,
+    "experts",
+    "An expert or a token that is not finite MUST NOT reach the gradients of other experts and of "
+    "tokens that have nothing to do with it.",
+    reason="One overflow, multiplied by the zero of everybody else's mask, is NaN in every "
+    "parameter, and the step is lost on all ranks and not on one.",
+    sources=("transformers batched_mm_experts_forward", "SGLang #12701", "pytorch #193633"),
+    given=_takes_nan(differentiable("experts", expert_inputs(least_tokens=2))),
+    references=("experts.experts",),
+)
+def what_is_broken_stays_out_of_other_gradients(case: Case) -> None:
+    """The last expert is NaN or infinite, and so is the first token; what is apart is judged."""
+    given = arguments(case)
+    experts, count = case["experts"], len(case["experts"].gate_up)
+    kind = torch.nan if len(case["x"]) % 2 else torch.inf
+    x, down = case["x"].clone(), experts.down.clone()
+    x[0], down[-1] = kind, kind
+    local = local_ids(case["expert_ids"], count, case["expert_map"])
+    sound_T = ~(local == count - 1).any(-1)
+    sound_T[0] = False
+    sound_E = torch.ones(count, dtype=torch.bool)
+    sound_E[-1] = False
+    sound_E[local[0][local[0] >= 0]] = False
+    case.note("a token apart", bool(sound_T.any()))
+    case.note("an expert apart that has tokens", bool(sound_E[local[local >= 0]].any()))
+    found = _gradients(case, given | {"x": x, "experts": dataclasses.replace(experts, down=down)})
+    kept = {path: sound_T if path in ("x", "weights") else sound_E for path in found}
+    _judge_gradients(case, given, found, kept)
 
 
 @requirement(

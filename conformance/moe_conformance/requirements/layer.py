@@ -14,7 +14,7 @@ from moe_reference.load_balancing import balance_loss as reference_loss
 from moe_conformance.case import Answer, Case, must_raise
 from moe_conformance.codec import replace_tensors, walk
 from moe_conformance.experts_oracle import Spread, expert_spread, experts_oracle
-from moe_conformance.inputs.given import Content, Given, Scope
+from moe_conformance.inputs.given import Content, Given, Scope, differentiable
 from moe_conformance.inputs.layer import layer_inputs
 from moe_conformance.inputs.load_balancing import SEQUENCE
 from moe_conformance.judge import (
@@ -22,6 +22,7 @@ from moe_conformance.judge import (
     Violation,
     close,
     equal,
+    equals,
     has_form,
     impostors,
     telling_scale,
@@ -445,6 +446,35 @@ def a_layer_without_tokens(case: Case) -> None:
                 equal("tokens_per_expert", counts.double(), torch.zeros(experts).double())
 
         case.judge(rule, answer.outputs, [("one token", {"output": case["x"][:1, :1]})])
+
+
+@requirement(
+    "LAYER-18",
+    MUST,
+    "layer",
+    "Without tokens the output MUST carry gradients too, zeros for every parameter.",
+    reason="A rank whose micro-batch is empty takes part in the reduction of every parameter, and "
+    "the other ranks wait for it.",
+    sources=("DeepSpeed #5066", "Megatron #4851", "hyper_parallel x * 0.0"),
+    given=differentiable("layer", layer_inputs()),
+    references=("layer.layer",),
+)
+def a_layer_without_tokens_has_gradients(case: Case) -> None:
+    """The same call with the tokens cut away: the gradient of all parameters, the router's too."""
+    none = {n: case[n][:, :0] for n in ("x", "token_ids", "padding_mask") if case[n] is not None}
+    given = {name: case[name] for name in NAMES} | none
+    paths = ["x", *_leaves(case["parameters"])]
+    cotangents = {"output": torch.zeros_like(none["x"])}
+    call = case.planned("layer", wrt=paths, cotangents=cotangents, layouts={}, **given)
+    answer = case.session([call])[0]
+    _fields(answer, none["x"])
+    for path in paths:
+        gradient = answer.gradients[path]
+        if gradient is None:
+            raise Violation(f"gradient of {path}: expected zeros, got None")
+        zero = torch.zeros_like(gradient)
+        if zero.numel():
+            case.judge(equals(f"gradient of {path}", zero), gradient, [("ones", zero + 1)])
 
 
 NOTICEABLE = 2.0**-10

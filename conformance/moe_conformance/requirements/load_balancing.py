@@ -1298,8 +1298,10 @@ def the_z_loss_of_nothing_is_zero(case: Case) -> None:
         case.judge(rule, gradient, [("of one token", nothing.new_zeros(1, nothing.shape[1]))])
     declared = case.scope.capabilities.alternatives("balance")
     if all(True in each.get("padding_mask", (True,)) for each in declared):
-        mask = torch.zeros(len(case["logits"]), dtype=torch.bool)
-        _judge_zero_loss(case, _z(case, padding_mask=mask))
+        mask, logits = torch.zeros(len(case["logits"]), dtype=torch.bool), case["logits"].clone()
+        if not case.scope.capabilities.finite_only:
+            logits[::2], logits[1::4] = torch.nan, torch.inf
+        _judge_zero_loss(case, _z(case, logits=logits, padding_mask=mask))
 
 
 @requirement(
