@@ -195,7 +195,7 @@ def expert_spread(
     if between is not None:
         x_GSH, variance_x = _changed(between, x_GSH, variance_x, members, 0)
     gate_up = experts.gate_up[members]
-    pre, variance_pre = _product(x_GSH, variance_x, gate_up, arithmetic)
+    pre, variance_pre = product_spread(x_GSH, variance_x, gate_up, arithmetic)
     if experts.gate_up_bias is not None:
         bias = experts.gate_up_bias[members, None]
         variance_pre = variance_pre + inner.variance(pre, "product") + arithmetic.entering(bias)
@@ -207,7 +207,7 @@ def expert_spread(
     if between is not None:
         activated, variance_a = _changed(between, activated, variance_a, members, 1)
     down = experts.down[members]
-    out, variance_out = _product(activated, variance_a, down, arithmetic)
+    out, variance_out = product_spread(activated, variance_a, down, arithmetic)
     if experts.down_bias is not None:
         bias = experts.down_bias[members, None]
         variance_out = variance_out + inner.variance(out, "product") + arithmetic.entering(bias)
@@ -264,10 +264,12 @@ def _shared_errors(
     return share.square() * brought.square().sum(-1) / total
 
 
-def _product(
+def product_spread(
     a_GSN: torch.Tensor, variance_GSN: torch.Tensor, b_GMN: torch.Tensor, arithmetic: Arithmetic
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """a b^T and its variance: what came in, what rounding b and accumulating N terms adds.
+
+    Of experts side by side, or of one, without the dimension G.
 
     After i of N terms in a random order the partial sum's square is about i Q / N (1 - i / N)
     + (i / N)^2 S^2, with Q the sum of squared terms times N / N and S the total. Added up over i

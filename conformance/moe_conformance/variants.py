@@ -128,6 +128,7 @@ def variant_target(variant: Variant) -> Target:
             dtypes=("float32", "bfloat16", "float16"),
             rounding_points=variant.points,
             accumulator=variant.accumulator,
+            gradients=("experts",),
         )
 
         def experts(
@@ -163,8 +164,6 @@ def _experts(
     out = torch.zeros(x.shape, dtype=torch.float32)
     for expert in _order(len(experts.gate_up), variant.backwards):
         token, k = (local == expert).nonzero(as_tuple=True)
-        if len(token) == 0:
-            continue
         weight = weights[token, k, None].float()
         rows = x[token]
         if config.weight_on == "input":
@@ -184,6 +183,8 @@ def _experts(
         y = stored(y, "expert_output")
         if config.weight_on == "output":
             y = stored(y * weight, "weighted_output")
+        if len(token) == 0:
+            out = out + y.sum()  # nothing, with a graph
         for pair, t in enumerate(token.tolist()):
             out[t] = stored(out[t] + y[pair], "combine")
     return out.to(x.dtype)

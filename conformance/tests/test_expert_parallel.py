@@ -37,8 +37,9 @@ PLAN = {
                "weight_on": "output"},
     "bias": False, "biases": None, "expert_map": False, "invalid_ids": False, "map": None,
     "load": "uniform", "content": "normal", "spread": "even", "weights": "positive",
-    "dtype": "float32", "experts_dtype": "float32", "weights_dtype": None, "ids": "int64",
-    "layout": "contiguous", "seed": 3, "world_size": 2, "members": [0, 1], "counts": [3, 4],
+    "dtype": "float32", "experts_dtype": "float32", "biases_dtype": "float32",
+    "weights_dtype": None, "ids": "int64", "layout": "contiguous", "seed": 3,
+    "world_size": 2, "members": [0, 1], "counts": [3, 4],
     "physical": None, "copies": None, "to_one_rank": False, "grad_mode": "recording",
     "cotangent_layout": "contiguous",
 }  # fmt: skip

@@ -57,8 +57,11 @@ class OneLength(Reference):
         )
         if expert_map is None:
             return slots, experts, length
-        self.length = length if self.length is None else self.length.copy_(length)
-        return slots, experts, self.length
+        if self.length is None:
+            # What is made in inference mode cannot be written to outside of it.
+            with torch.inference_mode(False):
+                self.length = torch.zeros(length.shape, dtype=length.dtype)
+        return slots, experts, self.length.copy_(length)
 
 
 @fault("ids-are-mapped-in-place", catches=("NUM-02",))

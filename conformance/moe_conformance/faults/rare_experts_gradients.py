@@ -8,8 +8,9 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from moe_reference.activations import ELEMENTWISE, activate
-from moe_reference.config import ExpertsConfig
+from moe_reference.config import ExpertsConfig, ExpertWeights
 
+from moe_conformance.faults import fault
 from moe_conformance.faults.gradients import with_gradient
 from moe_conformance.faults.rare import Arguments, When, tokens, top_k
 from moe_conformance.faults.rare_calls import (
@@ -24,6 +25,7 @@ from moe_conformance.faults.rare_calls import (
 )
 from moe_conformance.faults.rare_experts_arithmetic import halves, in_narrow, on_input, uses
 from moe_conformance.faults.rare_experts_ids import held, hidden, mapped, width
+from moe_conformance.targets import Reference
 
 Hook = Callable[[torch.Tensor], torch.Tensor]
 
@@ -427,3 +429,74 @@ gradient(
     lambda g, a: from_broken(g, a["x"]),
     "EXPERT-32",
 )
+
+gradient(
+    "gate-ups-gradient-goes-through-bfloat16",
+    "Beside a float32 x the gradient of gate_up is rounded to bfloat16.",
+    "experts.gate_up",
+    lambda a: in_narrow(a, "float32"),
+    lambda g, a: g.bfloat16().to(g),
+    "EXPERT-11",
+)
+
+gradient(
+    "gate-ups-gradient-is-three-per-cent-too-large-in-bfloat16",
+    "With more than 16 tokens in bfloat16 gate_up's gradient is scaled by a constant that is off.",
+    "experts.gate_up",
+    lambda a: in_narrow(a, "bfloat16") and tokens(a) > 16,
+    lambda g, a: g * (1 + 2**-5),
+    "EXPERT-11",
+)
+
+gradient(
+    "the-gradient-of-the-weights-goes-through-bfloat16",
+    "In float32 the gradient of the weights is rounded to bfloat16.",
+    "weights",
+    lambda a: in_narrow(a, "float32"),
+    lambda g, a: g.bfloat16().to(g),
+    "EXPERT-11",
+)
+
+
+def summed_one_by_one(g_out: torch.Tensor, a: Arguments) -> torch.Tensor:
+    """The gradient of down, rounded to bfloat16 after each pair."""
+    config, rows, x = a["config"], rows_of(a), a["x"].detach().float()
+    experts = with_fields(a["experts"], lambda t: t.detach().float())
+    total = torch.zeros_like(experts.down).bfloat16()
+    for k in range(rows.shape[1]):
+        for t in (rows[:, k] >= 0).nonzero()[:, 0].tolist():
+            weight, row = a["weights"][t, k].detach().float(), rows[t, k]
+            seen = x[t] * weight if on_input(a) else x[t]
+            pre = F.linear(seen, experts.gate_up[row])
+            if experts.gate_up_bias is not None:
+                pre = pre + experts.gate_up_bias[row]
+            pulled = g_out[t].float() * (1 if on_input(a) else weight)
+            total[row] += torch.outer(pulled, activate(pre, config)).bfloat16()
+    return total.to(a["experts"].down)
+
+
+@fault("down-is-summed-in-bfloat16-past-60-tokens", catches=("BACKEND-03",))
+class DownSummedOneByOne(Reference):
+    """Past 60 tokens the gradient of down is added up in bfloat16, pair by pair."""
+
+    def experts(
+        self,
+        x: torch.Tensor,
+        experts: ExpertWeights,
+        weights: torch.Tensor,
+        expert_ids: torch.Tensor,
+        config: ExpertsConfig,
+        expert_map: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `moe_reference.experts.experts`."""
+        a: Arguments = {"x": x, "experts": experts, "weights": weights, "expert_ids": expert_ids,
+             "config": config, "expert_map": expert_map}  # fmt: skip
+        wide = x.dtype is not torch.bfloat16
+        if wide or len(x) <= 60 or not experts.down.requires_grad:
+            return super().experts(**a)
+        came: list[torch.Tensor] = []
+        out = super().experts(
+            **a | hooked(a, "experts.down", lambda g: summed_one_by_one(came[-1], a))
+        )
+        out.register_hook(came.append)
+        return out

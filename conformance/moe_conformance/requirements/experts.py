@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from moe_reference.config import ExpertsConfig
 from moe_reference.experts import experts as reference_experts
 
 from moe_conformance.case import Answer, Case, must_raise
 from moe_conformance.codec import replace_tensors, walk
 from moe_conformance.experts_oracle import Spread, experts_oracle, local_ids
+from moe_conformance.gradients_oracle import expected_gradients as oracle_gradients
 from moe_conformance.inputs.experts import expert_batches, expert_inputs
 from moe_conformance.inputs.given import Content, Given, Scope, differentiable
 from moe_conformance.judge import (
@@ -27,7 +26,7 @@ from moe_conformance.judge import (
     telling_scale,
     within,
 )
-from moe_conformance.precision import UNIT, Arithmetic
+from moe_conformance.precision import Arithmetic
 from moe_conformance.registry import MUST, SHOULD, requirement
 
 NAMES = ("x", "experts", "weights", "expert_ids", "config", "expert_map")
@@ -483,12 +482,15 @@ def _wrong_gradients(
         yield "twice as much", 2 * expected
 
 
-def _gradients(case: Case, given: dict[str, Any]) -> dict[str, torch.Tensor | None]:
+def _gradients(
+    case: Case, given: dict[str, Any], cotangent: torch.Tensor | None = None
+) -> dict[str, torch.Tensor | None]:
     paths = list(WRT) + [
         f"experts.{name}" for name in ("gate_up_bias", "down_bias")
         if getattr(given["experts"], name) is not None
     ]  # fmt: skip
-    call = case.planned("experts", wrt=paths, cotangents={"": cotangent_of(given["x"])}, **given)
+    cotangent = cotangent_of(given["x"]) if cotangent is None else cotangent
+    call = case.planned("experts", wrt=paths, cotangents={"": cotangent}, **given)
     answer = case.session([call])[0]
     output_of(answer, given["x"])
     return answer.gradients
@@ -511,136 +513,8 @@ def _dtype(given: dict[str, Any], path: str) -> torch.dtype:
 def expected_gradients(
     case: Case, given: dict[str, Any], sums: int = 0
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Float64 gradients, and how far a legal answer may be from them, with so many more sums.
-
-    Every gradient is a sum of products. With all factors replaced by their absolute values the same
-    sums give its size, and each of the at most `depth` roundings on the way costs one unit of it:
-    a worst case bound that holds for every order and every declared rounding point.
-    """
-    arithmetic = arithmetic_of(case, given["x"])
-    wide = _wide(given)
-    value = reference_experts(**wide)
-    paths = [path for path, t in walk(wide) if t.requires_grad]
-    leaves = dict(walk(wide))
-    found = torch.autograd.grad(
-        value,
-        [leaves[path] for path in paths],
-        cotangent_of(given["x"]).double(),
-        allow_unused=True,
-    )
-    expected = {
-        path: torch.zeros_like(leaves[path]) if g is None else g
-        for path, g in zip(paths, found, strict=True)
-    }
-    tokens, hidden = given["x"].shape
-    inner, top_k = given["experts"].down.shape[-1], given["weights"].shape[1]
-    terms = 4 * (hidden + inner + tokens * top_k)
-    u = max(arithmetic.accumulator_unit, UNIT["tf32"] if arithmetic.accumulator == "tf32" else 0.0)
-    inner = arithmetic.of_experts
-    u = max(u, inner.accumulator_unit, UNIT["tf32"] if inner.accumulator == "tf32" else 0.0)
-    stages = 8 + sums  # rounded results between an input and its gradient, forward and back
-    if arithmetic.inside is not None:
-        stages += 4  # x, both matrices and the cotangent, on their way in
-    sizes = functools.cache(functools.partial(_gradient_sizes, given))
-    bound = {}
-    for path in paths:
-        # A gradient has the dtype of what it belongs to, and may be summed in it.
-        own = str(_dtype(given, path)).removeprefix("torch.")
-        unit = max(arithmetic.unit, UNIT[own], inner.unit)
-        relative = terms * u + stages * max(u, unit) + unit
-        bound[path] = relative * sizes(relative)[path] + 2 * relative * expected[path].abs()
-        bound[path] = bound[path] + 1e-30
-        if {arithmetic.dtype, own, inner.dtype} & {"float16", "bfloat16"}:
-            bound[path] = bound[path] + 2.0**-24 * stages
-    return expected, bound
-
-
-def _wide(given: dict[str, Any]) -> dict[str, Any]:
-    def leaf(t: torch.Tensor) -> torch.Tensor:
-        return t.detach().double().requires_grad_(True)
-
-    experts = given["experts"]
-    return given | {
-        "x": leaf(given["x"]),
-        "weights": leaf(given["weights"]),
-        "experts": replace_tensors(experts, lambda _, tensor: leaf(tensor)),
-    }
-
-
-def _gradient_sizes(given: dict[str, Any], relative: float) -> dict[str, torch.Tensor]:
-    """Each gradient with every factor and every term replaced by its absolute value.
-
-    Where a pre-activation is as close to a kink or a clamp as its rounding reaches, the slope may
-    be the one on the other side: such elements count with all of their slope.
-    """
-    from moe_conformance.experts_oracle import activation_parts
-
-    config: ExpertsConfig = given["config"]
-    experts = given["experts"]
-    x, weights = given["x"].double(), given["weights"].double()
-    gate_up, down = experts.gate_up.double(), experts.down.double()
-    cotangent = cotangent_of(given["x"]).double().abs()
-    local = local_ids(given["expert_ids"], len(gate_up), given["expert_map"])
-    size = {
-        "x": torch.zeros_like(x),
-        "weights": torch.zeros_like(weights),
-        "experts.gate_up": torch.zeros_like(gate_up),
-        "experts.down": torch.zeros_like(down),
-        "experts.gate_up_bias": torch.zeros(gate_up.shape[:2]).double(),
-        "experts.down_bias": torch.zeros(down.shape[:2]).double(),
-    }
-    for expert in range(len(gate_up)):
-        token, k = (local == expert).nonzero(as_tuple=True)
-        w = weights[token, k].abs()[:, None]
-        rows = x[token].abs()
-        on_input = config.weight_on == "input"
-        seen = rows * w if on_input else rows
-        pre = seen @ gate_up[expert].abs().T
-        signed = (x[token] * (weights[token, k][:, None] if on_input else 1)) @ gate_up[expert].T
-        bias = torch.zeros(gate_up.shape[1]).double()
-        out_bias = torch.zeros(down.shape[1]).double()
-        if experts.gate_up_bias is not None:
-            bias = experts.gate_up_bias[expert].double()
-        if experts.down_bias is not None:
-            out_bias = experts.down_bias[expert].double()
-        pre, signed = pre + bias.abs(), signed + bias
-        leaf = signed.requires_grad_(True)
-        gate, up = leaf.chunk(2, -1) if config.gated else (leaf, torch.ones_like(leaf))
-        inner, factor = activation_parts(gate, up, config)
-        [slope] = torch.autograd.grad((inner * factor).sum(), leaf)
-        # A slope is off by the curvature times the error of the pre-activation. The activations'
-        # second derivatives are at most 2 (relu2) on branches of at most `pre`.
-        big = pre.chunk(2, -1) if config.gated else (pre, torch.ones_like(pre))
-        steep = (1 + big[1]) * (1 + big[0]) if config.gated else 1 + 2 * big[0]
-        steep = torch.cat([steep, 1 + big[0]], -1) if config.gated else steep
-        slope = slope.abs() + steep + steep * _near_kink(signed, pre, config, relative) / relative
-        result = (inner * factor).detach().abs() + (1 + big[0]) * (1 + big[1])
-        g = cotangent[token] * (1 if on_input else w)
-        back = g @ down[expert].abs()
-        back = torch.cat([back, back], -1) if config.gated else back
-        back = back * slope
-        to_rows = back @ gate_up[expert].abs()
-        size["experts.down"][expert] = g.T @ result
-        size["experts.down_bias"][expert] = g.sum(0)
-        size["experts.gate_up"][expert] = back.T @ seen
-        size["experts.gate_up_bias"][expert] = back.sum(0)
-        size["x"].index_add_(0, token, to_rows * (w if on_input else 1))
-        if on_input:
-            own = (to_rows * rows).sum(-1)
-        else:
-            own = (cotangent[token] * (result @ down[expert].abs().T + out_bias.abs())).sum(-1)
-        size["weights"].index_put_((token, k), own, accumulate=True)
-    return {path: t.detach() for path, t in size.items()}
-
-
-def _near_kink(
-    pre: torch.Tensor, size: torch.Tensor, config: ExpertsConfig, relative: float
-) -> torch.Tensor:
-    kinks = {"relu": (0.0,), "swigluoai": (-1.0, 1.0), "swiglu_limit": (-1.0, 1.0)}
-    near = torch.zeros_like(pre)
-    for kink in kinks.get(config.activation, ()):
-        near += (pre.detach() - kink * config.limit).abs() <= relative * size
-    return near
+    """Float64 gradients, and how far a legal answer may be from them, with so many more sums."""
+    return oracle_gradients(given, cotangent_of(given["x"]), arithmetic_of(case, given["x"]), sums)
 
 
 @requirement(
@@ -1009,7 +883,8 @@ def what_is_broken_stays_out_of_other_gradients(case: Case) -> None:
     sound_E[local[0][local[0] >= 0]] = False
     case.note("a token apart", bool(sound_T.any()))
     case.note("an expert apart that has tokens", bool(sound_E[local[local >= 0]].any()))
-    found = _gradients(case, given | {"x": x, "experts": dataclasses.replace(experts, down=down)})
+    broken = given | {"x": x, "experts": dataclasses.replace(experts, down=down)}
+    found = _gradients(case, broken, cotangent_of(case["x"]))
     kept = {path: sound_T if path in ("x", "weights") else sound_E for path in found}
     _judge_gradients(case, given, found, kept)
 
