@@ -31,10 +31,8 @@ from moe_conformance.experts_oracle import (
     local_ids,
     product_spread,
 )
+from moe_conformance.judge import FAIL_Z, widening
 from moe_conformance.precision import TINY, UNIT, Arithmetic
-
-LIMIT = 8.0
-"""Standard deviations. `benchmarks/calibration.py` records what legal variants reach."""
 
 BEYOND = 8.0
 """Standard deviations of a pre-activation within which a slope may jump."""
@@ -258,7 +256,9 @@ class _Spread:
             stored = (2 + self.sums) * gradient.square() + (1 + self.sums) * self.squares[path]
             variance = self.variance[path] + step**2 / 3 * stored
             variance = variance + TINY[self.dtypes[path]] ** 2 / 3
-            found[path] = LIMIT * variance.sqrt() + self.jumps[path] + VANISHED
+            limit = FAIL_Z * widening(variance.numel())
+            # Twice, so that a slope from the other side is no marginal case.
+            found[path] = limit * variance.sqrt() + 2 * self.jumps[path] + VANISHED
         return found
 
     def _add(

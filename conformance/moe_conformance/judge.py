@@ -129,7 +129,7 @@ def close(
         return Closeness(False, 0.0)
     size = z.abs()
     worst = float(size.max())
-    widen = max(1.0, math.sqrt(math.log(z.numel()) / math.log(WIDEN_FROM)))
+    widen = widening(z.numel())
     if not worst <= FAIL_Z * widen:
         wrong = ~(size <= FAIL_Z * widen)
         raise Violation(_where(what, wrong, actual, expected, z=size), expected, actual)
@@ -148,6 +148,22 @@ def close(
         )
     marginal = marginal or bool((rms > rms_limit(freedom, PASS_Z * widen)).any())
     return Closeness(marginal, worst, float((rms / limit).max()))
+
+
+def widening(count: int) -> float:
+    """How much further than one error the greatest of so many may be."""
+    return max(1.0, math.sqrt(math.log(max(1, count)) / math.log(WIDEN_FROM)))
+
+
+def within_deviations(
+    what: str, actual: torch.Tensor, expected: torch.Tensor, bound: torch.Tensor
+) -> Closeness:
+    """`within` a bound that is `FAIL_Z` deviations, widened, or less where less is possible."""
+    within(what, actual, expected, bound)
+    kept = torch.isfinite(expected) & (bound > 0)
+    shares = ((actual.double() - expected).abs() / bound)[kept]
+    share = float(shares.max()) if shares.numel() else 0.0
+    return Closeness(share > PASS_Z / FAIL_Z, share * FAIL_Z)
 
 
 def rms_limit(freedom: torch.Tensor, z: float) -> torch.Tensor:

@@ -24,7 +24,7 @@ from moe_conformance.judge import (
     has_form,
     impostors,
     telling_scale,
-    within,
+    within_deviations,
 )
 from moe_conformance.precision import Arithmetic
 from moe_conformance.registry import MUST, SHOULD, requirement
@@ -466,8 +466,9 @@ def _judge_gradients(
         if rows is not None:
             kept = kept & rows[path].view(-1, *[1] * (kept.ndim - 1))
 
-        def rule(answer: torch.Tensor, path: str = path, kept: torch.Tensor = kept) -> None:
-            within(f"gradient of {path}", answer[kept], expected[path][kept], bound[path][kept])
+        def rule(answer: torch.Tensor, path: str = path, kept: torch.Tensor = kept) -> Closeness:
+            what, limit = f"gradient of {path}", bound[path][kept]
+            return within_deviations(what, answer[kept], expected[path][kept], limit)
 
         if bool(kept.any()):
             case.judge(rule, gradient, _wrong_gradients(expected[path], bound[path], kept))
