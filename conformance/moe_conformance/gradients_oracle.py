@@ -16,7 +16,7 @@ an input and its gradient may each be stored in the narrower of the dtypes that 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +39,9 @@ BEYOND = 8.0
 
 VANISHED = 1e-30
 """What the product of factors far below 1 loses, where each is no smaller than float32 can be."""
+
+ASIDE = 1e-6
+"""From a jump to where the slope is that on one side of it."""
 
 STORED = ("product", "pre_activation", "gate_activation", "activation_steps", "activation",
           "expert_input", "expert_output", "weighted_output")  # fmt: skip
@@ -68,10 +71,20 @@ def expected_gradients(
     )
     expected = dict(zip(paths, found, strict=True))
     bound = _worst(given, cotangent, arithmetic, expected, sums)
-    if arithmetic.dtype != "float64":
+    if _independent(arithmetic):
         usual = _Spread.of(given, cotangent, arithmetic, sums).allowed(expected)
         bound = {path: torch.minimum(bound[path], usual[path]) for path in paths}
     return expected, bound
+
+
+def _independent(arithmetic: Arithmetic) -> bool:
+    """Whether the errors in a sum over tokens have little to do with each other.
+
+    Parameters that are rounded on their way in are the same for all tokens, and so is their error;
+    a sum in a narrow dtype stops to grow. In float64 the oracle's own errors are as large.
+    """
+    wide = arithmetic.accumulator in ("float64", "float32", "tf32")
+    return arithmetic.dtype != "float64" and arithmetic.inside is None and wide
 
 
 def _wide(given: dict[str, Any]) -> dict[str, Any]:
@@ -203,12 +216,19 @@ def _biases(experts: Any, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
+def _kinks(config: ExpertsConfig) -> tuple[float, ...]:
+    """Where slopes jump."""
+    if config.activation == "relu":
+        return (0.0,)
+    clamped = config.activation in ("swigluoai", "swiglu_limit")
+    return (-config.limit, config.limit) if clamped else ()
+
+
 def _near_kink(pre: torch.Tensor, reach: torch.Tensor, config: ExpertsConfig) -> torch.Tensor:
     """1 where the slope jumps within that reach of a pre-activation."""
-    kinks = {"relu": (0.0,), "swigluoai": (-1.0, 1.0), "swiglu_limit": (-1.0, 1.0)}
     near = torch.zeros_like(pre)
-    for kink in kinks.get(config.activation, ()):
-        near += (pre.detach() - kink * config.limit).abs() <= reach
+    for kink in _kinks(config):
+        near += (pre.detach() - kink).abs() <= reach
     return near
 
 
@@ -230,15 +250,8 @@ class _Spread:
         """The spread of all gradients of `experts` on these arguments."""
         dtypes = {path: _name(t) for path, t in walk(given) if t.is_floating_point()}
         # Results on the way may have the dtype of anything that takes part.
-        units = {*dtypes.values(), arithmetic.dtype, arithmetic.of_experts.dtype}
-        narrow = max(units, key=lambda name: (UNIT[name], TINY[name]))
-        widest = max(
-            (arithmetic.accumulator, arithmetic.of_experts.accumulator),
-            key=lambda name: UNIT[name],
-        )
-        loose = Arithmetic(narrow, widest, frozenset(STORED))
-        if arithmetic.inside is not None:
-            loose = replace(loose, inside=replace(arithmetic.inside, points=frozenset(STORED)))
+        narrow = max({*dtypes.values()}, key=lambda name: (UNIT[name], TINY[name]))
+        loose = Arithmetic(narrow, arithmetic.accumulator, frozenset(STORED))
         made = cls(loose, sums, dtypes, _zeros(given), _zeros(given), _zeros(given))
         experts = given["experts"]
         local = local_ids(given["expert_ids"], len(experts.gate_up), given["expert_map"])
@@ -250,8 +263,9 @@ class _Spread:
         """How far each gradient may be off."""
         found = {}
         for path, gradient in expected.items():
-            own = UNIT[self.dtypes[path]]
-            step = max(own, self.arithmetic.unit) if path == "x" or self.sums else own
+            step = UNIT[self.dtypes[path]]
+            if path == "x" or self.sums:
+                step = max(step, self.arithmetic.unit)
             # The sum is stored, and may be added up in parts that are stored as well.
             stored = (2 + self.sums) * gradient.square() + (1 + self.sums) * self.squares[path]
             variance = self.variance[path] + step**2 / 3 * stored
@@ -272,27 +286,24 @@ class _Spread:
         """One expert's part."""
         config: ExpertsConfig = given["config"]
         a, experts = self.arithmetic, given["experts"]
-        inner = replace(a.of_experts, inside=None)
         gate_up, down = experts.gate_up[expert].double(), experts.down[expert].double()
         bias, out_bias = _biases(experts, expert)
         w = given["weights"].double()[token, k][:, None]
         on_input = config.weight_on == "input"
         x_PH, c_PH = given["x"].double()[token], cotangent[token]
         rows_PH = x_PH * w if on_input else x_PH
-        var_rows_PH = a.entering(rows_PH)
-        if on_input:
-            # The weight is rounded, and its product.
-            var_rows_PH = var_rows_PH + 2 * a.variance(rows_PH)
+        # The weight is rounded, and its product.
+        var_rows_PH = (2 if on_input else 0) * a.variance(rows_PH)
         g_PH = c_PH if on_input else c_PH * w
-        var_g_PH = a.entering(g_PH) + (0 if on_input else 2) * a.variance(g_PH)
+        var_g_PH = (0 if on_input else 2) * a.variance(g_PH)
 
         pre_PM, var_pre_PM = product_spread(rows_PH, var_rows_PH, gate_up, a)
-        pre_PM, var_pre_PM = pre_PM + bias, var_pre_PM + inner.variance(pre_PM)
-        var_pre_PM = var_pre_PM + a.entering(bias) + inner.variance(pre_PM)
-        result_PI, var_result_PI = activation_spread(pre_PM, var_pre_PM, config, inner)
+        var_pre_PM = var_pre_PM + a.variance(pre_PM) + a.variance(pre_PM + bias)
+        pre_PM = pre_PM + bias
+        result_PI, var_result_PI = activation_spread(pre_PM, var_pre_PM, config, a)
         pulled_PI, var_pulled_PI = product_spread(g_PH, var_g_PH, down.T, a)
-        var_pulled_PI = var_pulled_PI + 2 * inner.variance(pulled_PI)
-        slope_PM, var_slope_PM, jump_PM = _slopes(pre_PM, var_pre_PM, config, inner)
+        var_pulled_PI = var_pulled_PI + 2 * a.variance(pulled_PI)
+        slope_PM, var_slope_PM, jump_PM = _slopes(pre_PM, var_pre_PM, config, a)
         if config.gated:
             pulled_PM = torch.cat([pulled_PI, pulled_PI], -1)
             var_pulled_PM = torch.cat([var_pulled_PI, var_pulled_PI], -1)
@@ -302,7 +313,7 @@ class _Spread:
         var_back_PM = (
             var_pulled_PM * slope_PM.square()
             + (pulled_PM.square() + var_pulled_PM) * var_slope_PM
-            + 2 * inner.variance(back_PM)
+            + 2 * a.variance(back_PM)
         )
         lost_PM = pulled_PM.abs() * jump_PM
 
@@ -315,7 +326,7 @@ class _Spread:
         self.jumps["experts.gate_up_bias"][expert] = lost_PM.sum(0)
 
         to_rows_PH, var_to_rows_PH = product_spread(back_PM, var_back_PM, gate_up.T, a)
-        var_to_rows_PH = var_to_rows_PH + 2 * inner.variance(to_rows_PH)
+        var_to_rows_PH = var_to_rows_PH + 2 * a.variance(to_rows_PH)
         lost_PH = lost_PM @ gate_up.abs()
         to_x_PH = to_rows_PH * w if on_input else to_rows_PH
         scale = w.square() if on_input else 1.0
@@ -328,7 +339,7 @@ class _Spread:
         if on_input:
             parts_PH = to_rows_PH * x_PH
             own = (var_back_PM * (x_PH @ gate_up.T).square()).sum(-1)
-            own = own + (x_PH.square() * 2 * inner.variance(to_rows_PH)).sum(-1)
+            own = own + (x_PH.square() * 2 * a.variance(to_rows_PH)).sum(-1)
             lost = (lost_PH * x_PH.abs()).sum(-1)
         else:
             out_PH, var_out_PH = product_spread(result_PI, var_result_PI * 0, down, a)
@@ -336,8 +347,8 @@ class _Spread:
             parts_PH = c_PH * out_PH
             through_PI = c_PH @ down
             own = (var_result_PI * through_PI.square()).sum(-1)
-            own = own + (c_PH.square() * (var_out_PH + 3 * inner.variance(out_PH))).sum(-1)
-            own = own + (result_PI.square() * 2 * inner.variance(through_PI)).sum(-1)
+            own = own + (c_PH.square() * (var_out_PH + 3 * a.variance(out_PH))).sum(-1)
+            own = own + (result_PI.square() * 2 * a.variance(through_PI)).sum(-1)
             own = own + (a.variance(result_PI * through_PI)).sum(-1)
             lost = torch.zeros(len(token)).double()
         count = parts_PH.shape[-1]
@@ -357,7 +368,7 @@ class _Spread:
         var_b_NP: torch.Tensor,
     ) -> None:
         """A gradient that is a sum over an expert's pairs."""
-        _, variance = product_spread(a_MP, var_a_MP, b_NP, replace(self.arithmetic, inside=None))
+        _, variance = product_spread(a_MP, var_a_MP, b_NP, self.arithmetic)
         variance = variance + (a_MP.square() + var_a_MP) @ var_b_NP.mT
         squares = a_MP.square() @ b_NP.square().mT
         bias = self.variance[path].ndim == 2
@@ -382,6 +393,11 @@ def _slopes(
             reached.append(there)
             steepest = torch.maximum(steepest, (there - slope).abs() / abs(away))
         moved = moved + steepest.square()
+        for kink in _kinks(config):
+            for side in (kink - ASIDE, kink + ASIDE):
+                there = pre_PM.clone()
+                there[:, part] = side
+                reached.append(_slope(there, config)[0])
         near = torch.zeros_like(pre_PM)
         near[:, part] = _near_kink(pre_PM, BEYOND * sigma, config)[:, part]
         if config.gated:
