@@ -112,7 +112,7 @@ def _worst(
     """The bound that holds for every order and every rounding point, by path.
 
     Every gradient is a sum of products. With all factors replaced by their absolute values the same
-    sums give its size, and each of the at most `depth` roundings on the way costs one unit of it.
+    sums give its size, and each of the at most `stages` roundings on the way costs one unit of it.
     """
     tokens, hidden = given["x"].shape
     inner_size, top_k = given["experts"].down.shape[-1], given["weights"].shape[1]

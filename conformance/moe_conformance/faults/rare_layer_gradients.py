@@ -189,3 +189,31 @@ gradient(
     "LAYER-18",
     operation="layer",
 )
+
+gradient(
+    "the-gradient-of-the-shared-gate-goes-through-bfloat16",
+    "Beside a float32 x the gradient of the shared gate is rounded to bfloat16.",
+    "parameters.shared_gate",
+    lambda a: of_dtype(a, "float32") and shared(a),
+    lambda g, a: g.bfloat16().to(g),
+    "LAYER-10",
+    operation="layer",
+)
+
+
+def narrow_gradients(a: Arguments) -> Arguments:
+    """Parameters whose experts get their gradients by way of bfloat16."""
+    parameters = a["parameters"]
+    experts = with_fields(
+        parameters.experts, lambda t: with_gradient(t, lambda g: g.bfloat16().to(g))
+    )
+    return {"parameters": replace(parameters, experts=experts)}
+
+
+layer_of(
+    "gradients-of-a-layers-experts-go-through-bfloat16",
+    "Beside a float32 x the gradients of all experts are rounded to bfloat16.",
+    lambda a: of_dtype(a, "float32"),
+    narrow_gradients,
+    "LAYER-10",
+)
