@@ -660,3 +660,13 @@ otherwise(
     "GATE-14",
     thread="vLLM #50844",
 )
+
+
+def first_4096(out: Any, a: Arguments) -> Any:
+    """Tokens past 4096 get the experts and weights of the first ones."""
+    weights, ids = out
+    kept = torch.arange(len(ids)) % 4096
+    return weights[kept], ids[kept]
+
+
+otherwise("route", "tokens-past-4096-start-anew", None, "GATE-22", after=first_4096)

@@ -366,7 +366,7 @@ def at_boundaries(given: Given) -> Given:
         capabilities = scope.capabilities
         least = capabilities.min_experts
         largest = 65 if scope.interpreted else BLOCKS[-1] + 1
-        most = min(capabilities.max_experts or 513, largest)
+        most = min(capabilities.max_experts or largest, largest)
         experts = past(BLOCKS, max(least, 9), most)
         top_k = past(FEW, 1, min(most, capabilities.max_top_k or 33))
         tokens = past(BLOCKS, 1, largest)

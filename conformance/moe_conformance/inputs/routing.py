@@ -52,6 +52,9 @@ EXPERTS = (1, 2, 3, 4, 7, 8, 16, 60, 64, 72, 128, 160, 255, 256, 257, 384, 512)
 BLOCKS = (16, 32, 64, 128, 256, 512, 1024)
 """Sizes of tiles, warps and bytes: of experts to 512, and of tokens."""
 
+MANY_TOKENS = (*BLOCKS, 2048, 4096)
+"""The same of tokens where they are cheap."""
+
 WIDE_GROUPS = (33, 40, 65)
 """Experts per group that a warp has not enough lanes for."""
 
@@ -280,7 +283,7 @@ def at_boundaries() -> Given:
         free = all("top_k" not in each for each in capabilities.alternatives("routing"))
         sizes_of = {
             "experts": past(BLOCKS, max(least, 9), most),
-            "tokens": past(BLOCKS, 1, largest),
+            "tokens": past(MANY_TOKENS, 1, 65 if scope.interpreted else MANY_TOKENS[-1] + 1),
             "top_k": past(FEW, 1, most_k) if free else [],
         }
         axes = [

@@ -827,7 +827,7 @@ def _build_lost_scores(plan: Plan) -> Inputs:
     references=("gating.route",),
 )
 def no_size_is_special(case: Case) -> None:
-    """One past a block, a whole one, and one short of it; E and T to 1025, K to 33."""
+    """One past a block, a whole one, and one short of it; E to 1025, T to 4097 and K to 33."""
     case.note(f"at a boundary of {case['axis']}")
     whole = dict(case.inputs)
     for short in range(3):

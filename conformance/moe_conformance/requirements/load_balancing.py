@@ -1418,7 +1418,7 @@ def what_has_no_z_loss_raises(case: Case) -> None:
     references=BALANCE,
 )
 def no_size_of_a_batch_is_special(case: Case) -> None:
-    """One past a block, a whole one, and one short of it; E to 513, T to 1025 and K to 33."""
+    """One past a block, a whole one, and one short of it; E and T to 1025, K to 33."""
     axis, whole = case["axis"], _given(case)
     case.note(f"at a boundary of {axis}")
     tokens, experts = whole["logits"].shape
