@@ -84,7 +84,8 @@ def _independent(arithmetic: Arithmetic) -> bool:
     a sum in a narrow dtype stops to grow. In float64 the oracle's own errors are as large.
     """
     wide = arithmetic.accumulator in ("float64", "float32", "tf32")
-    return arithmetic.dtype != "float64" and arithmetic.inside is None and wide
+    parameters_as_given = arithmetic.inside is None and "unpacked_weights" not in arithmetic.points
+    return arithmetic.dtype != "float64" and parameters_as_given and wide
 
 
 def _wide(given: dict[str, Any]) -> dict[str, Any]:
@@ -123,6 +124,8 @@ def _worst(
     stages = 8 + sums  # rounded results between an input and its gradient, forward and back
     if arithmetic.inside is not None:
         stages += 4  # x, both matrices and the cotangent, on their way in
+    if "unpacked_weights" in arithmetic.points:
+        stages += 2  # both matrices
     sizes = functools.cache(functools.partial(_sizes, given, cotangent))
     leaves = dict(walk(given))
     bound = {}

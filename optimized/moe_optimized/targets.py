@@ -65,6 +65,7 @@ class Optimized(Target):
             "drop_to_capacity",
             "experts",
             "experts_batched",
+            "experts_quantized",
             "layer",
             "expert_parallel",
         ),
@@ -228,7 +229,12 @@ class OptimizedTriton(Optimized):
         devices=("cpu",) if INTERPRETED else ("cuda",),
         # What has no kernel is not provided: dropping sorts and scatters once, in torch.
         operations=tuple(o for o in Optimized.operations() if o != "drop_to_capacity"),
-        gradients=tuple(o for o in Optimized.capabilities.gradients if o != "drop_to_capacity"),
+        # Packed experts have no backward kernel.
+        gradients=tuple(
+            o
+            for o in Optimized.capabilities.gradients
+            if o not in ("drop_to_capacity", "experts_quantized")
+        ),
         # Tensor cores have no float64 product that tl.dot would use, and the kernels accumulate in
         # float32.
         dtypes=("float32", "bfloat16", "float16"),

@@ -93,7 +93,7 @@ def experts(
     x_TH, weights_TK = x.to(wide), weights.to(wide)
     rows_TK = local_ids(expert_ids, len(experts.down), expert_map)
 
-    pairs_TKH = x_TH.new_zeros(*rows_TK.shape, x.shape[1]) + _sum_of_nothing(x, weights, experts)
+    pairs_TKH = x_TH.new_zeros(*rows_TK.shape, x.shape[1]) + sum_of_nothing(x, weights, experts)
     for e, one in enumerate(one_by_one(experts)):
         tokens_S, ks_S = (rows_TK == e).nonzero(as_tuple=True)
         if len(tokens_S) == 0:
@@ -137,7 +137,7 @@ def experts_grouped(
     ends_E = inclusive_offsets(tokens_per_expert)
     pre_SJ = grouped_product(x_SH, experts.gate_up, experts.gate_up_bias, ends_E)
     out_SH = grouped_product(activate(pre_SJ, config), experts.down, experts.down_bias, ends_E)
-    summed_TH = combine(out_SH, slots_S, weights_TK) + _sum_of_nothing(x, weights, experts)
+    summed_TH = combine(out_SH, slots_S, weights_TK) + sum_of_nothing(x, weights, experts)
     return summed_TH.to(x.dtype)
 
 
@@ -176,7 +176,7 @@ def experts_batched(
     check_counts(tokens_per_expert, x.shape[1])
     check_experts(experts, x, config, len(x))
     x_ECH = x.to(accumulation_dtype(x))
-    out_ECH = torch.zeros_like(x_ECH) + _sum_of_nothing(x, experts)
+    out_ECH = torch.zeros_like(x_ECH) + sum_of_nothing(x, experts)
     counts = tokens_per_expert.tolist()
     for e, (one, count) in enumerate(zip(one_by_one(experts), counts, strict=True)):
         out_ECH[e, :count] = feed_forward(x_ECH[e, :count], one, config)
@@ -216,7 +216,7 @@ def grouped_product(
     return torch.cat([rows.new_zeros(0, matrices.shape[1]), *products])
 
 
-def _sum_of_nothing(*parts: torch.Tensor | ExpertWeights) -> torch.Tensor:
+def sum_of_nothing(*parts: torch.Tensor | ExpertWeights) -> torch.Tensor:
     """0, connected to every part: gradients are zero instead of None where no row is routed."""
     zero = torch.zeros(())
     for part in parts:

@@ -21,6 +21,7 @@ from moe_reference.alignment import local_ids
 from moe_reference.checks import IDS, check_counts, check_routing, check_tensor, check_weights
 from moe_reference.config import ExpertsConfig, ExpertWeights
 from moe_reference.dispatch import accumulation_dtype
+from moe_reference.experts import sum_of_nothing
 from moe_reference.quantization import dequantize
 from moe_reference.quantized_experts_checks import check_quantized_experts
 from moe_reference.quantized_tensors import QuantizedExperts
@@ -46,8 +47,8 @@ def experts_quantized(
             are global with it.
 
     Returns:
-        [T, H], x's dtype; differentiable in x, weights, biases and scales. Rounded activations have
-        no gradient.
+        [T, H], x's dtype; differentiable in x, weights, biases and scales. Gradients are zero, not
+        None, where nothing was routed and of activations that are rounded.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -69,7 +70,7 @@ def experts_quantized(
     x_TH, weights_TK = x.to(wide), weights.to(wide)
     rows_TK = local_ids(expert_ids, len(unpacked.down), expert_map)
 
-    pairs_TKH = x_TH.new_zeros(*rows_TK.shape, x.shape[1]) + x_TH[:0].sum() + weights_TK[:0].sum()
+    pairs_TKH = x_TH.new_zeros(*rows_TK.shape, x.shape[1]) + sum_of_nothing(x, weights, unpacked)
     for e, one in enumerate(one_by_one(unpacked)):
         tokens_S, ks_S = (rows_TK == e).nonzero(as_tuple=True)
         if len(tokens_S) == 0:
@@ -120,7 +121,7 @@ def experts_batched_quantized(
     unpacked = dequantize_experts(experts, config.gated, x.shape[2])
     check_tensor("x", x, (len(unpacked.down), "C", "H"))
     x_ECH = x.to(accumulation_dtype(x))
-    out_ECH = torch.zeros_like(x_ECH) + x_ECH[:0].sum()
+    out_ECH = torch.zeros_like(x_ECH) + sum_of_nothing(x, unpacked)
     for e, (one, count) in enumerate(
         zip(one_by_one(unpacked), tokens_per_expert.tolist(), strict=True)
     ):

@@ -385,3 +385,22 @@ def the_width_does_not_show_in_a_layer(case: Case) -> None:
 def the_number_of_tokens_does_not_show_in_packed_experts(case: Case) -> None:
     """63 to 257 tokens on the ends of blocks; judged as QUANT-14 is."""
     _as("QUANT-14", case)
+
+
+@requirement(
+    "BACKEND-12",
+    MUST,
+    "experts_quantized",
+    "At every number of tokens gradients of packed experts MUST be those of the unpacked ones.",
+    reason="What unpacks first for many tokens has another way back than what unpacks in the "
+    "product.",
+    sources=("docs/spec/backends.md", "docs/spec/quantization.md"),
+    given=_resized(
+        differentiable("experts_quantized", quantized_inputs(g_idx=(False, True))), _more_tokens
+    ),
+    references=("backends.choose_backend", "quantized_experts.experts_quantized"),
+    kinds=2,
+)
+def the_number_of_tokens_does_not_show_in_gradients_of_packed_experts(case: Case) -> None:
+    """The sizes of BACKEND-09; judged as QUANT-24 is."""
+    _as("QUANT-24", case)

@@ -435,10 +435,10 @@ WRT = ("x", "weights", "experts.gate_up", "experts.down")
 def gradients_are_those_of_the_weighted_sum(case: Case) -> None:
     """Autograd on the target against autograd on the reference in float64."""
     given = arguments(case)
-    _judge_gradients(case, given, _gradients(case, given))
+    judge_gradients(case, given, _gradients(case, given))
 
 
-def _judge_gradients(
+def judge_gradients(
     case: Case,
     given: dict[str, Any],
     found: dict[str, torch.Tensor | None],
@@ -887,7 +887,7 @@ def what_is_broken_stays_out_of_other_gradients(case: Case) -> None:
     broken = given | {"x": x, "experts": dataclasses.replace(experts, down=down)}
     found = _gradients(case, broken, cotangent_of(case["x"]))
     kept = {path: sound_T if path in ("x", "weights") else sound_E for path in found}
-    _judge_gradients(case, given, found, kept)
+    judge_gradients(case, given, found, kept)
 
 
 @requirement(
@@ -909,7 +909,7 @@ def gradients_are_those_of_the_pairs_that_are_here(case: Case) -> None:
     found = _gradients(case, arguments(case, weights=weights))
     case.note("a token that goes nowhere", bool((local < 0).all(1).any()))
     given = arguments(case, weights=case["weights"].masked_fill(local < 0, 0.0))
-    _judge_gradients(case, given, found)
+    judge_gradients(case, given, found)
 
 
 @requirement(
@@ -989,7 +989,7 @@ def gradients_of_a_batch_are_those_of_its_rows(case: Case) -> None:
         has_form("gradient of x", found["x"], tuple(x.shape), (x.dtype,))
         found["x"] = found["x"].reshape(pairs["x"].shape)
     case.note("an expert without rows", bool((case["tokens_per_expert"] == 0).any()))
-    _judge_gradients(case, pairs, found)
+    judge_gradients(case, pairs, found)
 
 
 @requirement(

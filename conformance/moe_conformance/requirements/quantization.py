@@ -16,7 +16,7 @@ from moe_reference.experts import experts as reference_experts
 
 from moe_conformance.case import Answer, Case, must_raise
 from moe_conformance.experts_oracle import Between, Spread, local_ids
-from moe_conformance.inputs.given import Given
+from moe_conformance.inputs.given import Given, differentiable
 from moe_conformance.inputs.quantization import (
     CHANGES,
     E4M3,
@@ -44,6 +44,8 @@ from moe_conformance.quantized_oracle import quantized_oracle
 from moe_conformance.registry import MUST, SHOULD, requirement
 from moe_conformance.requirements.experts import (
     arithmetic_of,
+    cotangent_of,
+    judge_gradients,
     left_alone,
     output_of,
     rule_of,
@@ -829,6 +831,37 @@ def a_broken_token_breaks_no_other_of_packed_experts(case: Case) -> None:
         compute(case, x=x)[rows],
         [*wrong_outputs(expected), ("NaN", wrong)],
     )
+
+
+@requirement(
+    "QUANT-24",
+    MUST,
+    "experts_quantized",
+    "Gradients of x, of the weights and of the biases MUST be those of `experts` on the unpacked "
+    "weights.",
+    reason="Adapters are trained through frozen packed experts: what goes back to x has to pass "
+    "the same weights, by the same scales and the same order of columns.",
+    sources=("docs/spec/quantization.md", "docs/spec/experts.md"),
+    given=differentiable("experts_quantized", quantized_inputs(g_idx=(False, True))),
+    references=("quantized_experts.experts_quantized",),
+    kinds=2,
+)
+def gradients_go_through_the_unpacked_weights(case: Case) -> None:
+    """Autograd on the target against autograd on the unpacked weights in float64."""
+    biases = [
+        f"experts.{name}"
+        for name in ("gate_up_bias", "down_bias")
+        if getattr(case["experts"], name) is not None
+    ]
+    answer = case.call(
+        "experts_quantized",
+        wrt=["x", "weights", *biases],
+        cotangents={"": cotangent_of(case["x"])},
+        **arguments(case),
+    )
+    output_of(answer, case["x"])
+    case.note(f"format {case['experts'].down.format}")
+    judge_gradients(case, arguments(case) | {"experts": float_experts(case)}, answer.gradients)
 
 
 @requirement(

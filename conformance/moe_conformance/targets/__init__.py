@@ -75,6 +75,7 @@ class Reference(Target):
             "drop_to_capacity",
             "experts",
             "experts_batched",
+            "experts_quantized",
             "layer",
             "slice_experts",
             "slice_tensor_parallel",
