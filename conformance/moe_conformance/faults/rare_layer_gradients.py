@@ -217,3 +217,38 @@ layer_of(
     narrow_gradients,
     "LAYER-10",
 )
+
+gradient(
+    "the-router-has-no-gradient-in-bfloat16",
+    "In bfloat16 choices are taken for constants: the router has a gradient of zero.",
+    "parameters.router",
+    lambda a: of_dtype(a, "bfloat16"),
+    nothing,
+    "LAYER-10",
+    operation="layer",
+)
+
+gradient(
+    "the-shared-gate-has-half-its-gradient-in-float16",
+    "In float16 the gradient of the shared gate is scaled down, and scaled up by half as much.",
+    "parameters.shared_gate",
+    lambda a: of_dtype(a, "float16") and shared(a),
+    lambda g, a: g / 2,
+    "LAYER-10",
+    operation="layer",
+)
+
+layer_of(
+    "a-layers-experts-are-trained-an-eighth-too-far-in-bfloat16",
+    "In bfloat16 the gradients of all experts are an eighth too large.",
+    lambda a: of_dtype(a, "bfloat16"),
+    lambda a: {
+        "parameters": replace(
+            a["parameters"],
+            experts=with_fields(
+                a["parameters"].experts, lambda t: with_gradient(t, lambda g: g * 1.125)
+            ),
+        )
+    },
+    "LAYER-10",
+)

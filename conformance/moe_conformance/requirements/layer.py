@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from moe_reference.config import LayerConfig, LayerWeights
 from moe_reference.layer import layer as reference_layer
+from moe_reference.layer import shared_expert
 from moe_reference.load_balancing import balance_loss as reference_loss
 
 from moe_conformance.case import Answer, Case, must_raise
@@ -534,27 +535,28 @@ def the_router_learns_from_the_output(case: Case) -> None:
     case.judge(rule, gradient, [("None", None)])
 
 
-WIDE = ("float32", "float64")
 NARROW = ("tf32", "float16", "bfloat16")
 SMOOTH = ("silu", "gelu", "gelu_tanh", "relu2")
 """Activations whose slope does not jump."""
 
-SLACK = {dtype: 2.0**12 * UNIT[dtype] for dtype in WIDE}
-"""How far a gradient may be off, as a share of its largest element. The sums have less than 2**12
-terms: that many units is what their errors come to in the worst case. Legal layers, whose errors
-are of both signs, stay below 2**6."""
+TERMS = 2**12
+"""More than any sum of a layer's gradient has. So many units of what it is summed in are its error
+in the worst case. Legal layers, whose errors are of both signs, stay below 2**6 of them."""
+
+STAGES = 16
+"""Results that may be stored one after the other on the way from the output to a gradient, in x's
+dtype; and one more for each choice, where these are added up. Legal layers stay below 4 of their
+units."""
 
 
-def _wide_only(given: Given) -> Given:
-    """The same inputs in the dtypes in which a gradient says anything, for those that give one."""
+def _layer_gradients(given: Given) -> Given:
+    """The same inputs, for those that give gradients; sums in a narrow dtype have no bound here."""
 
     def plans(scope: Scope) -> Any:
         capabilities = scope.capabilities
-        kept = tuple(dtype for dtype in scope.dtypes if dtype in WIDE)
+        kept = scope.dtypes
         if capabilities.accumulator in NARROW:
             kept = tuple(dtype for dtype in kept if dtype == "float64")
-        if capabilities.experts_dtype in NARROW:
-            kept = ()
         if "layer" not in capabilities.gradients or not kept:
             return None
         return given.plans(dataclasses.replace(scope, dtypes=kept))
@@ -568,11 +570,21 @@ def _leaves(parameters: LayerWeights) -> list[str]:
     return [path for path in paths if path != "parameters.selection_bias"]
 
 
-def _evaluated(case: Case) -> tuple[str, ...]:
+def _evaluated(case: Case) -> list[str]:
     """What a gradient is computed in: x's dtype, and the router's and experts' where declared."""
     declared = case.scope.capabilities
     own = str(case["x"].dtype).removeprefix("torch.")
-    return (own, *(d for d in (declared.router_dtype, declared.experts_dtype) if d in SLACK))
+    return [own, *(d for d in (declared.router_dtype, declared.experts_dtype) if d in UNIT)]
+
+
+def _slack(case: Case) -> tuple[float, float]:
+    """How far a gradient may be off, as a share of its size; and what may be lost near zero."""
+    dtypes = _evaluated(case)
+    stored = STAGES + case["config"].routing.top_k
+    summed = [each for each in dtypes if each not in NARROW] or ["float32"]
+    share = TERMS * max(UNIT[each] for each in summed)
+    share = max(share, stored * max(UNIT[each] for each in dtypes))
+    return share, TERMS * max(TINY[each] for each in dtypes)
 
 
 def _cotangent(x: torch.Tensor) -> torch.Tensor:
@@ -647,7 +659,24 @@ def _expected_gradients(
     size["x"] += float(pull_T.max()) * float(router.sum(0).max())
     if "parameters.router_bias" in size:
         size["parameters.router_bias"] += float(pull_T.sum())
+    if "parameters.shared_gate" in size:
+        pull_T = _pull_of_gate(wide, cotangent)
+        size["parameters.shared_gate"] += float((pull_T[:, None] * rows).sum(0).max())
+        size["x"] += float(pull_T.max() * wide["parameters"].shared_gate.detach().abs().max())
     return gradients, size
+
+
+@torch.no_grad()
+def _pull_of_gate(wide: dict[str, Any], cotangent: torch.Tensor) -> torch.Tensor:
+    """[T], the gradient of the shared gate's logits, but for the slope that is left of its sigmoid.
+
+    Close to 1 a sigmoid is stored with an error that is larger than its distance from 1.
+    """
+    x_TH = wide["x"].reshape(-1, wide["x"].shape[-1])
+    alone = dataclasses.replace(wide["parameters"], shared_gate=None)
+    shared_TH = shared_expert(x_TH, alone, wide["config"])
+    open_T1 = torch.sigmoid(x_TH @ wide["parameters"].shared_gate.T)
+    return (open_T1 * shared_TH * cotangent.reshape(x_TH.shape)).abs().sum(-1)
 
 
 @requirement(
@@ -659,13 +688,14 @@ def _expected_gradients(
     reason="Parts whose gradients are right are put together with a detached weight, a scale that "
     "is missing on the way back, or a loss without a graph.",
     sources=("torchtitan #2416", "transformers #48687", "NeMo Automodel #1408", "fastmoe #50"),
-    given=_wide_only(
+    given=_layer_gradients(
         layer_inputs(
             router_dtype=("float32", None), activation=SMOOTH, norm=("sum",),
             epsilon=(0.0, 1e-20),
         )
     ),
     references=("layer.layer",),
+    kinds=2,
 )  # fmt: skip
 def gradients_are_those_of_the_whole_layer(case: Case) -> None:
     """Judged where no rounding could have chosen other experts.
@@ -687,12 +717,13 @@ def gradients_are_those_of_the_whole_layer(case: Case) -> None:
         case.vacuous.append("a row is left to rounding")
         return
     expected, size = _expected_gradients(case, paths, with_loss)
-    slack = max(SLACK[each] for each in _evaluated(case))
+    case.note(f"dtype {str(x.dtype).removeprefix('torch.')}")
+    share, lost = _slack(case)
     for path in paths:
         gradient, wanted = answer.gradients[path], expected[path]
         if gradient is None:
             raise Violation(f"gradient of {path}: expected a tensor, got None")
-        bound = torch.full_like(wanted, slack * size[path] + TINY["float32"])
+        bound = torch.full_like(wanted, share * size[path] + lost)
 
         def rule(
             found: torch.Tensor,
@@ -702,7 +733,10 @@ def gradients_are_those_of_the_whole_layer(case: Case) -> None:
         ) -> None:
             within(f"gradient of {path}", found, wanted, bound)
 
-        case.judge(rule, gradient, [("two bounds added", wanted + 2 * bound)])
+        wrong = [("two bounds added", wanted + 2 * bound)]
+        if bool((wanted.abs() > bound).any()):
+            wrong += [("all zeros", torch.zeros_like(wanted)), ("twice as much", 2 * wanted)]
+        case.judge(rule, gradient, wrong)
 
 
 @requirement(
