@@ -856,3 +856,25 @@ class PaddingGoesToTheFirstExpert(OnRanks):
         if weights.shape != ids.shape:
             return {}
         return {"expert_ids": ids.masked_fill(gone, 0), "weights": weights.masked_fill(gone, 0.0)}
+
+
+@fault("rows-of-an-expert-past-the-64th-are-lost", catches=("EP-30",))
+class RowsPastThe64th(OnRanks):
+    """An expert has a buffer of 64 rows; those that come later leave it empty."""
+
+    def experts_here(
+        self, rows: Tensor, counts: Tensor, local: ExpertWeights, config: ExpertsConfig
+    ) -> Tensor:
+        """See the contract."""
+        out = super().experts_here(rows, counts, local, config)
+        place = torch.cat([torch.arange(count) for count in [0, *counts.tolist()]])
+        return out.masked_fill((place >= 64)[:, None], 0.0)
+
+
+@fault("tokens-of-a-rank-past-the-128th-go-nowhere", catches=("EP-30",))
+class TokensPastThe128th(OnRanks):
+    """A rank sends its first 128 tokens, whatever it has."""
+
+    def finish(self, out: Tensor, ranks: ProcessRanks, **given: Any) -> Tensor:
+        """See the contract."""
+        return torch.cat([out[:128], 0 * out[128:]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -476,4 +477,28 @@ altered(
     },
     "EXPERT-27",
     thread="vLLM #16801",
+)
+
+
+def none_below(least: float) -> Callable[[Arguments], Arguments]:
+    """Weights below so much are taken for zero."""
+    return lambda a: {"weights": a["weights"].masked_fill(a["weights"].detach().abs() < least, 0.0)}
+
+
+altered(
+    "experts",
+    "choices-of-less-than-a-millionth-are-skipped",
+    "A pair whose weight is below 1e-6 is taken for one that is not here.",
+    lambda a: True,
+    none_below(1e-6),
+    "EXPERT-01",
+)
+
+altered(
+    "experts",
+    "weights-on-the-input-of-less-than-a-ten-thousandth-are-skipped",
+    "With the weight on the input a pair with a weight below 1e-4 is skipped.",
+    on_input,
+    none_below(1e-4),
+    "EXPERT-05",
 )

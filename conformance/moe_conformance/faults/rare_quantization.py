@@ -217,3 +217,20 @@ class RowsOf16Bits(Reference):
             packed = packed.view(experts.gate_up.packed.dtype)
             experts = replace(experts, gate_up=replace(experts.gate_up, packed=packed))
         return super().experts_quantized(x, experts, *given, **named)
+
+
+@fault("packed-experts-have-an-index-of-four-bits", catches=("QUANT-14",))
+class FourBitsOfExperts(Reference):
+    """Pairs of the seventeenth expert, and of those after it, go to the first ones again."""
+
+    def experts_quantized(
+        self, x: Tensor, experts: Any, weights: Tensor, expert_ids: Tensor, config: Any,
+        expert_map: Any = None,
+    ) -> Tensor:  # fmt: skip
+        """Right up to 16 experts."""
+        if expert_map is not None:
+            expert_map = expert_map.where(expert_map < 16, expert_map % 16)
+        elif len(experts.down.packed) > 16:
+            inside = (expert_ids >= 0) & (expert_ids < len(experts.down.packed))
+            expert_ids = expert_ids.where(~inside, expert_ids % 16)
+        return super().experts_quantized(x, experts, weights, expert_ids, config, expert_map)

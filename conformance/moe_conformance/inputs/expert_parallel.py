@@ -29,6 +29,9 @@ RECORDED = ("recording",)
 ANY_MODE = ("recording", "recording", "no_grad", "inference_mode")
 """Whether torch records for a backward pass where no gradient is asked for: see `GRAD_MODES`."""
 
+MANY = (65, 129, 257)
+"""Tokens of a rank: past the blocks, and the byte, that rows are counted in."""
+
 LEAST_WORLD = 3
 """The smallest world that has a group of two ranks without its first."""
 
@@ -59,7 +62,8 @@ def on_ranks(
     """Inputs inside the declaration, for one of the world sizes of the scope.
 
     Args:
-        counts: of `COUNTS`, or "none": no token anywhere.
+        counts: of `COUNTS`, or "none": no token anywhere; or "many": of `MANY`, at least on the
+            first rank.
         shares: of `SHARES`.
         copies: with a placement that has copies, without, or either.
         to_one_rank: all pairs go to experts of one rank.
@@ -176,7 +180,7 @@ def _plans(
         **plan,
         "world_size": world_size,
         "members": members,
-        "counts": _counts(draw, draw(choice(counts)), ranks),
+        "counts": _counts(draw, draw(choice(counts)), ranks, scope),
         "experts": experts,
         "local": experts,
         "top_k": min(plan["top_k"], most_k),
@@ -196,11 +200,14 @@ def _parts(world_size: int) -> list[list[int]]:
     ]
 
 
-def _counts(draw: st.DrawFn, kind: str, ranks: int) -> list[int]:
+def _counts(draw: st.DrawFn, kind: str, ranks: int, scope: Scope) -> list[int]:
     """How many tokens each rank has."""
     some = st.one_of(st.integers(1, 6), st.integers(1, 20))
     if kind == "none":
         return [0] * ranks
+    if kind == "many":
+        most = MANY[:1] if scope.interpreted else MANY
+        return [draw(choice(most)), *(draw(st.one_of(some, choice(most))) for _ in range(1, ranks))]
     if kind == "equal":
         return [draw(some)] * ranks
     of_ranks = [draw(some) for _ in range(ranks)]

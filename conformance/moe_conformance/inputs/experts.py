@@ -44,8 +44,15 @@ UNIVERSE: dict[str, tuple[Any, ...]] = {
 LOADS = ("uniform", "skewed", "one expert", "half empty", "duplicates")
 CLAMPED = ("swigluoai", "swiglu_limit")
 
-WEIGHTS = ("positive", "signed", "any")
-"""Routing weights: as a softmax gives them; of both signs; zero, negative and above one as well."""
+WEIGHTS = ("positive", "signed", "small", "any")
+"""Routing weights: as a softmax gives them; of both signs; of both signs, and of half of the tokens
+so small that they are taken for zero; zero, negative and above one as well."""
+
+SMALL = 2.0**-24
+"""Below every tolerance that is taken for zero. Times a row and itself float32 still has it."""
+
+SMALL_IN_FLOAT16 = 2.0**-10
+"""Below this float16 has hardly a number for what comes of it."""
 
 BIASES = ("both", "both", "gate_up", "down")
 """Which of the two biases there are, where there are biases."""
@@ -169,7 +176,7 @@ def _plans(
             "load": draw(choice(loads)),
             "content": content,
             "spread": spread,
-            "weights": draw(choice(WEIGHTS[: 2 if spread == "huge" else 3])),
+            "weights": draw(choice(WEIGHTS[: 2 if spread == "huge" else 4])),
             "dtype": dtype,
             "experts_dtype": (of := draw(choice(scope.dtypes)) if mixed else dtype),
             "biases_dtype": draw(choice((of, *scope.dtypes))) if mixed else dtype,
@@ -356,8 +363,13 @@ def _weights(content: Content, plan: Plan) -> torch.Tensor:
     shape = plan["tokens"], plan["top_k"]
     if plan["weights"] == "positive":
         return content.uniform(0.05, 1.0, *shape)
-    if plan["weights"] == "signed":
-        return content.uniform(-1.0, 1.0, *shape)
+    if plan["weights"] in ("signed", "small"):
+        weights = content.uniform(-1.0, 1.0, *shape)
+        if plan["weights"] == "signed":
+            return weights
+        narrow = "float16" in (plan["dtype"], plan["experts_dtype"], plan["weights_dtype"])
+        factor = SMALL_IN_FLOAT16 if narrow else SMALL
+        return weights.where(content.uniform(0, 1, shape[0], 1) < 0.5, factor * weights)
     weights = content.normal(*shape, std=1.5)
     return weights.masked_fill(content.uniform(0, 1, *shape) < 0.2, 0.0)
 

@@ -443,7 +443,10 @@ MOST_WEIGHTS = 20_000
 """Of all experts together, about."""
 
 MOST_EXPERTS, MOST_TOKENS = 4, 14
-"""What there are more of is the matter of `experts`."""
+"""What there are more of is mostly the matter of `experts`."""
+
+MANY_EXPERTS = (9, 17, 33, 65)
+"""With matrices that are as small as their format allows."""
 
 ELSEWHERE = (5, 8, 13, 29)
 """Experts of other ranks: a map may be longer than any list of experts here."""
@@ -472,13 +475,20 @@ def _fitting(
     if large and not scope.interpreted and draw(st.integers(0, 9)) == 9:
         hidden, inner = (-(-LARGE // of) * of for of in (of_h, of_i))
         few_tokens = 3
+    many = not scope.interpreted and draw(st.integers(0, 7)) == 7
+    if many:
+        hidden, inner = (-(-8 // of) * of for of in (of_h, of_i))
+        few_tokens = MANY_EXPERTS[-1]
     if about["g_idx"] == "uneven" and inner == about["group_size"]:
         # A single group cannot lack what the others have.
         inner *= 2
     most = max(2, capabilities.min_experts, MOST_WEIGHTS // (3 * hidden * inner))
-    most = min(most, max(MOST_EXPERTS, capabilities.min_experts))
-    local = min(plan["local"], most)
-    experts = local + plan["experts"] - plan["local"]
+    elsewhere = plan["experts"] - plan["local"]
+    wanted = min(plan["local"], max(MOST_EXPERTS, capabilities.min_experts))
+    if many:
+        wanted = min(draw(choice(MANY_EXPERTS)), (capabilities.max_experts or 2**16) - elsewhere)
+    local = max(capabilities.min_experts, min(wanted, most))
+    experts = local + elsewhere
     if plan["expert_map"] and draw(st.booleans()):
         most_experts = capabilities.max_experts or local + ELSEWHERE[-1]
         experts = max(experts, min(local + draw(choice(ELSEWHERE)), most_experts))
@@ -490,6 +500,8 @@ def _fitting(
         "local": local,
         "experts": experts,
         "top_k": min(plan["top_k"], experts),
+        # Rows of a batch are rounded by scales that small weights on the input would lose.
+        "weights": "signed" if plan["weights"] == "small" else plan["weights"],
         # Scales take the place of a spread of the weights.
         "spread": "even" if plan["spread"] == "huge" else plan["spread"],
         "experts_dtype": plan["dtype"],

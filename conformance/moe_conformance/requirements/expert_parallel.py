@@ -723,6 +723,23 @@ def nothing_is_kept_of_what_is_written_over(case: Case) -> None:
 
 
 @requirement(
+    "EP-30",
+    MUST,
+    OPERATION,
+    "With many tokens on a rank, or on all, each rank's output MUST be what one rank with all "
+    "experts computes for its tokens.",
+    reason="Counts that travel are narrow, and buffers have a size: what is beyond it is lost "
+    "without a word.",
+    sources=("DeepEP #112", "docs/spec/expert_parallel.md"),
+    given=on_ranks(counts=("many",), loads=("uniform", "skewed"), copies=(False, False, True)),
+    references=SHOWN,
+)
+def many_tokens_of_a_rank_are_all_computed(case: Case) -> None:
+    """65, 129 or 257 tokens of the first rank; judged as EP-01 is."""
+    every_rank_gets_what_one_rank_computes(case)
+
+
+@requirement(
     "EP-13",
     MUST,
     OPERATION,
