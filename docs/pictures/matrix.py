@@ -175,12 +175,17 @@ def _environments():
                 lines,
                 also,
                 _tests(record),
-                f"`{record['reports'][0]['command']}`",
+                f"`{_command(record)}`",
                 f"{record['date']}, `{record['commit'][:10]}`, torch {machine['torch']}",
             ]
         )
     head = ["library", "version", "installed with", "moespec would add", "tests of the adapter"]
     return _table([*head, "checked with", "when"], made)
+
+
+def _command(record):
+    around = [f"{name}={value}" for name, value in record.get("around", {}).items()]
+    return " ".join([*around, record["reports"][0]["command"]])
 
 
 def _tests(record):
