@@ -17,6 +17,7 @@ from moe_conformance.selfcheck import inline_scope
 from moe_conformance.target import CHOICES, OPERATIONS, Capabilities, Unsupported
 from moe_conformance.targets import Reference
 from moe_reference.config import BalanceConfig, ExpertsConfig, RoutingConfig
+from moe_reference.quantized_tensors import QuantizedTensor
 
 DTYPES = ("float32", "bfloat16")
 DISTINCT = Capabilities(dtypes=DTYPES, repeated_ids=False)
@@ -138,7 +139,9 @@ class Map(Reference):
         return super().experts(x, experts, weights, expert_ids, config, expert_map)
 
     def experts_quantized(self, x, experts, weights, expert_ids, config, expert_map=None):
-        self._check(expert_ids, 10**6 if expert_map is None else len(expert_map))
+        if isinstance(experts.gate_up, QuantizedTensor):
+            held = len(experts.gate_up.packed) if expert_map is None else len(expert_map)
+            self._check(expert_ids, held)
         return super().experts_quantized(x, experts, weights, expert_ids, config, expert_map)
 
     def balance_loss(self, logits, expert_ids, *more, **named):

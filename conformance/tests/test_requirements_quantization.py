@@ -78,7 +78,9 @@ def test_the_reference_conforms(requirement):
 class OtherOrder(Reference):
     """Sums in another order, over weights that were unpacked in float64; zeros have no sign."""
 
-    capabilities = Capabilities(dtypes=("float32", "bfloat16", "float16"))
+    capabilities = Capabilities(
+        dtypes=("float32", "bfloat16", "float16"), gradients=("experts_quantized",)
+    )
 
     def dequantize(self, packed):
         weights = super().dequantize(packed)
@@ -118,6 +120,7 @@ class Narrow(Reference):
         strides=False,
         finite_only=True,
         interpreted=True,
+        gradients=("experts_quantized",),
     )
 
     def dequantize(self, packed):
@@ -150,7 +153,9 @@ class Rounded(Reference):
     """Weights are rounded to x's dtype for the product, as a tensor core wants them."""
 
     capabilities = Capabilities(
-        dtypes=("bfloat16", "float16"), rounding_points=("unpacked_weights", "activation")
+        dtypes=("bfloat16", "float16"),
+        gradients=("experts_quantized",),
+        rounding_points=("unpacked_weights", "activation"),
     )
 
     def experts_quantized(self, x, experts, weights, expert_ids, config, expert_map=None):

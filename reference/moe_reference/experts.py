@@ -217,7 +217,19 @@ def grouped_product(
 
 
 def sum_of_nothing(*parts: torch.Tensor | ExpertWeights) -> torch.Tensor:
-    """0, connected to every part: gradients are zero instead of None where no row is routed."""
+    """0, connected to every part: gradients are zero instead of None where no row is routed.
+
+    Args:
+        *parts: tensors [N, ...] of any shape and float dtype, and weights of experts.
+
+    Returns:
+        [], of the last part's dtype.
+
+    >>> w = torch.ones(2, requires_grad=True)
+    >>> sum_of_nothing(w).backward()
+    >>> w.grad
+    tensor([0., 0.])
+    """
     zero = torch.zeros(())
     for part in parts:
         tensors = (part,) if isinstance(part, torch.Tensor) else vars(part).values()

@@ -68,7 +68,7 @@ def documented(docstring, section="Args"):
     match = re.search(rf"^{section}:\n((?:(?:    .*)?\n)+)", docstring + "\n", re.MULTILINE)
     found, names = {}, []
     for line in match[1].splitlines() if match else ():
-        start = re.match(r"    (\w[\w, ]*): (.*)", line)
+        start = re.match(r"    \*?(\w[\w, ]*): (.*)", line)
         if start:
             names = [name.strip() for name in start[1].split(",")]
             found |= dict.fromkeys(names, start[2])

@@ -54,6 +54,7 @@ NO_TENSORS_OR_ONLY_CHECKS = {
     "choose_block_size",
     "expert_capacity",
     "make_expert_map",
+    "sum_of_nothing",
     "take_modules",
     "upcast",
 }
