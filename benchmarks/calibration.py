@@ -14,6 +14,7 @@ where it was.
 
 import argparse
 import functools
+import os
 import sys
 
 import torch
@@ -26,7 +27,7 @@ from moe_conformance.runner import Effort, run_requirement
 from moe_conformance.selfcheck import inline_scope
 from moe_conformance.targets import Reference
 from moe_conformance.variants import VARIANTS, variant_target
-from record import about, resumed, write
+from record import AROUND, about, resumed, write
 
 DTYPES = ("float32", "bfloat16", "float16")
 WHOLE = (Reference, Mirrored, InFloat64)
@@ -94,6 +95,7 @@ def main() -> int:
     parser.add_argument("--only", help="a part, as 2/7; nothing is written")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    os.environ |= AROUND
     names = [*(variant.name for variant in VARIANTS), *(cls.name for cls in WHOLE)]
     keys = [f"{name}: {dtype}" for name in names for dtype in DTYPES]
     if options.only:
@@ -105,6 +107,7 @@ def main() -> int:
     record = {
         "what": "errors of legal implementations in standard deviations, and accusations",
         **about(),
+        "around": AROUND,
         "limits": {"pass_z": judge.PASS_Z, "fail_z": judge.FAIL_Z},
         "cases": sum(row["cases"] for row in rows),
         "accused": sum(len(row["accused"]) for row in rows),

@@ -28,17 +28,12 @@ from pathlib import Path
 
 from moe_conformance.report import read_report, reports_in
 from moe_conformance.summary import summarize
-from record import RESULTS, about, write
+from record import AROUND, RESULTS, about, write
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = Path(__file__).parent / "libraries.toml"
 KEPT = RESULTS / "libraries"
 TESTS = ROOT / "conformance" / "tests"
-AROUND = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
-"""What every run has around it. On a processor with AMX torch 2.13's bfloat16 product lets a row
-that is not finite reach the row before it (oneDNN #5717), which is no library's fault: see
-docs/guide/reading-a-failure.md."""
-
 HERE = [str(ROOT / room) for room in ("reference", "optimized", "conformance")]
 
 

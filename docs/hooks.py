@@ -292,8 +292,10 @@ def _calibration(part):
     record = json.loads((DOCS.parent / "benchmarks/results/calibration.json").read_text())
     if part == "environment":
         machine = record["machine"]
+        around = [f"{name}={value} " for name, value in record.get("around", {}).items()]
         return (
-            f"`{record['command']}` on {record['date']}, commit `{record['commit'][:10]}`, torch "
+            f"`{''.join(around)}{record['command']}` on {record['date']}, "
+            f"commit `{record['commit'][:10]}`, torch "
             f"{machine['torch']}, Python {machine['python']}, {machine['platform']}: "
             f"{record['cases']:,} cases, {record['accused']} accusations."
         )

@@ -184,6 +184,7 @@ def _environments():
 
 
 def _command(record):
+    # Records from before there was such a field have none.
     around = [f"{name}={value}" for name, value in record.get("around", {}).items()]
     return " ".join([*around, record["reports"][0]["command"]])
 
