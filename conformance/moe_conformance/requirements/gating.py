@@ -825,6 +825,7 @@ def _build_lost_scores(plan: Plan) -> Inputs:
     sources=("vLLM-metax #270", "aiter #2359", "aiter #4451", "imp #2056"),
     given=at_boundaries(),
     references=("gating.route",),
+    kinds=3,
 )
 def no_size_is_special(case: Case) -> None:
     """One past a block, a whole one, and one short of it; E to 1025, T to 4097 and K to 33."""

@@ -577,14 +577,20 @@ def _evaluated(case: Case) -> list[str]:
     return [own, *(d for d in (declared.router_dtype, declared.experts_dtype) if d in UNIT)]
 
 
-def _slack(case: Case) -> tuple[float, float]:
-    """How far a gradient may be off, as a share of its size; and what may be lost near zero."""
+def _bound(case: Case, size: float, pull: float) -> float:
+    """How far a gradient may be off: by its sums, or by what is stored on the way to it.
+
+    Args:
+        case: the case.
+        size: of the gradient.
+        pull: of what is stored on the way and cancels in it.
+    """
     dtypes = _evaluated(case)
     stored = STAGES + case["config"].routing.top_k
     summed = [each for each in dtypes if each not in NARROW] or ["float32"]
-    share = TERMS * max(UNIT[each] for each in summed)
-    share = max(share, stored * max(UNIT[each] for each in dtypes))
-    return share, TERMS * max(TINY[each] for each in dtypes)
+    by_sums = TERMS * max(UNIT[each] for each in summed) * size
+    by_storing = stored * max(UNIT[each] for each in dtypes) * (size + pull)
+    return max(by_sums, by_storing) + TERMS * max(TINY[each] for each in dtypes)
 
 
 def _cotangent(x: torch.Tensor) -> torch.Tensor:
@@ -606,8 +612,9 @@ def _largest(gradient: torch.Tensor) -> float:
 
 def _expected_gradients(
     case: Case, paths: list[str], with_loss: bool
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Float64 gradients of what the layer returns, and the size that each of them is held against.
+) -> tuple[dict[str, torch.Tensor], dict[str, float], dict[str, float]]:
+    """Float64 gradients of what the layer returns, the size that each of them is held against, and
+    what cancels in it and may have been stored before.
 
     That is its largest element, of the output's cotangent or of one with other signs, in which what
     happens to cancel does not; for what the router sees, also that of the terms that cancel in it:
@@ -659,11 +666,13 @@ def _expected_gradients(
     size["x"] += float(pull_T.max()) * float(router.sum(0).max())
     if "parameters.router_bias" in size:
         size["parameters.router_bias"] += float(pull_T.sum())
+    pull = dict.fromkeys(paths, 0.0)
     if "parameters.shared_gate" in size:
         pull_T = _pull_of_gate(wide, cotangent)
-        size["parameters.shared_gate"] += float((pull_T[:, None] * rows).sum(0).max())
-        size["x"] += float(pull_T.max() * wide["parameters"].shared_gate.detach().abs().max())
-    return gradients, size
+        pull["parameters.shared_gate"] = float((pull_T[:, None] * rows).sum(0).max())
+        gate = wide["parameters"].shared_gate.detach().abs()
+        pull["x"] = float(pull_T.max() * gate.max())
+    return gradients, size, pull
 
 
 @torch.no_grad()
@@ -716,14 +725,13 @@ def gradients_are_those_of_the_whole_layer(case: Case) -> None:
     if not bool(sure.all()):
         case.vacuous.append("a row is left to rounding")
         return
-    expected, size = _expected_gradients(case, paths, with_loss)
+    expected, size, pull = _expected_gradients(case, paths, with_loss)
     case.note(f"dtype {str(x.dtype).removeprefix('torch.')}")
-    share, lost = _slack(case)
     for path in paths:
         gradient, wanted = answer.gradients[path], expected[path]
         if gradient is None:
             raise Violation(f"gradient of {path}: expected a tensor, got None")
-        bound = torch.full_like(wanted, share * size[path] + lost)
+        bound = torch.full_like(wanted, _bound(case, size[path], pull[path]))
 
         def rule(
             found: torch.Tensor,
