@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import io
 import os
-import pickle
 import platform
 import secrets
 import subprocess
@@ -286,7 +286,9 @@ def _in_processes(lanes: list[Lane], options: Options, tell: Tell) -> dict[Lane,
             while not news.empty():
                 tell(*news.get())
             for future in [f for f in waiting if f.done()]:
-                shares[waiting.pop(future)] = pickle.loads(future.result())
+                shares[waiting.pop(future)] = torch.load(
+                    io.BytesIO(future.result()), weights_only=False
+                )
             time.sleep(0.05)
         while not news.empty():
             tell(*news.get())
@@ -300,8 +302,11 @@ def _judge(news: Any) -> None:
 
 
 def _run_in_process(lane: Lane, options: Options) -> bytes:
-    # Plain bytes: on its own the pool would send tensors through shared memory.
-    return pickle.dumps(run_lane(lane, options, lambda *step: _queue.put(step)))
+    # Bytes, since on its own the pool would send tensors through shared memory; and torch's, since
+    # pickle alone knows no float8.
+    file = io.BytesIO()
+    torch.save(run_lane(lane, options, lambda *step: _queue.put(step)), file)
+    return file.getvalue()
 
 
 def run_lane(lane: Lane, options: Options, tell: Tell) -> Share:
