@@ -201,6 +201,19 @@ def test_the_same_seed_gives_the_same_report(inside, planted, tmp_path, monkeypa
     assert reports[0] == reports[1]
 
 
+def test_a_failure_with_float8_comes_back_from_its_process(inside, planted, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(check, "LANE", 1)
+    code, said = inside(
+        "check", planted("TwiceInFloat8"), "--requirement", "QUANT-07", "--requirement",
+        "QUANT-06", "--profile", "smoke", "--report", tmp_path,
+    )  # fmt: skip
+    assert code == 1, said
+    report, found = statuses(tmp_path, "TwiceInFloat8")
+    assert report["timing"]["seconds"]["lanes"] == 2
+    assert found["QUANT-06"] == "fail"
+
+
 def test_a_failure_that_needs_two_calls_is_replayed_from_its_files(
     moespec, inside, planted, tmp_path
 ):

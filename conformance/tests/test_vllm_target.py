@@ -17,8 +17,10 @@ from moe_conformance.targets.vllm_triton import Align, TritonExperts
 # Before the others: without an interpreter vLLM is imported without Triton, once for all.
 TRITON = TritonExperts()
 
-from moe_conformance.targets import vllm, vllm_experts  # noqa: E402
+from moe_conformance.targets import vllm, vllm_experts, vllm_quantized  # noqa: E402
 from moe_reference.config import ExpertsConfig, ExpertWeights, RoutingConfig  # noqa: E402
+from moe_reference.quantization import quantize  # noqa: E402
+from moe_reference.quantized_tensors import QuantizedExperts  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -39,6 +41,11 @@ CONFORMING = {
     vllm_experts.ExpertsOfGptOss: "EXPERT-06 EXPERT-13",
     vllm_experts.ExpertsWeightedInput: "EXPERT-05",
 }
+PACKED = "prepare_mxfp4_moe_layer_for_cpu", "prepare_fp8_moe_layer_for_cpu"
+AMX = torch.cpu._is_amx_tile_supported()
+if AMX:
+    FINDINGS[vllm_quantized.ExpertsMxfp4] = "QUANT-14"
+    CONFORMING[vllm_quantized.ExpertsFp8] = "QUANT-14 QUANT-23 BACKEND-09"
 CALLED = [
     (vllm.Softmax, "router.cpu_router", "_softmax_topk", "GATE-01"),
     (vllm.Grouped, "router.cpu_router", "_grouped_topk", "GATE-10"),
@@ -48,6 +55,12 @@ CALLED = [
     (vllm_experts.Experts, "experts.cpu_moe", "cpu_fused_moe", "EXPERT-01"),
     (vllm_experts.Experts, "experts.cpu_moe", "cpu_prepack_moe_weight", "EXPERT-01"),
     (vllm_experts.ExpertsOfGptOss, "experts.cpu_moe", "cpu_fused_moe", "EXPERT-13"),
+    *(
+        (target, "experts.cpu_moe", name, "QUANT-14")
+        for target, prepare in zip(vllm_quantized.TARGETS, PACKED, strict=True)
+        for name in (prepare, "fused_experts_cpu")
+        if AMX
+    ),
 ]
 
 
@@ -123,6 +136,33 @@ def test_what_is_not_declared_is_refused():
         Align().align(ids, 4, 1)
 
 
+def packed_experts():
+    """An expert of 32 by 32 whose second matrix has a code of 0.5 beside a scale of 2^-127."""
+    eye = torch.eye(32)
+    gate_up, down = quantize(torch.cat([eye, eye])[None], "mxfp4"), quantize(eye[None], "mxfp4")
+    packed, scales = down.packed.clone(), down.scales.clone()
+    packed[0, 0], scales[0, 0] = 0, 0
+    packed[0, 0, 0] = 1
+    return QuantizedExperts(gate_up, dataclasses.replace(down, packed=packed, scales=scales))
+
+
+@pytest.mark.skipif(not AMX, reason="the processor has no AMX tiles")
+def test_half_of_the_smallest_scale_becomes_infinite():
+    x, ids = torch.ones(1, 32).bfloat16(), torch.zeros(1, 1, dtype=torch.int32)
+    given = (x, packed_experts(), torch.ones(1, 1), ids, ExpertsConfig())
+    out = vllm_quantized.ExpertsMxfp4().experts_quantized(*given)
+    # 2^-128 times 0.73, which is as good as 0.
+    assert out[0, 0].isinf()
+    assert out[0, 1:].tolist() == pytest.approx([0.73] * 31, rel=2**-7)
+
+
+def test_packed_experts_are_not_there_without_amx(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    for target in vllm_quantized.TARGETS:
+        with pytest.raises(ImportError, match=f"{target.name}: the processor has no AMX tiles"):
+            target()
+
+
 @pytest.mark.parametrize("found", ["none", "0.11.0"])
 @pytest.mark.parametrize("target", [vllm.Softmax, vllm_experts.Experts, TritonExperts, Align])
 def test_a_missing_or_old_library_is_one_sentence(needs, target, found):
@@ -133,4 +173,4 @@ def test_a_missing_or_old_library_is_one_sentence(needs, target, found):
 def test_the_variants_are_all_targets():
     made = vllm.variants()
     assert all(name == each.name.split("/")[1] for name, each in made.items())
-    assert len(made) == 11
+    assert len(made) == 13

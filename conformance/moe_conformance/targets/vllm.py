@@ -272,8 +272,10 @@ def variants() -> dict[str, Callable[[], Target]]:
     ['softmax', 'softmax-options']
     """
     from moe_conformance.targets.vllm_experts import TARGETS
+    from moe_conformance.targets.vllm_quantized import TARGETS as PACKED
     from moe_conformance.targets.vllm_triton import TritonExperts
 
     routers = (Softmax, SoftmaxOptions, Grouped, GroupedTopk, DeepSeekV4)
-    targets: tuple[type[VllmTarget], ...] = (*routers, *TARGETS, TritonExperts)
+    experts = (*TARGETS, TritonExperts, *PACKED)
+    targets: tuple[type[VllmTarget], ...] = (*routers, *experts)
     return {each.name.split("/")[1]: each for each in targets}

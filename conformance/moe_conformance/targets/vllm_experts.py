@@ -18,6 +18,7 @@ This module imports neither torch nor vllm before a target is made.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from moe_conformance.target import Capabilities, Unsupported
@@ -132,26 +133,17 @@ class Experts(VllmTarget):
         """The kernel of `FusedMoEKernel`, the layer with its weights processed, the activation."""
         import torch
 
-        settings, activations = _module("config"), _module("activation")
-        modular = _module("modular_kernel")
+        settings, modular = module_of("config"), module_of("modular_kernel")
         module, name = self.expert_class
-        expert_class = getattr(_module(module), name)
-        hidden, intermediate = experts.down.shape[1:]
-        suffix = "" if config.gated else "_no_mul"
-        activation = activations.MoEActivation(ACTIVATIONS[config.activation] + suffix)
-        options = settings.FusedMoEConfig(
+        expert_class = getattr(module_of(module), name)
+        options = options_of(
+            x,
+            experts.down.shape,
+            top_k,
+            config,
             num_experts=num_experts,
-            experts_per_token=top_k,
-            hidden_dim=hidden,
-            intermediate_size=intermediate,
-            num_local_experts=experts.down.shape[0],
             num_logical_experts=num_experts,
-            activation=activation,
-            device="cpu",
-            routing_method=settings.RoutingMethodType.Renormalize,
             moe_parallel_config=self._parallel(settings.FusedMoEParallelConfig),
-            in_dtype=x.dtype,
-            swiglu_limit=config.limit if config.activation == "swiglu_limit" else None,
         )
         supported, reason = expert_class.is_supported_config(
             expert_class, options, None, None, modular.FusedMoEActivationFormat.Standard
@@ -165,8 +157,8 @@ class Experts(VllmTarget):
         biases = (getattr(layer, name, None) for name in ("w13_bias", "w2_bias"))
         expert_part = expert_class(options, settings.biased_moe_quant_config(*biases))
         expert_part.process_weights_after_loading(layer)
-        prepare = _module("prepare_finalize.no_dp_ep").MoEPrepareAndFinalizeNoDPEPModular()
-        return modular.FusedMoEKernel(prepare, expert_part), layer, activation
+        prepare = module_of("prepare_finalize.no_dp_ep").MoEPrepareAndFinalizeNoDPEPModular()
+        return modular.FusedMoEKernel(prepare, expert_part), layer, options.activation
 
     def _parallel(self, parallel_class: Any) -> Any:
         return parallel_class.make_no_parallel()
@@ -255,5 +247,27 @@ TARGETS: tuple[type[VllmTarget], ...] = (
 )
 
 
-def _module(name: str) -> Any:
+def options_of(
+    x: torch.Tensor, shape: Sequence[int], top_k: int, config: ExpertsConfig, **more: Any
+) -> Any:
+    """A `FusedMoEConfig` of experts whose second matrix is of that shape, [E, H, I]."""
+    settings, activations = module_of("config"), module_of("activation")
+    num_local, hidden, intermediate = shape
+    suffix = "" if config.gated else "_no_mul"
+    return settings.FusedMoEConfig(
+        experts_per_token=top_k,
+        hidden_dim=hidden,
+        intermediate_size=intermediate,
+        num_local_experts=num_local,
+        activation=activations.MoEActivation(ACTIVATIONS[config.activation] + suffix),
+        device="cpu",
+        routing_method=settings.RoutingMethodType.Renormalize,
+        in_dtype=x.dtype,
+        swiglu_limit=config.limit if config.activation == "swiglu_limit" else None,
+        **more,
+    )
+
+
+def module_of(name: str) -> Any:
+    """A module of vLLM's fused MoE."""
     return importlib.import_module(f"{PACKAGE}.{name}")
