@@ -26,7 +26,7 @@ WRONG = {
 }
 RIGHT = {
     Sglang: ["GATE-04", "GATE-05", "GATE-07", "GATE-19", "EXPERT-01", "EXPERT-09", "EXPERT-10"],
-    SglangGrouped: ["GATE-06", "GATE-09", "GATE-10", "EXPERT-03"],
+    SglangGrouped: ["GATE-06", "GATE-09", "GATE-10"],
     SglangBiasedGrouped: ["GATE-03", "GATE-05", "GATE-11", "GATE-12"],
 }
 
