@@ -176,7 +176,7 @@ def _plans(
             "load": draw(choice(loads)),
             "content": content,
             "spread": spread,
-            "weights": draw(choice(WEIGHTS[: 2 if spread == "huge" else 4])),
+            "weights": draw(choice(WEIGHTS[:2] if spread == "huge" else WEIGHTS)),
             "dtype": dtype,
             "experts_dtype": (of := draw(choice(scope.dtypes)) if mixed else dtype),
             "biases_dtype": draw(choice((of, *scope.dtypes))) if mixed else dtype,

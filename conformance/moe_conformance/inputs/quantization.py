@@ -500,7 +500,7 @@ def _fitting(
         "local": local,
         "experts": experts,
         "top_k": min(plan["top_k"], experts),
-        # Rows of a batch are rounded by scales that small weights on the input would lose.
+        # A fixed scale of activations would lose rows that small weights are multiplied to.
         "weights": "signed" if plan["weights"] == "small" else plan["weights"],
         # Scales take the place of a spread of the weights.
         "spread": "even" if plan["spread"] == "huge" else plan["spread"],

@@ -50,7 +50,7 @@ EXPERTS = (1, 2, 3, 4, 7, 8, 16, 60, 64, 72, 128, 160, 255, 256, 257, 384, 512)
 """Numbers of experts: those of published models, one off powers of two, and beyond one byte."""
 
 BLOCKS = (16, 32, 64, 128, 256, 512, 1024)
-"""Sizes of tiles, warps and bytes: of experts to 512, and of tokens."""
+"""Sizes of tiles, warps and bytes: of experts, and of tokens."""
 
 MANY_TOKENS = (*BLOCKS, 2048, 4096)
 """The same of tokens where they are cheap."""
